@@ -1,4 +1,8 @@
 //! carrousel trains LSTM networks on every GPU of a machine at once, whatever its maker, and on the CPU where there is none.
 
+pub mod backend;
+pub mod kernels;
+pub mod params;
+pub mod pool;
 pub mod rng;
 pub mod shape;

@@ -1,0 +1,187 @@
+//! The CPU as a backend: buffers are vectors, launches run at once on the worker's own threads.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::{Backend, BufferId, DeviceInfo, Limits, Readback, Span};
+use crate::kernels::{Access, Kernel, Operand};
+use crate::pool::CpuContext;
+
+/// The backend `cpu:THREADS`.
+pub struct CpuBackend {
+    info: DeviceInfo,
+    ctx: CpuContext,
+    buffers: Vec<Option<Vec<f32>>>,
+}
+
+impl CpuBackend {
+    /// A backend with `n_threads` threads of its own.
+    ///
+    /// # Errors
+    /// When the operating system starts no more threads.
+    pub fn new(n_threads: usize) -> Result<Self> {
+        let ctx = CpuContext::new(n_threads)?;
+        let info = DeviceInfo {
+            spec: format!("cpu:{n_threads}"),
+            name: processor_name(),
+            kind: format!("cpu {}", ctx.isa.name()),
+            driver: ctx.isa.name().to_owned(),
+            is_software: false,
+            is_gpu: false,
+        };
+        Ok(Self { info, ctx, buffers: Vec::new() })
+    }
+
+    fn get(&self, span: Span) -> Result<&[f32]> {
+        let buffer = self.buffers.get(span.buffer.0 as usize).and_then(Option::as_ref).context("a buffer that was freed is used")?;
+        buffer
+            .get(span.offset..span.offset + span.len)
+            .with_context(|| format!("span {}+{} of a buffer of {} words", span.offset, span.len, buffer.len()))
+    }
+
+    fn get_mut(&mut self, span: Span) -> Result<&mut [f32]> {
+        let buffer = self.buffers.get_mut(span.buffer.0 as usize).and_then(Option::as_mut).context("a buffer that was freed is used")?;
+        let len = buffer.len();
+        buffer
+            .get_mut(span.offset..span.offset + span.len)
+            .with_context(|| format!("span {}+{} of a buffer of {len} words", span.offset, span.len))
+    }
+}
+
+/// The processor's name as the system tells it.
+fn processor_name() -> String {
+    let told = std::fs::read_to_string("/proc/cpuinfo").ok();
+    let line = told.as_deref().and_then(|text| text.lines().find(|l| l.starts_with("model name")));
+    line.and_then(|l| l.split_once(':')).map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+}
+
+/// Words that lie on the host already.
+struct Ready(Vec<f32>);
+
+impl Readback for Ready {
+    fn wait(self: Box<Self>, _: Duration) -> Result<Vec<f32>> {
+        Ok(self.0)
+    }
+}
+
+impl Backend for CpuBackend {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { max_buffer_bytes: u64::from(u32::MAX) * 4, max_binding_bytes: u64::from(u32::MAX) * 4 }
+    }
+
+    fn alloc(&mut self, label: &str, len: usize) -> Result<BufferId> {
+        let mut data = Vec::new();
+        data.try_reserve_exact(len)
+            .with_context(|| format!("no memory for {label}: {} MiB; lower --batch-size or --hidden", len * 4 >> 20))?;
+        data.resize(len, 0.0);
+        self.buffers.push(Some(data));
+        Ok(BufferId(self.buffers.len() as u32 - 1))
+    }
+
+    fn free(&mut self, buffer: BufferId) {
+        if let Some(slot) = self.buffers.get_mut(buffer.0 as usize) {
+            *slot = None;
+        }
+    }
+
+    fn len(&self, buffer: BufferId) -> usize {
+        self.buffers.get(buffer.0 as usize).and_then(Option::as_ref).map_or(0, Vec::len)
+    }
+
+    fn write(&mut self, to: Span, words: &[f32]) -> Result<()> {
+        ensure!(to.len == words.len(), "{} words written to a span of {}", words.len(), to.len);
+        self.get_mut(to)?.copy_from_slice(words);
+        Ok(())
+    }
+
+    fn copy(&mut self, from: Span, to: Span) -> Result<()> {
+        ensure!(
+            from.len == to.len && from.buffer != to.buffer,
+            "a copy needs two buffers and equal lengths, not {} and {}",
+            from.len,
+            to.len
+        );
+        self.get(from)?;
+        let mut target = self.buffers[to.buffer.0 as usize].take().context("a buffer that was freed is used")?;
+        let room = target.get_mut(to.offset..to.offset + to.len).context("a copy beyond the end of a buffer");
+        let done = room.and_then(|room| self.get(from).map(|words| room.copy_from_slice(words)));
+        self.buffers[to.buffer.0 as usize] = Some(target);
+        done
+    }
+
+    fn clear(&mut self, span: Span) -> Result<()> {
+        self.get_mut(span)?.fill(0.0);
+        Ok(())
+    }
+
+    fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> Result<()> {
+        let _span = tracing::trace_span!("launch", kernel = kernel.name()).entered();
+        let bindings = kernel.bindings();
+        ensure!(bindings.len() == operands.len(), "{} takes {} operands, not {}", kernel.name(), bindings.len(), operands.len());
+        const MOST: usize = 8;
+        let mut lens = [0; MOST];
+        lens.iter_mut().zip(operands).for_each(|(len, span)| *len = span.len);
+        kernel.check(&lens[..operands.len()])?;
+        // Written buffers leave the table for the launch, so that the borrow checker sees that no other operand is one of them.
+        let mut written: [Option<Vec<f32>>; MOST] = Default::default();
+        for (i, (binding, span)) in bindings.iter().zip(operands).enumerate() {
+            if binding.access == Access::ReadWrite {
+                written[i] = self.buffers.get_mut(span.buffer.0 as usize).and_then(Option::take);
+                if written[i].is_none() {
+                    give_back(&mut self.buffers, &mut written, operands);
+                    anyhow::bail!("{}: the buffer of {} is freed or written twice", kernel.name(), binding.name);
+                }
+            }
+        }
+        let mut bound: [Operand<'_>; MOST] = std::array::from_fn(|_| Operand::Read(&[]));
+        let mut fault = None;
+        for (((binding, span), own), bound) in bindings.iter().zip(operands).zip(written.iter_mut()).zip(&mut bound) {
+            let range = span.offset..span.offset + span.len;
+            let words = match own {
+                Some(own) => own.get_mut(range).map(Operand::ReadWrite),
+                None => self.buffers.get(span.buffer.0 as usize).and_then(Option::as_ref).and_then(|b| b.get(range)).map(Operand::Read),
+            };
+            match words {
+                Some(words) => *bound = words,
+                None => fault = Some(binding.name),
+            }
+        }
+        if fault.is_none() {
+            kernel.run(&mut self.ctx, &mut bound[..operands.len()]);
+        }
+        give_back(&mut self.buffers, &mut written, operands);
+        match fault {
+            None => Ok(()),
+            Some(name) => anyhow::bail!("{}: {name} is also written, freed, or shorter than its span", kernel.name()),
+        }
+    }
+
+    fn read(&mut self, spans: &[Span], mut memory: Vec<f32>) -> Result<Box<dyn Readback>> {
+        memory.clear();
+        for &span in spans {
+            memory.extend_from_slice(self.get(span)?);
+        }
+        Ok(Box::new(Ready(memory)))
+    }
+
+    fn submit(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn wait(&mut self, _: Duration) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn give_back(buffers: &mut [Option<Vec<f32>>], written: &mut [Option<Vec<f32>>], operands: &[Span]) {
+    for (own, span) in written.iter_mut().zip(operands) {
+        if let Some(own) = own.take() {
+            buffers[span.buffer.0 as usize] = Some(own);
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! Where kernels run: the CPU, or one GPU. Knows memory and launches, nothing of layers.
+//!
+//! A backend belongs to one worker thread. Memory is buffers of 4-byte words; a launch binds spans of them. Launches are in order; a GPU
+//! may collect them until [`Backend::submit`] or a readback. What waits for a readback is an owned [`Readback`] that can travel to another thread.
+
+pub mod cpu;
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::kernels::Kernel;
+use crate::kernels::lstm::{SweepArgs, sweep_plan};
+
+pub use crate::kernels::{BufferId, Span};
+
+/// What kind of device a backend drives, and the numbers that decide whether two replicas compute the same bits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// As typed and printed: `cpu:2`, `gpu:0`.
+    pub spec: String,
+    /// The processor's or adapter's name.
+    pub name: String,
+    /// Equal for two devices that give the same bits: adapter model, driver and variants, or instruction set. The number of threads is not part of it.
+    pub kind: String,
+    pub driver: String,
+    /// Whether this is a CPU that plays a GPU.
+    pub is_software: bool,
+    pub is_gpu: bool,
+}
+
+/// Limits that a model must fit in, bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    pub max_buffer_bytes: u64,
+    pub max_binding_bytes: u64,
+}
+
+/// Words on their way from a device to the host; owned, so that another thread may wait for it.
+pub trait Readback: Send {
+    /// The words, in the memory that was handed in where that is possible.
+    ///
+    /// # Errors
+    /// The device is lost, or `deadline` has passed.
+    fn wait(self: Box<Self>, deadline: Duration) -> Result<Vec<f32>>;
+}
+
+/// Where kernels run. Object-safe; every method may fail when the device is lost.
+pub trait Backend {
+    fn info(&self) -> &DeviceInfo;
+    fn limits(&self) -> Limits;
+    /// A buffer of `len` words, zeroed. `label` names it in errors and traces.
+    fn alloc(&mut self, label: &str, len: usize) -> Result<BufferId>;
+    /// Gives a buffer's memory back.
+    fn free(&mut self, buffer: BufferId);
+    /// Words of a buffer.
+    fn len(&self, buffer: BufferId) -> usize;
+    /// The whole buffer as a span.
+    fn whole(&self, buffer: BufferId) -> Span {
+        Span { buffer, offset: 0, len: self.len(buffer) }
+    }
+    /// Writes words, in order with launches.
+    fn write(&mut self, to: Span, words: &[f32]) -> Result<()>;
+    /// Copies within the device; spans of different buffers, equal lengths.
+    fn copy(&mut self, from: Span, to: Span) -> Result<()>;
+    /// Sets words to zero.
+    fn clear(&mut self, span: Span) -> Result<()>;
+    /// Runs a kernel on spans, one for each of its bindings.
+    fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> Result<()>;
+    /// Runs the recurrent sweep of some lanes; the default is the plan of launches in `kernels::lstm`.
+    fn sweep(&mut self, args: &SweepArgs<'_>) -> Result<()> {
+        sweep_plan(args, &mut |kernel, operands| self.launch(kernel, operands))
+    }
+    /// Begins to read spans, one behind another, into `memory` (which is resized); everything launched before is done first.
+    fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>>;
+    /// Hands everything collected so far to the device, without waiting.
+    fn submit(&mut self) -> Result<()>;
+    /// Waits until the device has done everything, at most `deadline`.
+    fn wait(&mut self, deadline: Duration) -> Result<()>;
+}
+
+/// Reads one span and waits for it.
+///
+/// # Errors
+/// As [`Readback::wait`].
+pub fn read_now(backend: &mut dyn Backend, span: Span, deadline: Duration) -> Result<Vec<f32>> {
+    backend.read(&[span], Vec::new())?.wait(deadline)
+}

@@ -1,0 +1,302 @@
+//! What is computed: one file a kernel family, with the mathematics, the shapes, the CPU code and the description of the shader.
+//!
+//! A kernel is a plain value, its [`Kernel::params`] are its bytes: the same struct that the shader reads as its uniform. It checks the
+//! lengths of its operands, runs itself on slices, and names its shader and grid. No device and no wgpu here.
+
+pub mod activations;
+pub mod dropout;
+pub mod elementwise;
+pub mod embedding;
+pub mod gemm;
+pub mod loss;
+pub mod lstm;
+pub mod reduce;
+pub mod update;
+
+use crate::pool::CpuContext;
+
+/// Workgroups of one dimension of a dispatch that every adapter accepts.
+pub const MAX_WORKGROUPS: u32 = 65_535;
+/// Loop trips of one invocation, all its loops together, that every driver runs (software drivers stop silently above).
+pub const MAX_LOOP_TRIPS: u32 = 65_535;
+
+/// A buffer of some backend; a name, no memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BufferId(pub u32);
+
+/// Words `offset .. offset + len` of a buffer. Bound to a kernel, the offset must be a multiple of 64.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Span {
+    pub buffer: BufferId,
+    pub offset: usize,
+    pub len: usize,
+}
+
+impl Span {
+    /// Words `offset .. offset + len` of this span.
+    pub fn part(self, offset: usize, len: usize) -> Self {
+        assert!(offset + len <= self.len, "part {offset}+{len} of a span of {}", self.len);
+        Self { buffer: self.buffer, offset: self.offset + offset, len }
+    }
+}
+
+/// How a kernel uses an operand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    Read,
+    ReadWrite,
+}
+
+/// An operand of a kernel: its name in the shader and its use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Binding {
+    pub name: &'static str,
+    pub access: Access,
+}
+
+/// A read-only operand.
+pub const fn read(name: &'static str) -> Binding {
+    Binding { name, access: Access::Read }
+}
+
+/// An operand that is read and written.
+pub const fn read_write(name: &'static str) -> Binding {
+    Binding { name, access: Access::ReadWrite }
+}
+
+/// An operand on the CPU: words of four bytes, floats unless the kernel says indices.
+pub enum Operand<'a> {
+    Read(&'a [f32]),
+    ReadWrite(&'a mut [f32]),
+}
+
+impl<'a> Operand<'a> {
+    /// The words, for reading.
+    pub fn as_slice(&self) -> &[f32] {
+        match self {
+            Self::Read(s) => s,
+            Self::ReadWrite(s) => s,
+        }
+    }
+
+    /// The words as unsigned integers.
+    pub fn as_indices(&self) -> &[u32] {
+        bytemuck::cast_slice(self.as_slice())
+    }
+
+    /// The words, for writing; the catalogue's access table guarantees that they may be.
+    pub fn as_mut(&mut self) -> &mut [f32] {
+        match self {
+            Self::ReadWrite(s) => s,
+            Self::Read(_) => unreachable!("the backend binds operands as the kernel's table of bindings says"),
+        }
+    }
+
+    /// The words as unsigned integers, for writing.
+    pub fn as_indices_mut(&mut self) -> &mut [u32] {
+        bytemuck::cast_slice_mut(self.as_mut())
+    }
+}
+
+/// A fragment of WGSL that kernels share.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Fragment {
+    pub name: &'static str,
+    pub source: &'static str,
+}
+
+/// A WGSL kernel: valid together with the fragments it lists, in this order, before it. Its entry point has its name.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Shader {
+    pub name: &'static str,
+    pub source: &'static str,
+    pub fragments: &'static [&'static Fragment],
+}
+
+/// What kind of adapter a launch is for; kernels choose variants by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AdapterClass {
+    /// A CPU that plays a GPU: barriers are slow, invocations run one after another.
+    Software,
+    Hardware,
+}
+
+/// How one launch looks on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dispatch {
+    pub shader: &'static Shader,
+    /// Values of `override` constants; part of the pipeline's key.
+    pub overrides: &'static [(&'static str, f64)],
+    /// Workgroups, each dimension at most [`MAX_WORKGROUPS`].
+    pub grid: [u32; 3],
+}
+
+/// A grid of `n` workgroups in a row, folded into two dimensions where there are too many for one.
+/// The shader finds its number as `wg.y * num_workgroups.x + wg.x` and returns where that is not below `n`.
+pub fn grid_1d(n: u64) -> [u32; 3] {
+    if n <= u64::from(MAX_WORKGROUPS) {
+        return [n.max(1) as u32, 1, 1];
+    }
+    let y = n.div_ceil(u64::from(MAX_WORKGROUPS));
+    [n.div_ceil(y) as u32, y as u32, 1]
+}
+
+/// Operands whose lengths or sizes do not fit a kernel.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{kernel}: {what} is {got}, needed is {needed}")]
+pub struct ShapeError {
+    pub kernel: &'static str,
+    pub what: String,
+    pub got: usize,
+    pub needed: usize,
+}
+
+/// Something to compute. The implementing struct is `#[repr(C)]` and equals the shader's `Params`.
+pub trait Kernel: Send + Sync {
+    /// One word chain for the kernel, its shader file, its entry point and its label in traces.
+    fn name(&self) -> &'static str;
+    /// The operands in order.
+    fn bindings(&self) -> &'static [Binding];
+    /// The bytes of the shader's uniform.
+    fn params(&self) -> &[u8];
+    /// Checks sizes and the operands' lengths in words; both backends call it before every launch.
+    ///
+    /// # Errors
+    /// Names the operand or size, what it is and what it must be.
+    fn check(&self, lens: &[usize]) -> Result<(), ShapeError>;
+    /// The shader and grid for an adapter of this class.
+    fn dispatch(&self, class: AdapterClass) -> Dispatch;
+    /// Computes on the CPU. The backend has called [`Self::check`].
+    fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]);
+}
+
+/// Fails unless `got >= needed`.
+pub(crate) fn at_least(kernel: &'static str, what: &str, got: usize, needed: usize) -> Result<(), ShapeError> {
+    if got >= needed { Ok(()) } else { Err(ShapeError { kernel, what: format!("length of {what}"), got, needed: needed.max(1) }) }
+}
+
+/// Fails unless `value` is a multiple of `of`.
+pub(crate) fn multiple_of(kernel: &'static str, what: &str, value: u32, of: usize) -> Result<(), ShapeError> {
+    let value = value as usize;
+    if value.is_multiple_of(of) {
+        Ok(())
+    } else {
+        Err(ShapeError {
+            kernel,
+            what: format!("{what}, which must be a multiple of {of},"),
+            got: value,
+            needed: crate::shape::round_up(value, of),
+        })
+    }
+}
+
+/// Fails where a size that drives a loop of one invocation is above what drivers run.
+pub(crate) fn loop_trips(kernel: &'static str, what: &str, trips: u32) -> Result<(), ShapeError> {
+    if trips <= MAX_LOOP_TRIPS {
+        Ok(())
+    } else {
+        Err(ShapeError { kernel, what: format!("{what} (at most)"), got: trips as usize, needed: MAX_LOOP_TRIPS as usize })
+    }
+}
+
+/// How far results may lie from the f64 oracle, and why.
+#[derive(Clone, Copy, Debug)]
+pub struct Tolerance {
+    pub absolute: f64,
+    pub relative: f64,
+    pub reason: &'static str,
+}
+
+/// What an operand of a test case holds before the launch. Outputs start poisoned, so that what is not written shows.
+#[derive(Clone, Debug)]
+pub enum Fill {
+    /// Uniform in `low..high`.
+    Uniform {
+        low: f32,
+        high: f32,
+    },
+    /// Indices uniform in `0..below`.
+    Indices {
+        below: u32,
+    },
+    /// These words.
+    Words(Vec<u32>),
+    /// These floats.
+    Floats(Vec<f32>),
+    Zeros,
+    /// Not a number: an output that is written in full, or a region that must not be read.
+    Poison,
+}
+
+/// One operand of a case.
+#[derive(Clone, Debug)]
+pub struct CaseOperand {
+    pub len: usize,
+    pub fill: Fill,
+}
+
+/// Shorthand for a [`CaseOperand`].
+pub fn operand(len: usize, fill: Fill) -> CaseOperand {
+    CaseOperand { len, fill }
+}
+
+/// A kernel with operands, for tests, benches and warm-up.
+pub struct Case {
+    pub label: String,
+    pub kernel: Box<dyn Kernel>,
+    pub operands: Vec<CaseOperand>,
+    /// Floating-point operations of a launch, 0 where bytes matter.
+    pub flop: u64,
+}
+
+/// One line of the catalogue.
+pub struct Entry {
+    pub name: &'static str,
+    pub tolerance: Tolerance,
+    /// Odd and edge shapes.
+    pub cases: fn() -> Vec<Case>,
+    /// Sizes as in real models.
+    pub bench_cases: fn() -> Vec<Case>,
+    /// Every shader variant of the kernel.
+    pub shaders: &'static [&'static Shader],
+}
+
+/// All kernels, in order of first use in a training step.
+pub const ALL: &[Entry] = &[
+    embedding::GATHER_ENTRY,
+    gemm::ENTRY,
+    lstm::FORWARD_ENTRY,
+    dropout::ENTRY,
+    loss::SOFTMAX_ENTRY,
+    loss::MSE_ENTRY,
+    lstm::BACKWARD_ENTRY,
+    reduce::COLUMNS_ENTRY,
+    embedding::GRADIENT_ENTRY,
+    reduce::SUM_ENTRY,
+    reduce::BLOCK_SQUARES_ENTRY,
+    reduce::NON_FINITE_ENTRY,
+    elementwise::ADD_ENTRY,
+    elementwise::SCALE_ENTRY,
+    update::SGD_ENTRY,
+    update::RMSPROP_ENTRY,
+    update::ADAM_ENTRY,
+];
+
+/// The sizes at which every kernel is tested: below, at and above the tile sizes.
+pub const ODD: [u32; 5] = [1, 3, 17, 33, 65];
+
+/// Implements the parts of [`Kernel`] that follow from the struct itself.
+macro_rules! kernel_basics {
+    ($name:literal, $bindings:expr) => {
+        fn name(&self) -> &'static str {
+            $name
+        }
+        fn bindings(&self) -> &'static [$crate::kernels::Binding] {
+            $bindings
+        }
+        fn params(&self) -> &[u8] {
+            bytemuck::bytes_of(self)
+        }
+    };
+}
+pub(crate) use kernel_basics;
