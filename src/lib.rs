@@ -6,3 +6,4 @@ pub mod params;
 pub mod pool;
 pub mod rng;
 pub mod shape;
+pub mod store;
