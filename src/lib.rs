@@ -1,7 +1,9 @@
 //! carrousel trains LSTM networks on every GPU of a machine at once, whatever its maker, and on the CPU where there is none.
 
 pub mod backend;
+pub mod comm;
 pub mod kernels;
+pub mod observe;
 pub mod params;
 pub mod pool;
 pub mod rng;

@@ -1,3 +1,6 @@
-//! All integration tests.
+//! All integration tests, as modules of one binary, so that wgpu links once.
 
+mod alloc_count;
+mod collectives;
+mod observe;
 mod store;
