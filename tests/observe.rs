@@ -396,12 +396,14 @@ fn plot_files(folder: &Path, stem: &str, title: &str) -> String {
     svg
 }
 
+type Points = Vec<(f64, f64)>;
+
 #[test]
 fn a_loss_curve_is_drawn_of_whatever_there_is() {
     let folder = tempfile::tempdir().unwrap();
-    let points = |values: &[f64]| -> Vec<(f64, f64)> { values.iter().enumerate().map(|(i, &v)| ((i + 1) as f64, v)).collect() };
+    let points = |values: &[f64]| -> Points { values.iter().enumerate().map(|(i, &v)| ((i + 1) as f64, v)).collect() };
     let huge: Vec<f64> = (0..5000).map(|i| 5.0 / (1.0 + f64::from(i))).collect();
-    let cases: Vec<(&str, Vec<Vec<(f64, f64)>>)> = vec![
+    let cases: Vec<(&str, Vec<Points>)> = vec![
         ("none", vec![]),
         ("empty", vec![vec![]]),
         ("one", vec![vec![(300.0, 1.5)]]),
