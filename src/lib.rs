@@ -3,7 +3,9 @@
 pub mod backend;
 pub mod comm;
 pub mod kernels;
+pub mod model;
 pub mod observe;
+pub mod optim;
 pub mod params;
 pub mod pool;
 pub mod rng;
