@@ -78,7 +78,13 @@ pub struct Batch {
 impl Batch {
     /// A batch from its parts; the sums are taken here, in one way for batches and shares.
     pub(crate) fn new(
-        n_steps: usize, input: Input, target: Target, weights: Vec<f32>, streams: Vec<u32>, resets: bool, carries: bool,
+        n_steps: usize,
+        input: Input,
+        target: Target,
+        weights: Vec<f32>,
+        streams: Vec<u32>,
+        resets: bool,
+        carries: bool,
     ) -> Self {
         let n_rows = streams.len();
         let weight = weights.iter().map(|&w| f64::from(w)).sum();

@@ -10,10 +10,13 @@ use crossbeam::channel::{Receiver, bounded};
 use super::error::DataError;
 use super::{Batch, Batches};
 
+/// Epoch, index and batch, or why there is none.
+type Item = Result<(u64, u64, Batch), DataError>;
+
 /// Batches in order, made ahead by a thread of their own. Dropping it ends the thread.
 pub struct Prefetch {
     // `None` only while dropping: the thread ends when it finds the channel closed.
-    batches: Option<Receiver<Result<(u64, u64, Batch), DataError>>>,
+    batches: Option<Receiver<Item>>,
     thread: Option<JoinHandle<()>>,
     waited: Duration,
 }
@@ -33,9 +36,11 @@ impl Prefetch {
             while epoch < end_epoch && n > 0 {
                 let made = catch_unwind(AssertUnwindSafe(|| batches.batch(epoch, idx)));
                 let failed = made.is_err();
-                let item = made
-                    .map(|batch| (epoch, idx, batch))
-                    .map_err(|panic| DataError::Prefetch { epoch, idx, problem: message(panic.as_ref()) });
+                let item = made.map(|batch| (epoch, idx, batch)).map_err(|panic| DataError::Prefetch {
+                    epoch,
+                    idx,
+                    problem: message(panic.as_ref()),
+                });
                 if send.send(item).is_err() || failed {
                     return;
                 }
@@ -45,10 +50,11 @@ impl Prefetch {
                 }
             }
         };
-        let thread = thread::Builder::new()
-            .name("prefetch".to_string())
-            .spawn(work)
-            .map_err(|e| DataError::Prefetch { epoch: start_epoch, idx: start_idx, problem: format!("no thread: {e}") })?;
+        let thread = thread::Builder::new().name("prefetch".to_string()).spawn(work).map_err(|e| DataError::Prefetch {
+            epoch: start_epoch,
+            idx: start_idx,
+            problem: format!("no thread: {e}"),
+        })?;
         Ok(Self { batches: Some(receive), thread: Some(thread), waited: Duration::ZERO })
     }
 
@@ -59,7 +65,7 @@ impl Prefetch {
 }
 
 impl Iterator for Prefetch {
-    type Item = Result<(u64, u64, Batch), DataError>;
+    type Item = Item;
 
     /// Epoch, index and batch; an error once, then nothing, if making the batch panicked.
     fn next(&mut self) -> Option<Self::Item> {

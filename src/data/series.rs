@@ -276,21 +276,21 @@ impl Series {
     fn from_held_out(sources: &[Source], spec: &SeriesSpec) -> Result<Self, DataError> {
         let table = Table::read(sources)?;
         let times = table.times()?;
-        let inputs: Vec<usize> =
-            spec.inputs.iter().map(|column| table.find("the run's column", &column.name)).collect::<Result<_, _>>()?;
+        let inputs: Vec<usize> = spec.inputs.iter().map(|column| table.find("the run's column", &column.name)).collect::<Result<_, _>>()?;
         let time_column = times.as_ref().map_or("", |times| table.columns[times.column].as_str()).to_string();
         let rows = Rows::take(&table, times, &inputs, spec.targets.clone(), spec.missing, None)?;
-        if !rows.clock.step.is_like(spec.clock.step) || !rows.clock.style.is_like(&spec.clock.style) && rows.clock.style == Style::Rows {
+        let n = rows.values.nrows();
+        if n < spec.window {
+            return Err(too_short(&rows.name, n, spec.window, "one window", "give a longer file"));
+        }
+        // Two rows are not enough to tell a step.
+        if (spec.clock.style == Style::Rows) != (rows.clock.style == Style::Rows) || n > 2 && !rows.clock.step.is_like(spec.clock.step) {
             return Err(DataError::Column {
                 file: rows.name,
                 column: time_column,
                 problem: format!("rows are {} apart, those of the training data {}", rows.clock.step, spec.clock.step),
                 remedy: "give data with the same step".to_string(),
             });
-        }
-        let n = rows.values.nrows();
-        if n < spec.window {
-            return Err(too_short(&rows.name, n, spec.window, "one window", "give a longer file"));
         }
         // Times are printed as the new file writes them; the step is the run's, known from more rows.
         let clock = Clock { style: rows.clock.style, step: spec.clock.step };
@@ -315,7 +315,13 @@ impl Series {
         let cuts = rows.cuts.map_or_else(|| options.split.cuts(n), |cuts| part_cuts(cuts, n, options.split));
         if cuts.0 < needs {
             let what = format!("the training part of {}", rows.name);
-            return Err(too_short(&what, cuts.0, needs, &purpose, "lower --seq-len or --horizon, or raise the training fraction of --split"));
+            return Err(too_short(
+                &what,
+                cuts.0,
+                needs,
+                &purpose,
+                "lower --seq-len or --horizon, or raise the training fraction of --split",
+            ));
         }
         let season = match options.season {
             None => rows.clock.season(),
@@ -448,9 +454,7 @@ impl Series {
         let (window, horizon) = (self.spec.window, self.spec.horizon);
         rows.filter(|&end| end + 1 >= window + horizon)
             .map(|end| end - horizon)
-            .filter(|&origin| {
-                (origin + 1..=origin + horizon).any(|row| self.spec.targets.iter().any(|&c| self.known[[row, c]]))
-            })
+            .filter(|&origin| (origin + 1..=origin + horizon).any(|row| self.spec.targets.iter().any(|&c| self.known[[row, c]])))
             .map(|origin| origin as u32)
             .collect()
     }
@@ -458,7 +462,10 @@ impl Series {
     /// Targets of a window in their unit, `[O]`; `None` where they are blank or beyond the end.
     pub fn truth(&self, origin: u32) -> Vec<Option<f64>> {
         let at = |row: usize, k: usize| if row < self.n_rows() { self.known_value(row, k) } else { None };
-        (1..=self.spec.horizon).flat_map(|h| (0..self.spec.targets.len()).map(move |k| (origin as usize + h, k))).map(|(row, k)| at(row, k)).collect()
+        (1..=self.spec.horizon)
+            .flat_map(|h| (0..self.spec.targets.len()).map(move |k| (origin as usize + h, k)))
+            .map(|(row, k)| at(row, k))
+            .collect()
     }
 
     /// What the network said (`[O]`, normalised) about the window whose last input is row `origin`, in the unit.
@@ -551,7 +558,12 @@ impl Series {
 
 impl Rows {
     fn take(
-        table: &Table, times: Option<super::table::Times>, inputs: &[usize], targets: Vec<usize>, missing: Missing, files: Option<(usize, usize)>,
+        table: &Table,
+        times: Option<super::table::Times>,
+        inputs: &[usize],
+        targets: Vec<usize>,
+        missing: Missing,
+        files: Option<(usize, usize)>,
     ) -> Result<Self, DataError> {
         let mut warnings = Vec::new();
         let columns: Vec<Vec<Option<f64>>> = inputs.iter().map(|&c| table.numbers(c)).collect::<Result<_, _>>()?;
@@ -608,11 +620,13 @@ impl Rows {
             }
             let mut last = None;
             for row in 0..n {
+                match (known[[row, c]], last) {
+                    (true, None) => first = first.max(row),
+                    (false, Some(last)) => values[[row, c]] = last,
+                    _ => {}
+                }
                 if known[[row, c]] {
                     last = Some(values[[row, c]]);
-                    first = first.max(if (0..row).any(|r| known[[r, c]]) { 0 } else { row });
-                } else if let Some(last) = last {
-                    values[[row, c]] = last;
                 }
             }
         }
@@ -697,9 +711,7 @@ fn choose(table: &Table, time: Option<usize>, options: &SeriesOptions) -> Result
     let mut inputs: Vec<usize> = if options.features.is_empty() {
         // A blank column with a name was meant to hold something; one without is a delimiter too many.
         let blank = |c: usize| kinds[c] == Kind::Blank && table.columns[c] != format!("column{}", c + 1);
-        (0..table.columns.len())
-            .filter(|&c| Some(c) != time && (usable.contains(&c) || kinds[c] == Kind::Flags || blank(c)))
-            .collect()
+        (0..table.columns.len()).filter(|&c| Some(c) != time && (usable.contains(&c) || kinds[c] == Kind::Flags || blank(c))).collect()
     } else {
         options.features.iter().map(|name| find("--features", name)).collect::<Result<_, _>>()?
     };

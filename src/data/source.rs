@@ -75,11 +75,21 @@ impl Sources {
         for (file, role) in files.iter().zip(roles) {
             if role.count() > 1 {
                 let name = file.as_deref().map(|path| path.display().to_string()).unwrap_or_default();
-                return Err(refuse(&name, "the name says more than one of train, valid and test", "rename the file or name the files one by one"));
+                return Err(refuse(
+                    &name,
+                    "the name says more than one of train, valid and test",
+                    "rename the file or name the files one by one",
+                ));
             }
             // Other files of a folder (a README, a licence) are left alone.
             if role.count() == 1 {
-                let part = if role.train { &mut train } else if role.valid { &mut valid } else { &mut test };
+                let part = if role.train {
+                    &mut train
+                } else if role.valid {
+                    &mut valid
+                } else {
+                    &mut test
+                };
                 part.push(open(file.as_deref())?);
             }
         }
@@ -107,11 +117,7 @@ struct Roles {
 impl Roles {
     fn of(path: &Path) -> Self {
         let name = file_name(path).to_lowercase();
-        Self {
-            train: name.contains("train"),
-            valid: name.contains("val") || name.contains("dev"),
-            test: name.contains("test"),
-        }
+        Self { train: name.contains("train"), valid: name.contains("val") || name.contains("dev"), test: name.contains("test") }
     }
 
     fn count(self) -> usize {
@@ -138,7 +144,8 @@ fn list(folder: &str) -> Result<Vec<PathBuf>, DataError> {
 }
 
 fn expand(pattern: &str) -> Result<Vec<PathBuf>, DataError> {
-    let paths = glob::glob(pattern).map_err(|e| refuse(pattern, &format!("not a pattern: {e}"), "quote the name or correct the pattern"))?;
+    let paths =
+        glob::glob(pattern).map_err(|e| refuse(pattern, &format!("not a pattern: {e}"), "quote the name or correct the pattern"))?;
     let mut files = Vec::new();
     for path in paths {
         let path = path.map_err(|e| DataError::Read { file: e.path().display().to_string(), source: e.into() })?;

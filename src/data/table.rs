@@ -96,7 +96,11 @@ impl Table {
             // The reader's position may lie before blank lines and comments that it skipped.
             let mut start = record.position().map_or(0, |p| p.byte() as usize).min(bytes.len());
             while start < bytes.len() && matches!(bytes[start], b'\n' | b'\r' | b'#') {
-                start = if bytes[start] == b'#' { bytes[start..].iter().position(|&b| b == b'\n').map_or(bytes.len(), |n| start + n) } else { start + 1 };
+                start = if bytes[start] == b'#' {
+                    bytes[start..].iter().position(|&b| b == b'\n').map_or(bytes.len(), |n| start + n)
+                } else {
+                    start + 1
+                };
             }
             line += bytes[counted..start].iter().filter(|&&b| b == b'\n').count() as u64;
             counted = start;
@@ -126,8 +130,7 @@ impl Table {
                 _ => format!("column{}", c + 1),
             })
             .collect();
-        let rows: Vec<Row> =
-            records.into_iter().skip(usize::from(is_header)).map(|(line, cells)| Row { file: 0, line, cells }).collect();
+        let rows: Vec<Row> = records.into_iter().skip(usize::from(is_header)).map(|(line, cells)| Row { file: 0, line, cells }).collect();
         if rows.is_empty() {
             return Err(DataError::Empty {
                 file: format!("{file}, after the header in line {first_line},"),
@@ -264,18 +267,26 @@ impl Table {
             for c in 0..self.columns.len() {
                 let hits = self.cells(c).filter(|cell| parse(cell).is_some()).count();
                 let name = self.columns[c].to_lowercase();
-                let named = ["date", "time", "year", "month", "week", "day", "period"].iter().any(|word| name.contains(word)) || name == "ds";
-                let increasing =
-                    || hits == self.rows.len() && self.cells(c).filter_map(parse).zip(self.cells(c).filter_map(parse).skip(1)).all(|(a, b)| a.1 < b.1);
+                let named =
+                    ["date", "time", "year", "month", "week", "day", "period"].iter().any(|word| name.contains(word)) || name == "ds";
+                let increasing = || {
+                    hits == self.rows.len()
+                        && self.cells(c).filter_map(parse).zip(self.cells(c).filter_map(parse).skip(1)).all(|(a, b)| a.1 < b.1)
+                };
                 let is = match at {
                     0 => hits > self.rows.len() / 2,
                     1 => (named && hits > self.rows.len() / 2) || (c < 2 && increasing()),
                     // Whole years that repeat stand beside a column of months or days: no times by themselves.
                     _ => {
                         let whole = self.cells(c).filter_map(parse).all(|(style, _)| matches!(style, Style::Decimal { digits: 0, .. }));
-                        let others = (0..self.columns.len()).any(|o| o != c && self.kind(o) == Kind::Numbers && !self.is_index(o));
+                        let others =
+                            (0..self.columns.len()).any(|o| o != c && self.kind(o) == Kind::Numbers && (named || !self.is_index(o)));
                         others
-                            && if named && !whole { hits > self.rows.len() / 2 } else { (named || c < 2) && increasing() && self.is_steady(c) }
+                            && if named && !whole {
+                                hits > self.rows.len() / 2
+                            } else {
+                                (named || c < 2) && increasing() && self.is_steady(c)
+                            }
                     }
                 };
                 if is {
@@ -296,7 +307,11 @@ impl Table {
                 Some((this, tick)) if style.as_ref().is_none_or(|first| this.is_like(first)) => (this, tick),
                 _ => {
                     let first = self.cells(column).find(|cell| parse(cell).is_some()).unwrap_or_default();
-                    let problem = if cell.is_empty() { "a blank date".to_string() } else { format!("'{}' is not a date like '{first}'", shorten(cell)) };
+                    let problem = if cell.is_empty() {
+                        "a blank date".to_string()
+                    } else {
+                        format!("'{}' is not a date like '{first}'", shorten(cell))
+                    };
                     return Err(self.cell_error(row, column, problem, "write every date in the same way, such as 2001-12-29"));
                 }
             };

@@ -260,7 +260,7 @@ fn decode(source: &Source, encoding: Encoding) -> Result<String, DataError> {
         Encoding::Utf8 => {
             let text = utf8(&source.name, &source.bytes)?;
             text.strip_prefix('\u{FEFF}').unwrap_or(text).to_string()
-        },
+        }
     };
     Ok(if text.contains("\r\n") { text.replace("\r\n", "\n") } else { text })
 }

@@ -231,9 +231,7 @@ impl Vocab {
         let mut utf8 = [0; 4];
         text.char_indices()
             .enumerate()
-            .map(|(at, (byte, c))| {
-                self.index.get(&*c.encode_utf8(&mut utf8)).copied().or(self.unk).ok_or_else(|| unknown(c, byte, at))
-            })
+            .map(|(at, (byte, c))| self.index.get(&*c.encode_utf8(&mut utf8)).copied().or(self.unk).ok_or_else(|| unknown(c, byte, at)))
             .collect()
     }
 
@@ -260,8 +258,13 @@ impl Vocab {
     }
 
     fn sample(&self) -> String {
-        let mut some: String =
-            self.entries.iter().filter(|entry| *entry != UNK && !entry.chars().any(char::is_control)).take(100).map(String::as_str).collect();
+        let mut some: String = self
+            .entries
+            .iter()
+            .filter(|entry| *entry != UNK && !entry.chars().any(char::is_control))
+            .take(100)
+            .map(String::as_str)
+            .collect();
         if self.size() > 100 {
             some.push_str(" ...");
         }
