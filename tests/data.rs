@@ -444,7 +444,9 @@ fn delimiters_and_headers_are_recognised() {
 
 #[test]
 fn the_time_column_is_recognised_and_goes_on_in_its_own_style() {
-    let cases: [(&str, &[&str], &[&str], Option<usize>); 13] = [
+    // Name, times, times after them, rows of a season.
+    type Case<'a> = (&'a str, &'a [&'a str], &'a [&'a str], Option<usize>);
+    let cases: [Case; 13] = [
         ("date", &["2001-12-15", "2001-12-22", "2001-12-29"], &["2002-01-05", "2002-01-12"], Some(52)),
         ("date", &["20011215", "20011222", "20011229"], &["20020105", "20020112"], Some(52)),
         ("m", &["2001-10", "2001-11", "2001-12"], &["2002-01", "2002-02"], Some(12)),
