@@ -2,6 +2,8 @@
 
 pub mod backend;
 pub mod comm;
+pub mod data;
+pub mod infer;
 pub mod kernels;
 pub mod model;
 pub mod observe;
@@ -11,3 +13,4 @@ pub mod pool;
 pub mod rng;
 pub mod shape;
 pub mod store;
+pub mod train;

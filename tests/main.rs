@@ -2,5 +2,6 @@
 
 mod alloc_count;
 mod collectives;
+mod data;
 mod observe;
 mod store;

@@ -5,6 +5,7 @@
 
 pub mod config;
 pub mod init;
+pub mod state;
 
 use anyhow::{Context, Result, ensure};
 

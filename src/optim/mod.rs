@@ -60,7 +60,8 @@ impl OptimizerConfig {
         if self.clip_norm > 0.0 { (self.clip_norm / (norm + 1e-6)).min(1.0) } else { 1.0 }
     }
 
-    /// Updates `param` in place from `grad` and the states, spans of equal length. `step` counts from 1; `lr` is the scheduled rate.
+    /// Updates `param` in place from `grad` and two spans of state, all of equal length; where the rule has fewer states, the spans in front are
+    /// any others that may be written (they are not). `step` counts from 1; `lr` is the scheduled rate.
     ///
     /// # Errors
     /// The launch's.
@@ -69,7 +70,7 @@ impl OptimizerConfig {
         backend: &mut dyn Backend,
         param: Span,
         grad: Span,
-        states: &[Span],
+        states: [Span; 2],
         step: u64,
         lr: f64,
         grad_scale: f64,
@@ -82,19 +83,17 @@ impl OptimizerConfig {
             weight_decay: if decoupled { 0.0 } else { self.weight_decay as f32 },
             l1: self.l1 as f32,
         };
-        // A kernel without state still has a binding for it: any other buffer that is written.
         let momentum = self.momentum as f32;
-        match (self.rule, states) {
-            (Rule::Sgd, states) => {
+        match self.rule {
+            Rule::Sgd => {
                 let kernel = Sgd { len, nesterov: u32::from(self.nesterov), lr: lr as f32, momentum, regular };
-                backend.launch(&kernel, &[param, grad, states[0]])
+                backend.launch(&kernel, &[param, grad, states[1]])
             }
-            (Rule::Rmsprop, states) => {
+            Rule::Rmsprop => {
                 let kernel = Rmsprop { len, lr: lr as f32, alpha: RMSPROP_ALPHA as f32, eps: EPS as f32, momentum, regular };
-                let (m, v) = (states[0], states[1]);
-                backend.launch(&kernel, &[param, grad, m, v])
+                backend.launch(&kernel, &[param, grad, states[0], states[1]])
             }
-            (Rule::Adam | Rule::Adamw, states) => {
+            Rule::Adam | Rule::Adamw => {
                 let (b1, b2) = BETAS;
                 let t = i32::try_from(step).unwrap_or(i32::MAX);
                 let kernel = Adam {
