@@ -1,1 +1,2 @@
+mod gpu_smoke; // the GPU backend itself: order, readbacks, loss, limits
 
