@@ -41,15 +41,15 @@ fn embedding_gradient(
     let last = min(index[starts + entry + 1u], params.n_places);
     // Sums that stay within u32 whatever first and limit are.
     let begin = min(index[starts + entry], last);
-    let from = begin + min(params.first, last - begin);
-    let end = from + min(params.limit, last - from);
-    if (token >= params.n_classes || from == end) {
+    let start = begin + min(params.first, last - begin);
+    let end = start + min(params.limit, last - start);
+    if (token >= params.n_classes || start == end) {
         return;
     }
     let at = params.grad / 4u + token * row_vectors + column;
     let source = params.dx / 4u + column;
     var sum = grad[at];
-    for (var n = from; n < end; n++) {
+    for (var n = start; n < end; n++) {
         sum += dx[source + index[places + n] * row_vectors];
     }
     grad[at] = sum;

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use carrousel::backend::cpu::CpuBackend;
-use carrousel::backend::gpu::adapters::{self, NoSuchAdapter};
 use carrousel::backend::gpu::GpuBackend;
+use carrousel::backend::gpu::adapters::{self, NoSuchAdapter};
 use carrousel::backend::{Backend, DeviceError, read_now};
 use carrousel::kernels::elementwise::{Add, Scale};
 use carrousel::kernels::{self, Case, Entry, Fill};
@@ -56,7 +56,8 @@ fn compare(entry: &Entry, case: &Case, seed: u64, cpu: &[Vec<f32>], gpu: &[Vec<f
         let name = case.kernel.bindings()[o].name;
         for (i, (c, g)) in cpu.iter().zip(gpu).enumerate() {
             // Equal bits cover indices and places that stay poisoned.
-            let close = (f64::from(*c) - f64::from(*g)).abs() <= 2.0 * (entry.tolerance.absolute + entry.tolerance.relative * f64::from(c.abs()));
+            let close =
+                (f64::from(*c) - f64::from(*g)).abs() <= 2.0 * (entry.tolerance.absolute + entry.tolerance.relative * f64::from(c.abs()));
             assert!(
                 c.to_bits() == g.to_bits() || (c.is_nan() && g.is_nan()) || (close && g.is_finite()),
                 "{} {} seed {seed}: {name}[{i}] is {c} on the CPU, {g} on the GPU",

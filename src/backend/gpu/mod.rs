@@ -76,10 +76,7 @@ impl GpuBackend {
         Ok(Self {
             info,
             class: if is_software { AdapterClass::Software } else { AdapterClass::Hardware },
-            limits: Limits {
-                max_buffer_bytes: summary.limits.max_buffer_bytes,
-                max_binding_bytes: summary.limits.max_binding_bytes,
-            },
+            limits: Limits { max_buffer_bytes: summary.limits.max_buffer_bytes, max_binding_bytes: summary.limits.max_binding_bytes },
             adapter: summary,
             health,
             device,
@@ -102,8 +99,8 @@ impl GpuBackend {
     #[doc(hidden)]
     pub fn destroy_device(&self) {
         self.device.destroy();
-        // The loss is told by the next poll.
-        let _ = self.device.poll(wgpu::PollType::Poll);
+        // wgpu tells of it once the queue is empty.
+        let _ = self.device.poll(wgpu::PollType::Wait { submission_index: None, timeout: Some(Duration::from_secs(10)) });
     }
 
     fn words(&self, span: Span) -> Result<Words> {
@@ -231,7 +228,12 @@ impl Backend for GpuBackend {
         let mut words = Vec::with_capacity(operands.len());
         for (i, (binding, span)) in bindings.iter().zip(operands).enumerate() {
             let place = self.words(*span).with_context(|| format!("{name}: {}", binding.name))?;
-            ensure!(span.offset.is_multiple_of(ALIGN), "{name}: {} starts at word {}, not at a multiple of {ALIGN}", binding.name, span.offset);
+            ensure!(
+                span.offset.is_multiple_of(ALIGN),
+                "{name}: {} starts at word {}, not at a multiple of {ALIGN}",
+                binding.name,
+                span.offset
+            );
             let (bytes, most) = (span.len as u64 * 4, self.limits.max_binding_bytes);
             ensure!(
                 bytes <= most,
@@ -242,11 +244,17 @@ impl Backend for GpuBackend {
                 mib(most)
             );
             // wgpu tracks use by whole buffers: one cannot be read and written in the same launch, even where the spans are apart.
-            let other = bindings.iter().zip(operands).take(i).find(|(b, s)| {
-                s.buffer == span.buffer && (b.access == Access::ReadWrite || binding.access == Access::ReadWrite)
-            });
+            let other = bindings
+                .iter()
+                .zip(operands)
+                .take(i)
+                .find(|(b, s)| s.buffer == span.buffer && (b.access == Access::ReadWrite || binding.access == Access::ReadWrite));
             if let Some((other, _)) = other {
-                anyhow::bail!("{name}: {} and {} lie in one buffer, and one of them is written; give them buffers of their own", other.name, binding.name);
+                anyhow::bail!(
+                    "{name}: {} and {} lie in one buffer, and one of them is written; give them buffers of their own",
+                    other.name,
+                    binding.name
+                );
             }
             words.push(place);
         }

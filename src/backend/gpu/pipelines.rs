@@ -58,10 +58,8 @@ impl Pipelines {
         let most = device.limits().max_storage_buffers_per_shader_stage as usize;
         ensure!(bindings.len() <= most, "shader {name} binds {} buffers, max_storage_buffers_per_shader_stage is {most}", bindings.len());
         let layout = self.layout(device, bindings);
-        let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
-            label: Some(name),
-            source: wgpu::ShaderSource::Wgsl(text.into()),
-        });
+        let module =
+            device.create_shader_module(wgpu::ShaderModuleDescriptor { label: Some(name), source: wgpu::ShaderSource::Wgsl(text.into()) });
         let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(name),
             layout: Some(&self.layouts[layout].pipeline),

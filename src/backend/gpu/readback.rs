@@ -72,7 +72,13 @@ impl Pending {
     }
 
     /// Asks for the mapping, after the submit.
-    pub(super) fn submitted(self, device: &wgpu::Device, health: &Arc<Health>, index: wgpu::SubmissionIndex, memory: Vec<f32>) -> GpuReadback {
+    pub(super) fn submitted(
+        self,
+        device: &wgpu::Device,
+        health: &Arc<Health>,
+        index: wgpu::SubmissionIndex,
+        memory: Vec<f32>,
+    ) -> GpuReadback {
         let (tell, told) = bounded(1);
         self.buffer.map_async(wgpu::MapMode::Read, 0..self.bytes, move |mapped| {
             // Nobody listens where the handle was dropped.
