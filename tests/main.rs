@@ -3,5 +3,6 @@
 mod alloc_count;
 mod collectives;
 mod data;
+mod gpu_smoke;
 mod observe;
 mod store;
