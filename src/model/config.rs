@@ -87,7 +87,8 @@ impl ModelConfig {
         Ok(())
     }
 
-    pub(super) fn n_outputs(&self) -> usize {
+    /// Classes or numbers that come out.
+    pub fn n_outputs(&self) -> usize {
         match self.output {
             Output::Classes { n_classes } => n_classes,
             Output::Values { n_outputs } => n_outputs,

@@ -7,6 +7,7 @@
 //! What must not be here: what a checkpoint means (which tensors, which state: the caller says), printing, any floor above this one.
 
 pub mod checkpoint;
+pub mod config;
 mod error;
 pub mod run_folder;
 pub mod storage;

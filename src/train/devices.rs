@@ -188,7 +188,9 @@ impl Resolved {
 /// # Errors
 /// [`DeviceError::NoAdapter`], with the adapters that exist; what `adapters` returns.
 pub fn resolve(
-    devices: &Devices, adapters: impl FnOnce() -> anyhow::Result<Vec<AdapterSummary>>, n_cores: usize,
+    devices: &Devices,
+    adapters: impl FnOnce() -> anyhow::Result<Vec<AdapterSummary>>,
+    n_cores: usize,
 ) -> anyhow::Result<(Vec<Resolved>, Vec<String>)> {
     let n_cores = n_cores.max(1);
     let cores = if n_cores == 1 { "1 core".to_owned() } else { format!("{n_cores} cores") };

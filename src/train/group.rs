@@ -76,7 +76,9 @@ pub struct RankStep {
 
 /// A step or an evaluation that ran into something not finite; no replica was changed by it.
 #[derive(Debug, thiserror::Error)]
-#[error("the {what} at step {step} is not finite ({who}); nothing was updated: lower --lr, set --clip-norm, or look for extreme values in the data")]
+#[error(
+    "the {what} at step {step} is not finite ({who}); nothing was updated: lower --lr, set --clip-norm, or look for extreme values in the data"
+)]
 pub struct NonFinite {
     pub step: u64,
     pub what: &'static str,
@@ -115,7 +117,10 @@ impl Group {
             let (kind, wrap, group) = (device.kind.clone(), wrap.cloned(), spec.clone());
             let body = move || {
                 let backend = match open_device(&kind) {
-                    Ok(backend) => wrap.map_or_else(|| backend, |wrap| wrap(rank, backend)),
+                    Ok(backend) => match wrap {
+                        Some(wrap) => wrap(rank, backend),
+                        None => backend,
+                    },
                     Err(e) => {
                         let _ = outbox.send(Err(e));
                         return;
@@ -131,7 +136,8 @@ impl Group {
             };
             let thread = std::thread::Builder::new().name(format!("carrousel-{}", device.spec)).spawn(body);
             let thread = thread.with_context(|| format!("cannot start the thread of {}", device.spec))?;
-            let mut member = Member { name: device.spec.clone(), info: DeviceInfo::default(), commands: Some(commands), answers, thread: Some(thread) };
+            let mut member =
+                Member { name: device.spec.clone(), info: DeviceInfo::default(), commands: Some(commands), answers, thread: Some(thread) };
             let Answer::Open(info) = member.answer()? else { bail!("{} answered out of order", member.name) };
             member.info = info;
             members.push(member);
@@ -187,7 +193,13 @@ impl Group {
     ///
     /// # Errors
     /// [`NonFinite`], after which all replicas stand as before; or a worker's.
-    pub fn step(&mut self, batch: &Arc<Batch>, shares: &[Range<usize>], carried: Option<&mut Carried>, numbers: StepNumbers) -> Result<Stepped> {
+    pub fn step(
+        &mut self,
+        batch: &Arc<Batch>,
+        shares: &[Range<usize>],
+        carried: Option<&mut Carried>,
+        numbers: StepNumbers,
+    ) -> Result<Stepped> {
         let scale = (1.0 / numbers.divisor) as f32;
         let generation = 0;
         for (member, rows) in self.members.iter_mut().zip(shares) {
@@ -243,7 +255,13 @@ impl Group {
     ///
     /// # Errors
     /// A worker's; a loss that is not finite.
-    pub fn evaluate(&mut self, batch: &Arc<Batch>, shares: &[Range<usize>], carried: Option<&mut Carried>, wants_outputs: bool) -> Result<(f64, Vec<f32>)> {
+    pub fn evaluate(
+        &mut self,
+        batch: &Arc<Batch>,
+        shares: &[Range<usize>],
+        carried: Option<&mut Carried>,
+        wants_outputs: bool,
+    ) -> Result<(f64, Vec<f32>)> {
         for (member, rows) in self.members.iter_mut().zip(shares) {
             member.tell(Command::Evaluate(EvaluateWork {
                 batch: Arc::clone(batch),

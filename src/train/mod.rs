@@ -4,8 +4,12 @@
 //! device, and beside it a [`ring`] thread carries its gradients. A step is [`commit`]ted on all ranks or on none.
 
 pub mod commit;
-pub mod config;
 pub mod devices;
 pub mod group;
 pub mod ring;
 pub mod worker;
+pub mod balance;
+pub mod run;
+pub mod profile;
+
+pub use run::{Outcome, RunOptions, run};

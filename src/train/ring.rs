@@ -10,8 +10,8 @@ use anyhow::{Context, Result};
 use crossbeam::channel::{Receiver, Sender, bounded};
 
 use crate::backend::Readback;
-use crate::comm::plan::owned_segment;
 use crate::comm::Communicator;
+use crate::comm::plan::owned_segment;
 use crate::kernels::reduce::block_squares;
 use crate::pool::CpuContext;
 use crate::shape::BLOCK;
@@ -76,7 +76,8 @@ impl Ring {
         let name = format!("carrousel-ring-{}", comm.rank());
         let ctx = CpuContext::new(1)?;
         let worker = RingThread { comm, update, ctx, deadline, sums: Vec::new(), squares: Vec::new(), time: Duration::ZERO };
-        let thread = std::thread::Builder::new().name(name).spawn(move || worker.serve(&inbox, &outbox)).context("cannot start a ring thread")?;
+        let thread =
+            std::thread::Builder::new().name(name).spawn(move || worker.serve(&inbox, &outbox)).context("cannot start a ring thread")?;
         Ok(Self { jobs: Some(jobs), done, deadline, thread: Some(thread) })
     }
 
@@ -212,7 +213,9 @@ impl RingThread {
             let header_len = u32::from_le_bytes(word(0)) as usize;
             headers.push(told.get(8..8 + header_len).context("a rank told less than its header")?.to_vec());
             let numbers = (8 + header_len..told.len()).step_by(12);
-            blocks.extend(numbers.map(|at| (u32::from_le_bytes(word(at)), u32::from_le_bytes(word(at + 4)), f32::from_le_bytes(word(at + 8)))));
+            blocks.extend(
+                numbers.map(|at| (u32::from_le_bytes(word(at)), u32::from_le_bytes(word(at + 4)), f32::from_le_bytes(word(at + 8)))),
+            );
         }
         // In the order of the address space, whoever summed them.
         blocks.sort_unstable_by_key(|&(bucket, block, _)| (bucket, block));

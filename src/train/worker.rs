@@ -11,13 +11,14 @@ use anyhow::{Context, Result, ensure};
 use crossbeam::channel::{Receiver, Sender};
 
 use super::ring::{Ring, Sums, Update, norm_of};
-use crate::backend::{Backend, BufferId, DeviceInfo, Span, read_now};
+use crate::backend::{Backend, BufferId, DeviceInfo, Span};
 use crate::comm::plan::owned_segment;
-use crate::data::{Batch, Input, Target};
+use crate::data::Batch;
+use crate::infer::session::{pass_forward, share_of};
 use crate::kernels::reduce::BlockSquares;
-use crate::model::config::{ModelConfig, Output};
+use crate::model::config::ModelConfig;
 use crate::model::state::Carried;
-use crate::model::{MAX_PARTS, Model, Pass, Share, Words, read_buckets, write_buckets};
+use crate::model::{MAX_PARTS, Model, Pass, read_buckets, write_buckets};
 use crate::optim::OptimizerConfig;
 use crate::rng::StepKey;
 use crate::shape::{ALIGN, BLOCK, round_up, split_even};
@@ -154,7 +155,13 @@ struct Worker {
 }
 
 /// Runs a worker until its commands end. The first answer is [`Answer::Ready`]; an error ends the worker after it is told.
-pub fn serve(spec: WorkerSpec, backend: Box<dyn Backend>, ring: Option<Ring>, commands: &Receiver<Command>, answers: &Sender<Result<Answer>>) {
+pub fn serve(
+    spec: WorkerSpec,
+    backend: Box<dyn Backend>,
+    ring: Option<Ring>,
+    commands: &Receiver<Command>,
+    answers: &Sender<Result<Answer>>,
+) {
     let mut worker = match Worker::new(spec, backend, ring) {
         Ok(worker) => worker,
         Err(e) => {
@@ -280,7 +287,8 @@ impl Worker {
         if work.wants_state && n_parts == 1 && !work.rows.is_empty() {
             spans.extend(self.model.final_state(work.batch.n_steps, work.rows.len()));
         }
-        let n_squares: usize = if self.squares.is_some() { spans[2..].iter().take(self.model.grads().len()).map(|s| s.len).sum() } else { 0 };
+        let n_squares: usize =
+            if self.squares.is_some() { spans[2..].iter().take(self.model.grads().len()).map(|s| s.len).sum() } else { 0 };
         let tail = backend.read(&spans, std::mem::take(&mut self.tail))?;
         backend.submit()?;
         let words = tail.wait(self.spec.deadline)?;
@@ -389,29 +397,10 @@ impl Worker {
         if work.rows.is_empty() {
             return Ok(EvaluateAnswer { loss: 0.0, non_finite: false, state: Vec::new(), outputs: Vec::new() });
         }
-        self.model.lower_flags(backend)?;
         let batch = work.batch.rows(work.rows.clone());
-        let share = share_of(&batch, work.state.as_deref(), 0.0);
-        let pass = Pass { dropout: None, gradients: false, part: 0 };
-        self.model.run(backend, &share, pass, &mut |_, _, _| Ok(()))?;
-        let mut spans = vec![self.model.loss(1), self.model.flag()];
-        let state = if work.wants_state { self.model.final_state(batch.n_steps, batch.n_rows) } else { Vec::new() };
-        let n_state: usize = state.iter().map(|s| s.len).sum();
-        spans.extend(state);
-        let words = backend.read(&spans, std::mem::take(&mut self.tail))?.wait(self.spec.deadline)?;
-        let (loss, flag, state) = (f64::from(words[0]), words[1].to_bits() != 0, words[2..2 + n_state].to_vec());
-        self.tail = words;
-        let mut outputs = Vec::new();
-        if work.wants_outputs {
-            let (span, stride) = self.model.outputs(batch.n_steps, batch.n_rows);
-            let padded = read_now(backend, span, self.spec.deadline)?;
-            let n = match self.spec.model.output {
-                Output::Classes { n_classes } => n_classes,
-                Output::Values { n_outputs } => n_outputs,
-            };
-            outputs.extend(padded.chunks_exact(stride).flat_map(|row| row[..n].iter().copied()));
-        }
-        Ok(EvaluateAnswer { loss, non_finite: flag || !loss.is_finite(), state, outputs })
+        let wants = [work.wants_state, work.wants_outputs];
+        let passed = pass_forward(backend, &mut self.model, &batch, work.state.as_deref(), wants)?;
+        Ok(EvaluateAnswer { loss: passed.loss, non_finite: passed.non_finite, state: passed.state, outputs: passed.outputs })
     }
 }
 
@@ -421,25 +410,5 @@ fn with_spare(states: &[Span], spare: Span) -> [Span; 2] {
         [m, v] => [m, v],
         [v] => [spare, v],
         _ => [spare, spare],
-    }
-}
-
-/// A batch as the model takes it.
-pub(crate) fn share_of<'a>(batch: &'a Batch, state: Option<&'a [f32]>, scale: f32) -> Share<'a> {
-    Share {
-        n_steps: batch.n_steps,
-        n_rows: batch.n_rows,
-        input: match &batch.input {
-            Input::Tokens(tokens) => Words::Tokens(tokens),
-            Input::Values { values, .. } => Words::Values(values),
-        },
-        targets: Some(match &batch.target {
-            Target::Tokens(tokens) => Words::Tokens(tokens),
-            Target::Values { values, .. } => Words::Values(values),
-        }),
-        weights: &batch.weights,
-        streams: &batch.streams,
-        state,
-        scale,
     }
 }

@@ -2,6 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::run_folder::Select;
+use crate::data::series::{Missing, Relative};
+use crate::data::split::Split;
+use crate::data::text::Encoding;
+use crate::data::vocab::Level;
 use crate::model::init::Init;
 use crate::optim::OptimizerConfig;
 use crate::optim::schedule::ScheduleKind;
@@ -26,15 +31,6 @@ impl Task {
     }
 }
 
-/// What a token of a text is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Level {
-    Byte,
-    Char,
-    Word,
-}
-
 /// How a loss over time is divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -45,14 +41,6 @@ pub enum LossReduction {
     SumOverTime,
 }
 
-/// Which checkpoint `evaluate` and the like read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Select {
-    Best,
-    Last,
-}
-
 /// Everything a run depends on. Only devices, balance, epochs, max_steps, log_every, eval_every and checkpoint_every may differ on resume.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -60,8 +48,8 @@ pub struct RunConfig {
     pub task: Task,
     /// Files, globs, folders or `-`; empty: the built-in example.
     pub data: Vec<String>,
-    pub encoding: String,
-    pub split: [f64; 3],
+    pub encoding: Encoding,
+    pub split: Split,
     pub level: Level,
     /// Most words kept at word level.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -69,12 +57,12 @@ pub struct RunConfig {
     /// Columns to forecast and columns to read; empty: found by themselves.
     pub target: Vec<String>,
     pub features: Vec<String>,
-    /// `fill` or `refuse`.
-    pub missing: String,
-    /// `auto`, `last` or `none`: whether windows are taken relative to their last value.
-    pub relative: String,
+    pub missing: Missing,
+    pub relative: Relative,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub season: Option<usize>,
+    /// Adds sine and cosine of the season's phase to the inputs.
+    pub calendar: bool,
     pub layers: usize,
     pub hidden: usize,
     /// Columns of the embedding, for tokens.
