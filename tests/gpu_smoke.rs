@@ -7,6 +7,7 @@ use carrousel::backend::gpu::GpuBackend;
 use carrousel::backend::gpu::adapters::{self, NoSuchAdapter};
 use carrousel::backend::{Backend, DeviceError, read_now};
 use carrousel::kernels::elementwise::{Add, Scale};
+use carrousel::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
 use carrousel::kernels::{self, Case, Entry, Fill};
 use carrousel::rng::{Purpose, StepKey, Stream};
 
@@ -192,4 +193,36 @@ fn a_buffer_that_is_read_and_written_in_one_launch_is_refused_by_name() {
     // The refusal leaves the device as it was.
     gpu.launch(&Scale { len: 64, offset: 0, a: 1.0 }, &[b]).unwrap();
     assert_eq!(read_now(&mut gpu, b, PATIENCE).unwrap(), [0.0; 64]);
+}
+
+#[test]
+fn a_value_that_is_not_finite_raises_the_flag_unless_its_row_is_not_scored() {
+    let Some(mut gpu) = gpu() else { return };
+    let mut cpu = CpuBackend::new(1).unwrap();
+    for (bad, bad_row, raised) in [(f32::NAN, 1, 1), (f32::INFINITY, 1, 1), (f32::NEG_INFINITY, 0, 1), (f32::NAN, 2, 0), (0.5, 1, 0)] {
+        let (n_rows, n, row_stride) = (3, 5, 8);
+        let mut values: Vec<f32> = (0..24).map(|i| (i as f32 * 0.37).sin()).collect();
+        values[bad_row * 8 + 3] = bad;
+        let softmax = SoftmaxCrossEntropy { n_rows, n_classes: n, row_stride, scale: 0.5, gradient: 1 };
+        let squared = SquaredError { n_rows, n_outputs: n, row_stride, scale: 0.5, gradient: 1 };
+        let targets = [0u32, 4, 2].map(f32::from_bits).to_vec();
+        let weights: Vec<f32> = (0..15).map(|i| if i < 10 { 1.0 } else { 0.0 }).collect();
+        let of_rows = vec![1.0, 2.0, 0.0];
+        let (nothing, flags) = (vec![f32::NAN; 3], vec![0.0]);
+        let both: [(Box<dyn kernels::Kernel>, _); 2] = [
+            (Box::new(softmax), vec![values.clone(), targets, of_rows, nothing.clone(), flags.clone()]),
+            (Box::new(squared), vec![values.clone(), vec![0.25; 15], weights, nothing, flags]),
+        ];
+        for (kernel, inputs) in both {
+            let case = Case { label: format!("{bad} in row {bad_row}"), kernel, operands: Vec::new(), flop: 0 };
+            let (on_cpu, on_gpu) = (outcome(&mut cpu, &case, &inputs), outcome(&mut gpu, &case, &inputs));
+            for words in [&on_cpu, &on_gpu] {
+                assert_eq!(words[4][0].to_bits(), raised, "{} {}", case.kernel.name(), case.label);
+                assert_eq!((words[3][2], &words[0][16..21]), (0.0, &[0.0; 5][..]), "{} {}", case.kernel.name(), case.label);
+            }
+            if raised == 1 && case.kernel.name() == "softmax_cross_entropy" {
+                assert!(on_cpu[3][bad_row].is_nan() && on_gpu[3][bad_row].is_nan(), "{}", case.label);
+            }
+        }
+    }
 }
