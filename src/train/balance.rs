@@ -74,7 +74,9 @@ impl Balance {
             return false;
         }
         let n_rows = shares.iter().map(Range::len).sum();
-        let longest = |shares: &[Range<usize>]| shares.iter().zip(&self.speeds).map(|(rows, speed)| rows.len() as f64 / speed.max(1e-9)).fold(0.0, f64::max);
+        let longest = |shares: &[Range<usize>]| {
+            shares.iter().zip(&self.speeds).map(|(rows, speed)| rows.len() as f64 / speed.max(1e-9)).fold(0.0, f64::max)
+        };
         let better = largest_remainder(&self.speeds, n_rows);
         if longest(shares) < GAIN * longest(&better) {
             return false;

@@ -3,6 +3,7 @@
 
 use std::num::NonZeroUsize;
 
+use crate::backend::gpu::{self, adapters::AdapterKind};
 use anyhow::Context;
 use thiserror::Error;
 
@@ -451,4 +452,19 @@ mod tests {
             assert!(error.contains(part), "{text}: {error}");
         }
     }
+}
+
+/// The adapters of this machine as [`resolve`] takes them.
+///
+/// # Errors
+/// What the graphics drivers report.
+pub fn adapters() -> anyhow::Result<Vec<AdapterSummary>> {
+    let class = |kind| match kind {
+        AdapterKind::Discrete => AdapterClass::Discrete,
+        AdapterKind::Integrated => AdapterClass::Integrated,
+        AdapterKind::Virtual => AdapterClass::Virtual,
+        AdapterKind::Software => AdapterClass::Software,
+        _ => AdapterClass::Unknown,
+    };
+    Ok(gpu::adapters::list()?.into_iter().map(|a| AdapterSummary { name: a.name, class: class(a.kind) }).collect())
 }

@@ -23,8 +23,8 @@ use crate::model::init::initial;
 use crate::model::state::Carried;
 use crate::observe::plot::{self, ForecastPlot, Series as Curve, Times};
 use crate::observe::sinks::{Metrics, losses, truncate_to};
-use crate::observe::table::Table;
-use crate::observe::{Bus, CheckpointKind, Event, Level, RunInfo, format};
+
+use crate::observe::{Bus, CheckpointKind, Event, Level, RunInfo, Table, format};
 use crate::optim::schedule::{Plateau, Schedule, ScheduleKind};
 use crate::rng::StepKey;
 use crate::shape::pad_units;
@@ -183,7 +183,8 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
             group.load(params, states)?;
         }
         None => {
-            folder.write_file(CONFIG, toml::to_string_pretty(&config).context("the configuration cannot be written as TOML")?.as_bytes())?;
+            folder
+                .write_file(CONFIG, toml::to_string_pretty(&config).context("the configuration cannot be written as TOML")?.as_bytes())?;
             folder.write_file(DATA_FILE, serde_json::to_string(&spec)?.as_bytes())?;
             let params = initial(&model, group.table(), config.init, config.gate_bias, config.seed);
             let zeros: Tensors = group.table().tensors().iter().map(|t| vec![0.0; t.layout.torch_len()]).collect();
@@ -237,7 +238,8 @@ fn continued(asked: RunConfig, recorded: RunConfig) -> Result<RunConfig> {
     if merged != kept {
         let (a, b) = (serde_json::to_value(&merged)?, serde_json::to_value(&kept)?);
         let keys = a.as_object().into_iter().flatten().filter(|(k, v)| b.get(k.as_str()) != Some(*v));
-        let list: Vec<String> = keys.map(|(k, v)| format!("--{} {v} (recorded: {})", k.replace('_', "-"), b.get(k).unwrap_or(&Value::Null))).collect();
+        let list: Vec<String> =
+            keys.map(|(k, v)| format!("--{} {v} (recorded: {})", k.replace('_', "-"), b.get(k).unwrap_or(&Value::Null))).collect();
         if !list.is_empty() {
             return Err(UsageError(format!(
                 "a resumed run keeps its configuration, but {} differ: leave them out, or start another run with another --out",
@@ -285,10 +287,13 @@ fn restore(
     config: &RunConfig,
     bus: &mut Bus,
 ) -> Result<(Tensors, Vec<Tensors>)> {
-    let recorded: Position = serde_json::from_value(checkpoint.meta["position"].clone()).context("the checkpoint's position is not of this version")?;
+    let recorded: Position =
+        serde_json::from_value(checkpoint.meta["position"].clone()).context("the checkpoint's position is not of this version")?;
     let fresh = std::mem::replace(position, recorded);
     if position.devices == fresh.devices && position.kinds != fresh.kinds {
-        bus.warn("an adapter, a driver or an instruction set has changed since the checkpoint: the run goes on, but not with the same bits");
+        bus.warn(
+            "an adapter, a driver or an instruction set has changed since the checkpoint: the run goes on, but not with the same bits",
+        );
     }
     if position.devices != fresh.devices || position.balance.follows() != fresh.balance.follows() || !fresh.balance.follows() {
         position.balance = fresh.balance;
@@ -296,7 +301,8 @@ fn restore(
     (position.devices, position.kinds) = (fresh.devices, fresh.kinds);
     position.finished = false;
     let tensors = group.table().tensors();
-    let mut take = |prefix: &str| tensors.iter().map(|t| checkpoint.take(&format!("{prefix}{}", t.name), &t.shape)).collect::<Result<Tensors, _>>();
+    let mut take =
+        |prefix: &str| tensors.iter().map(|t| checkpoint.take(&format!("{prefix}{}", t.name), &t.shape)).collect::<Result<Tensors, _>>();
     let params = take("")?;
     let names = config.optimizer.states();
     let states = names.iter().map(|name| take(&format!("optimizer.{name}."))).collect::<Result<Vec<_>, _>>()?;
@@ -389,7 +395,10 @@ impl Trainer<'_> {
             return error;
         }
         match self.folder.last() {
-            Some(entry) => error.context(format!("training stopped; the last good checkpoint is {}", self.folder.path().join("checkpoints").join(&entry.file).display())),
+            Some(entry) => error.context(format!(
+                "training stopped; the last good checkpoint is {}",
+                self.folder.path().join("checkpoints").join(&entry.file).display()
+            )),
             None => error.context("training stopped before the first checkpoint"),
         }
     }
@@ -583,7 +592,7 @@ impl Trainer<'_> {
             let share = total.rows as f64 / all.max(1) as f64;
             self.bus.send(&Event::Device {
                 step: self.position.step,
-                rank,
+                rank: rank as u64,
                 name,
                 share,
                 loss: total.last.loss,
@@ -599,7 +608,8 @@ impl Trainer<'_> {
         let mut drawn = Vec::new();
         let dir = self.folder.path().to_owned();
         let curve = losses(&dir.join(METRICS)).and_then(|losses| {
-            let series = [Curve { name: "training".into(), points: losses.train }, Curve { name: "validation".into(), points: losses.valid }];
+            let series =
+                [Curve { name: "training".into(), points: losses.train }, Curve { name: "validation".into(), points: losses.valid }];
             let label = if self.config.task == Task::Lm { "loss, nats a token" } else { "squared error, normalised" };
             plot::loss_curve(&dir.join("loss"), &series, "Loss", label)
         });
@@ -640,7 +650,11 @@ impl Trainer<'_> {
         let mut table = Table::new(format!("Run {}", summary["status"].as_str().unwrap_or(""))).pairs(unit, losses);
         if let Some(evaluation) = evaluation.filter(|e| e.forecast.is_some()) {
             let rows = evaluation.rmse().into_iter().map(|(name, rmse)| vec![name, format::number(rmse, 4)]).collect();
-            table = table.columns(format!("Error on the test part, {} steps ahead", self.config.horizon), &["forecast", "RMSE, the data's unit"], rows);
+            table = table.columns(
+                format!("Error on the test part, {} steps ahead", self.config.horizon),
+                &["forecast", "RMSE, the data's unit"],
+                rows,
+            );
         }
         let rate = summary["tokens_per_second"].as_f64().unwrap_or(0.0);
         let all: u64 = self.ranks.iter().map(|r| r.rows).sum();
