@@ -5,4 +5,6 @@ mod collectives;
 mod data;
 mod gpu_smoke;
 mod observe;
+mod runs;
 mod store;
+mod training;

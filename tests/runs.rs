@@ -1,0 +1,121 @@
+//! What tests of whole runs share: small configurations, text, a bus that keeps events.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use carrousel::data::series::{Missing, Relative};
+use carrousel::data::split::Split;
+use carrousel::data::text::Encoding;
+use carrousel::data::vocab::Level;
+use carrousel::model::init::Init;
+use carrousel::observe::{Bus, Event, Sink};
+use carrousel::optim::schedule::ScheduleKind;
+use carrousel::optim::{OptimizerConfig, Rule};
+use carrousel::store::Select;
+use carrousel::store::config::{LossReduction, RunConfig, Task};
+use carrousel::train::{Outcome, RunOptions, run};
+
+/// A small configuration; tests change what they are about.
+pub fn config(task: Task, data: &[&Path]) -> RunConfig {
+    RunConfig {
+        task,
+        data: data.iter().map(|p| p.display().to_string()).collect(),
+        encoding: Encoding::Utf8,
+        split: Split::default(),
+        level: Level::Char,
+        vocab: None,
+        target: Vec::new(),
+        features: Vec::new(),
+        missing: Missing::Fill,
+        relative: Relative::Auto,
+        season: None,
+        calendar: false,
+        layers: 1,
+        hidden: 16,
+        embedding: 16,
+        tied: false,
+        dropout: 0.0,
+        no_bias: false,
+        init: Init::Torch,
+        gate_bias: None,
+        seq_len: 12,
+        horizon: 3,
+        batch_size: 8,
+        eval_batch_size: 8,
+        epochs: None,
+        max_steps: Some(20),
+        optimizer: OptimizerConfig {
+            rule: Rule::Adam,
+            lr: 5e-3,
+            momentum: 0.0,
+            nesterov: false,
+            weight_decay: 0.0,
+            l1: 0.0,
+            clip_norm: 1.0,
+            clip_value: 0.0,
+        },
+        schedule: ScheduleKind::Constant,
+        warmup_steps: 0,
+        loss_reduction: LossReduction::Mean,
+        seed: 1,
+        devices: "cpu:1".into(),
+        balance: String::new(),
+        accumulate: 1,
+        select: Select::Last,
+        eval_every: 0,
+        log_every: 1,
+        checkpoint_every: 0,
+        keep: 2,
+        hash_every: 5,
+    }
+}
+
+struct Keep(Arc<Mutex<Vec<Event>>>);
+
+impl Sink for Keep {
+    fn name(&self) -> String {
+        "test".into()
+    }
+
+    fn event(&mut self, event: &Event) -> anyhow::Result<()> {
+        self.0.lock().unwrap().push(event.clone());
+        Ok(())
+    }
+}
+
+/// A run and the losses of its steps.
+pub struct Ran {
+    pub outcome: anyhow::Result<Outcome>,
+    pub losses: Vec<f64>,
+    pub events: Vec<Event>,
+}
+
+/// Runs in `out`, starting or resuming.
+pub fn train(config: &RunConfig, out: &Path, resume: bool) -> Ran {
+    train_with(config, RunOptions { out: out.to_owned(), resume, wrap: None }, &AtomicBool::new(false))
+}
+
+/// Runs with everything given.
+pub fn train_with(config: &RunConfig, options: RunOptions, stop: &AtomicBool) -> Ran {
+    let events = Arc::new(Mutex::new(Vec::new()));
+    let mut bus = Bus::new(vec![Box::new(Keep(Arc::clone(&events)))]);
+    let outcome = run(config.clone(), options, &mut bus, stop);
+    drop(bus);
+    let events = std::mem::take(&mut *events.lock().unwrap());
+    let losses = events.iter().filter_map(|e| if let Event::Step { loss, .. } = e { Some(*loss) } else { None }).collect();
+    Ran { outcome, losses, events }
+}
+
+/// A text with something to learn: words in a loose order, `n` characters.
+pub fn text(n: usize) -> String {
+    let words = ["the wheel ", "turns ", "and turns ", "again; ", "a ring ", "of rings, ", "slowly\n"];
+    let mut state = 12345u32;
+    let mut out = String::new();
+    while out.len() < n {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        out.push_str(words[(state >> 24) as usize % words.len()]);
+    }
+    out.truncate(n);
+    out
+}
