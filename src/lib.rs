@@ -1,6 +1,7 @@
 //! carrousel trains LSTM networks on every GPU of a machine at once, whatever its maker, and on the CPU where there is none.
 
 pub mod backend;
+pub mod cli;
 pub mod comm;
 pub mod data;
 pub mod infer;

@@ -1,1 +1,5 @@
-fn main() {}
+//! The command `carrousel`.
+
+fn main() -> std::process::ExitCode {
+    carrousel::cli::main()
+}

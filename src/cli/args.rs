@@ -1,0 +1,274 @@
+//! The commands and their flags, and nothing but what was typed: what it comes to is settled in `resolve`.
+
+use std::path::PathBuf;
+
+use clap::builder::PossibleValuesParser;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use super::resolve::{default_text, nearest};
+use super::typed::{RUN, Size, Typed};
+use crate::store::Which;
+use crate::train::profile::Workload;
+
+/// The whole command line.
+#[derive(Debug, Parser)]
+#[command(name = "carrousel", version, about, max_term_width = 120, arg_required_else_help = true, after_help = EXAMPLES)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    #[command(flatten)]
+    pub global: Global,
+}
+
+/// Flags of every command.
+#[derive(Clone, Copy, Debug, Args)]
+#[command(next_help_heading = "Output")]
+pub struct Global {
+    /// Write JSON lines to standard output, one object an event, the last one summary or error
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Report only warnings and errors on standard error
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Report more on standard error
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+}
+
+/// One variant a command.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train a network; without arguments: the built-in example, about a minute on two cores
+    #[command(after_help = TRAIN_EXAMPLES)]
+    Train(Box<TrainArgs>),
+    /// Measure the loss and the scores of a trained network
+    #[command(after_help = EVALUATE_EXAMPLES)]
+    Evaluate(EvaluateArgs),
+    /// Write text with a trained network
+    #[command(after_help = GENERATE_EXAMPLES)]
+    Generate(GenerateArgs),
+    /// Continue a series beyond the end of its data
+    #[command(after_help = FORECAST_EXAMPLES)]
+    Forecast(ForecastArgs),
+    /// List the graphics adapters that --devices gpu:INDEX can name
+    Devices,
+    /// Measure where the time goes
+    #[command(subcommand)]
+    Profile(ProfileCommand),
+}
+
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    pub typed: Typed,
+    /// Continue the run in --out, or start it if there is no checkpoint yet
+    #[arg(long, help_heading = RUN)]
+    pub resume: bool,
+    /// Read options from a TOML file, whose keys are the flags' names with underscores; flags go before it
+    #[arg(long, value_name = "FILE", help_heading = RUN)]
+    pub config: Option<PathBuf>,
+}
+
+/// What every command on a trained network takes.
+#[derive(Debug, Args)]
+pub struct Trained {
+    /// The run folder
+    #[arg(long, value_name = "DIR")]
+    pub run: PathBuf,
+    /// Another checkpoint than the one that the run selected: best, last or a step
+    #[arg(long, value_name = "WHICH", default_value = "selected", hide_default_value = true)]
+    pub checkpoint: Which,
+    /// auto, or a comma list of cpu, cpu:THREADS, gpu:INDEX
+    #[arg(long, value_name = "LIST", default_value = "auto")]
+    pub devices: String,
+}
+
+#[derive(Debug, Args)]
+pub struct EvaluateArgs {
+    #[command(flatten)]
+    pub trained: Trained,
+    /// Data to measure on, may be repeated; by default the test part of the run's own
+    #[arg(long, value_name = "PATH")]
+    pub data: Vec<String>,
+    /// Streams of a text or windows of a series at a time; by default as in training; 1 is one stream, as papers do
+    #[arg(long, value_name = "N")]
+    pub eval_batch_size: Option<Size>,
+}
+
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub trained: Trained,
+    /// Text to go on from
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true, allow_hyphen_values = true)]
+    pub prompt: String,
+    /// Tokens to write: bytes, characters or words
+    #[arg(long, value_name = "N", default_value = "500")]
+    pub length: Size,
+    /// Below 1 the likelier tokens become likelier still; 0 takes always the likeliest
+    #[arg(long, value_name = "X", default_value_t = 0.8, allow_negative_numbers = true)]
+    pub temperature: f64,
+    /// Choose among the K likeliest tokens only
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<Size>,
+    /// Seed of the choice: the same one gives the same text
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+}
+
+#[derive(Debug, Args)]
+pub struct ForecastArgs {
+    #[command(flatten)]
+    pub trained: Trained,
+    /// A newer file with the same columns; by default the run's own data
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<String>,
+    /// Write the values to a CSV file
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ProfileCommand {
+    /// Time training steps on made-up data
+    #[command(after_help = PROFILE_EXAMPLES)]
+    Step(Box<ProfileStepArgs>),
+}
+
+#[derive(Debug, Args)]
+pub struct ProfileStepArgs {
+    #[command(flatten)]
+    pub typed: Typed,
+    /// A fixed piece of work instead of a model of one's own: A series, B characters, C words, D large
+    #[arg(long, value_name = "LETTER", help_heading = RUN, ignore_case = true, value_parser = workloads())]
+    pub workload: Option<String>,
+    /// Steps that are timed, after the warm-up
+    #[arg(long, value_name = "N", help_heading = RUN, default_value = "20")]
+    pub steps: Size,
+}
+
+/// The letters of the pieces of work that there are.
+fn workloads() -> PossibleValuesParser {
+    PossibleValuesParser::new(["A", "B", "C", "D", "E"].into_iter().filter(|letter| Workload::named(letter).is_some()))
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  carrousel train
+  carrousel train --data book.txt --out runs/book
+  carrousel generate --run runs/book --prompt 'It was '
+  carrousel help train";
+
+const TRAIN_EXAMPLES: &str = "\
+Sizes may be written with K, M or G (1024). A flag goes before the same key of --config, and that before the default.
+
+Examples:
+  carrousel train                                               the built-in example
+  carrousel train --data book.txt --layers 2 --dropout 0.1      a text, character by character
+  carrousel train --data sales.csv --target units --horizon 14  a series, two weeks ahead
+  carrousel train --data book.txt --devices gpu:0,gpu:1,cpu:4   three workers in one ring
+  carrousel train --config book.toml --lr 1e-3                  options from a file, one changed
+  carrousel train --out runs/book --resume                      go on where a run was stopped";
+
+const EVALUATE_EXAMPLES: &str = "\
+Examples:
+  carrousel evaluate --run runs/book
+  carrousel evaluate --run runs/book --data other.txt --eval-batch-size 1 --json";
+
+const GENERATE_EXAMPLES: &str = "\
+Examples:
+  carrousel generate --run runs/book --prompt 'It was ' --length 1000
+  carrousel generate --run runs/book --temperature 1 --top-k 20 --seed 7";
+
+const FORECAST_EXAMPLES: &str = "\
+Examples:
+  carrousel forecast --run runs/sales
+  carrousel forecast --run runs/sales --data sales-until-today.csv --output next.csv";
+
+const PROFILE_EXAMPLES: &str = "\
+Examples:
+  carrousel profile step --workload B --devices cpu:2 --steps 50 --json
+  carrousel profile step --task lm --layers 2 --hidden 512 --devices gpu:0,cpu";
+
+/// The only keys that say something about one training step on made-up data.
+pub const PROFILED: &[&str] = &[
+    "task",
+    "level",
+    "vocab",
+    "target",
+    "features",
+    "layers",
+    "hidden",
+    "embedding",
+    "tied",
+    "dropout",
+    "no_bias",
+    "init",
+    "gate_bias",
+    "seq_len",
+    "horizon",
+    "batch_size",
+    "lr",
+    "optimizer",
+    "momentum",
+    "nesterov",
+    "weight_decay",
+    "l1",
+    "clip_norm",
+    "clip_value",
+    "devices",
+    "balance",
+    "accumulate",
+    "seed",
+];
+/// Flags of `profile step` that are no keys.
+const OF_PROFILE: &[&str] = &["workload", "steps", "json", "quiet", "verbose", "help"];
+
+/// The command line's description, with the defaults in its help.
+pub fn command() -> clap::Command {
+    let with_default = |arg: clap::Arg| match default_text(&arg.get_id().as_str().replace('-', "_")) {
+        Some(default) => {
+            let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
+            arg.help(format!("{help} [default: {default}]"))
+        }
+        None => arg,
+    };
+    let in_profile = |arg: clap::Arg| {
+        let id = arg.get_id().as_str();
+        if PROFILED.contains(&id) || OF_PROFILE.contains(&id) { with_default(arg) } else { arg.hide(true) }
+    };
+    Cli::command()
+        .mut_subcommand("train", |train| train.mut_args(with_default))
+        .mut_subcommand("profile", |profile| profile.mut_subcommand("step", |step| step.mut_args(in_profile)))
+}
+
+/// Reads the command line.
+///
+/// # Errors
+/// clap's, which may also be a help text. An unknown flag is answered with the nearest one, however far.
+pub fn parse(args: &[std::ffi::OsString]) -> Result<Cli, clap::Error> {
+    let mut command = command();
+    let parsed = command.try_get_matches_from_mut(args).and_then(|matches| Cli::from_arg_matches(&matches));
+    parsed.map_err(|mut error| {
+        if error.kind() == ErrorKind::UnknownArgument
+            && error.get(ContextKind::SuggestedArg).is_none()
+            && let Some(ContextValue::String(unknown)) = error.get(ContextKind::InvalidArg)
+            && unknown.starts_with("--")
+            && let Some(flag) = nearest_flag(&command, args, unknown)
+        {
+            error.insert(ContextKind::SuggestedArg, ContextValue::String(flag));
+        }
+        error
+    })
+}
+
+/// The flag most like `unknown` among those of the command that was typed.
+fn nearest_flag(command: &clap::Command, args: &[std::ffi::OsString], unknown: &str) -> Option<String> {
+    let mut typed = command;
+    for arg in args.iter().skip(1).filter_map(|arg| arg.to_str()) {
+        typed = typed.find_subcommand(arg).unwrap_or(typed);
+    }
+    let flags: Vec<&str> = typed.get_arguments().filter(|arg| !arg.is_hide_set()).filter_map(clap::Arg::get_long).collect();
+    nearest(unknown.trim_start_matches('-'), &flags).map(|flag| format!("--{flag}"))
+}

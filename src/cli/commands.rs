@@ -1,0 +1,230 @@
+//! What each command calls, with what it was given.
+
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::Context;
+use serde_json::{Map, Value, json};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use super::args::{EvaluateArgs, ForecastArgs, GenerateArgs, Global, PROFILED, ProfileStepArgs, TrainArgs, Trained};
+use super::resolve::{self, Layers};
+use super::{Done, INTERRUPTED, print, report};
+use crate::backend::gpu::adapters;
+use crate::backend::open;
+use crate::data::series::{Dated, Part};
+use crate::data::vocab::Level as TextLevel;
+use crate::infer::forecast as forecasts;
+use crate::infer::generate as texts;
+use crate::infer::session::Session;
+use crate::infer::task::Corpus;
+use crate::infer::{evaluate as evaluation, generate::GenerateOptions};
+use crate::model::config::{Input, ModelConfig, Output};
+use crate::observe::{Bus, Level};
+use crate::store::config::{RunConfig, Task};
+use crate::store::{RunFolder, default_run_path};
+use crate::train::devices::{self, DeviceKind};
+use crate::train::profile::{self, Workload};
+use crate::train::run::{RunOptions, UsageError, run};
+
+pub fn train(args: &TrainArgs, bus: &mut Bus) -> anyhow::Result<Done> {
+    let layers = Layers::new(&args.typed, args.config.as_deref())?;
+    let out = layers.out().map(PathBuf::from);
+    let layers = match (&out, args.resume) {
+        (None, true) => return Err(UsageError("--resume needs --out: name the folder of the run to continue".to_owned()).into()),
+        (Some(out), true) => layers.resumed(out)?,
+        (_, false) => layers,
+    };
+    let config = resolve::resolve(&layers)?;
+    let out = out.unwrap_or_else(|| default_run_path(config.task.name()));
+    let stop = stop_at_signals().context("cannot listen for signals")?;
+    let outcome = run(config, RunOptions { out, resume: args.resume, wrap: None }, bus, &stop)?;
+    Ok(Done { interrupted: outcome.interrupted, summary: outcome.summary, tables: outcome.tables })
+}
+
+/// A flag that the first Ctrl-C or SIGTERM sets; the second one ends the process at once.
+fn stop_at_signals() -> io::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        // In this order: the first signal finds the flag unset and passes.
+        signal_hook::flag::register_conditional_shutdown(signal, i32::from(INTERRUPTED), Arc::clone(&stop))?;
+        signal_hook::flag::register(signal, Arc::clone(&stop))?;
+    }
+    Ok(stop)
+}
+
+fn hold(flag: &str, value: impl std::fmt::Display, fine: bool, allowed: &str) -> Result<(), UsageError> {
+    if fine { Ok(()) } else { Err(UsageError(format!("{flag} is {value}, but must be {allowed}"))) }
+}
+
+/// The trained network on its device. One device is enough to use it, so `auto` means the first that it finds.
+fn session(trained: &Trained, bus: &mut Bus) -> anyhow::Result<Session> {
+    let devices = devices::parse(&trained.devices)?;
+    if let Some(n) = devices.n_workers().filter(|&n| n > 1) {
+        return Err(UsageError(format!("--devices {} names {n} workers, but this command uses one", trained.devices)).into());
+    }
+    // Looked at before any device is, which takes longer.
+    RunFolder::read(&trained.run)?;
+    let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let (devices, reasons) = devices::resolve(&devices, devices::adapters, n_cores)?;
+    let device = devices.first().context("no device was found")?;
+    reasons.iter().for_each(|reason| bus.log(Level::Info, reason));
+    if devices.len() > 1 {
+        bus.log(Level::Info, &format!("this command uses one device: {}", device.spec));
+    }
+    let backend = match device.kind {
+        DeviceKind::Cpu { threads } => open::cpu(threads)?,
+        DeviceKind::Gpu { index } => open::gpu(index)?,
+    };
+    Session::open(&trained.run, trained.checkpoint, backend)
+}
+
+/// Refuses a run of the other task, naming the command for it.
+fn needs(session: &Session, trained: &Trained, task: Task, other: &str) -> Result<(), UsageError> {
+    let found = session.config.task;
+    if found == task {
+        return Ok(());
+    }
+    Err(UsageError(format!(
+        "{} holds a run of --task {}, this command needs one of --task {}; use {other}",
+        trained.run.display(),
+        found.name(),
+        task.name()
+    )))
+}
+
+/// What every summary of a trained network says of it.
+fn about(session: &Session) -> Map<String, Value> {
+    Map::from_iter([
+        ("task".to_owned(), json!(session.config.task)),
+        ("step".to_owned(), json!(session.step)),
+        ("device".to_owned(), json!(session.device())),
+    ])
+}
+
+pub fn evaluate(args: &EvaluateArgs, bus: &mut Bus) -> anyhow::Result<Done> {
+    if let Some(size) = args.eval_batch_size {
+        hold("--eval-batch-size", size.0, size.0 > 0, "at least 1")?;
+    }
+    let mut session = session(&args.trained, bus)?;
+    let mut config = session.config.clone();
+    config.eval_batch_size = args.eval_batch_size.map_or(config.eval_batch_size, |size| size.0);
+    let set = if args.data.is_empty() {
+        let set = Corpus::load(&config, Some(&session.spec))?.eval_set(&config, Part::Test)?;
+        set.ok_or_else(|| UsageError("the run's data has no test part; name what to measure on with --data".to_owned()))?
+    } else {
+        Corpus::load_other(&config, &args.data, &session.spec)?.eval_set(&config)?
+    };
+    let evaluation = evaluation::evaluate(&set, &mut session)?;
+    let mut summary = about(&session);
+    summary.insert("loss".to_owned(), json!(evaluation.loss));
+    summary.extend(evaluation.scores());
+    Ok(Done::new(summary.clone(), vec![report::scores("evaluate", &summary)]))
+}
+
+pub fn generate(args: &GenerateArgs, global: Global, bus: &mut Bus) -> anyhow::Result<Done> {
+    let top_k = args.top_k.map(|size| size.0);
+    hold("--length", args.length.0, args.length.0 > 0, "at least 1")?;
+    hold("--temperature", args.temperature, args.temperature.is_finite() && args.temperature >= 0.0, "a number of 0 or more")?;
+    hold("--top-k", top_k.unwrap_or_default(), top_k != Some(0), "at least 1")?;
+    let mut session = session(&args.trained, bus)?;
+    needs(&session, &args.trained, Task::Lm, "forecast")?;
+    let options =
+        GenerateOptions { prompt: args.prompt.clone(), length: args.length.0, temperature: args.temperature, top_k, seed: args.seed };
+    // The text may be long in coming, so it is shown as it comes. A reader that has gone away is found out at the end.
+    let mut printed = Ok(());
+    let mut show = |text: &str| {
+        if !global.json && printed.is_ok() {
+            printed = print(text);
+        }
+    };
+    let text = texts::generate(&mut session, &options, &mut show)?;
+    show("\n");
+    printed?;
+    let mut summary = about(&session);
+    summary.extend(text);
+    Ok(Done::new(summary, Vec::new()))
+}
+
+pub fn forecast(args: &ForecastArgs, bus: &mut Bus) -> anyhow::Result<Done> {
+    let mut session = session(&args.trained, bus)?;
+    needs(&session, &args.trained, Task::Forecast, "generate")?;
+    let data: Vec<String> = args.data.iter().cloned().collect();
+    let values = forecasts::forecast(&mut session, &data)?;
+    if let Some(path) = &args.output {
+        let file = File::create(path).map_err(|error| UsageError(format!("cannot write {}: {error}", path.display())))?;
+        write_csv(file, &values).with_context(|| format!("cannot write {}", path.display()))?;
+        bus.log(Level::Info, &format!("wrote {}", path.display()));
+    }
+    let mut summary = about(&session);
+    let rows = values.iter().map(|dated| json!({ "time": dated.time, "target": dated.target, "value": dated.value }));
+    summary.insert("values".to_owned(), rows.collect());
+    let table = report::values(&summary);
+    Ok(Done::new(summary, vec![table]))
+}
+
+fn write_csv(file: File, values: &[Dated]) -> anyhow::Result<()> {
+    let mut writer = csv::Writer::from_writer(file);
+    writer.write_record(["time", "target", "value"])?;
+    for dated in values {
+        writer.write_record([&dated.time, &dated.target, &dated.value.to_string()])?;
+    }
+    Ok(writer.flush()?)
+}
+
+pub fn devices() -> anyhow::Result<Done> {
+    let adapters = serde_json::to_value(adapters::list()?)?;
+    let table = report::adapters(&adapters);
+    Ok(Done::new(Map::from_iter([("adapters".to_owned(), adapters)]), vec![table]))
+}
+
+pub fn profile_step(args: &ProfileStepArgs) -> anyhow::Result<Done> {
+    let layers = Layers::new(&args.typed, None)?;
+    hold("--steps", args.steps.0, args.steps.0 > 0, "at least 1")?;
+    if let Some(key) = layers.given().find(|key| !PROFILED.contains(key)) {
+        return Err(UsageError(format!("{} means nothing for profile step, which trains on made-up data", layers.name(key))).into());
+    }
+    let free = ["devices", "balance", "accumulate", "seed"];
+    if let (Some(workload), Some(key)) = (&args.workload, layers.given().find(|key| !free.contains(key))) {
+        let problem = format!("{} cannot be used with --workload {workload}, whose model is fixed; give one of them", layers.name(key));
+        return Err(UsageError(problem).into());
+    }
+    let config = resolve::settle(&layers)?;
+    let named = args.workload.as_deref().and_then(|letter| Workload::named(&letter.to_ascii_uppercase()));
+    let workload = named.unwrap_or_else(|| workload(&config));
+    let summary = profile::profile_step(&workload, &config.devices, &config.balance, config.accumulate, args.steps.0)?;
+    Ok(Done::new(summary.clone(), vec![report::scores("profile step", &summary)]))
+}
+
+/// The step that a run of this configuration would take, on data as large as the task's usually are.
+fn workload(config: &RunConfig) -> Workload {
+    let (input, output) = match config.task {
+        Task::Lm => {
+            let usual = match config.level {
+                TextLevel::Byte => 256,
+                TextLevel::Char => 96,
+                TextLevel::Word => 10_000,
+            };
+            let vocabulary = config.vocab.unwrap_or(usual);
+            (Input::Tokens { vocabulary, width: config.embedding }, Output::Classes { n_classes: vocabulary })
+        }
+        Task::Forecast => {
+            let n_targets = config.target.len().max(1);
+            let n_features = n_targets + config.features.len();
+            (Input::Values { n_features }, Output::Values { n_outputs: n_targets * config.horizon })
+        }
+    };
+    let model = ModelConfig {
+        input,
+        output,
+        n_layers: config.layers,
+        hidden: config.hidden,
+        dropout: config.dropout,
+        bias: !config.no_bias,
+        tied: config.tied,
+    };
+    Workload { model, optimizer: config.optimizer, n_steps: config.seq_len, n_rows: config.batch_size, carries: config.task == Task::Lm }
+}

@@ -1,0 +1,508 @@
+//! From what was given to what is run: layers of options (flags, file, an earlier start of the run), defaults, and whether every number
+//! makes sense. Nothing is opened but the configuration file.
+
+use std::fmt::Display;
+use std::fs;
+use std::path::Path;
+
+use serde::Serialize;
+use toml::{Table, Value};
+
+use super::typed::{Size, Typed};
+use crate::data::series::{Missing, Relative};
+use crate::data::split::Split;
+use crate::data::text::Encoding;
+use crate::data::vocab::Level;
+use crate::model::init::Init;
+use crate::optim::schedule::ScheduleKind;
+use crate::optim::{OptimizerConfig, Rule};
+use crate::store::config::{LossReduction, RunConfig, Task};
+use crate::store::{Select, run_folder};
+use crate::train::devices;
+use crate::train::run::UsageError;
+
+/// What stands where nothing was given, one row a kind of work.
+struct Defaults {
+    split: Split,
+    calendar: bool,
+    layers: usize,
+    hidden: usize,
+    /// Columns of the embedding are as many as hidden units; without tokens there is none.
+    seq_len: usize,
+    horizon: usize,
+    batch_size: usize,
+    epochs: u64,
+    lr: f64,
+    select: Select,
+    log_every: u64,
+}
+
+const SPLIT: Split = Split { train: 0.85, valid: 0.05, test: 0.1 };
+
+/// Text by bytes or characters.
+const LETTERS: Defaults = Defaults {
+    split: SPLIT,
+    calendar: false,
+    layers: 2,
+    hidden: 128,
+    seq_len: 50,
+    horizon: 1,
+    batch_size: 50,
+    epochs: 10,
+    lr: 2e-3,
+    select: Select::Best,
+    log_every: 50,
+};
+
+/// Text by words.
+const WORDS: Defaults = Defaults { hidden: 200, seq_len: 35, batch_size: 20, ..LETTERS };
+
+/// A series.
+const SERIES: Defaults = Defaults {
+    split: SPLIT,
+    calendar: false,
+    layers: 1,
+    hidden: 64,
+    seq_len: 48,
+    horizon: 12,
+    batch_size: 32,
+    epochs: 40,
+    lr: 2e-3,
+    select: Select::Best,
+    log_every: 50,
+};
+
+/// The built-in example: weekly values, two years back, half a year ahead.
+const BUILTIN: Defaults = Defaults {
+    split: Split { train: 0.72, valid: 0.08, test: 0.2 },
+    seq_len: 104,
+    horizon: 26,
+    epochs: 40,
+    select: Select::Last,
+    ..SERIES
+};
+
+const OPTIMIZER: Rule = Rule::Adam;
+const SCHEDULE: ScheduleKind = ScheduleKind::Cosine;
+const CLIP_NORM: f64 = 5.0;
+const SEED: u64 = 1;
+const DEVICES: &str = "auto";
+const KEEP: usize = 3;
+const HASH_EVERY: u64 = 100;
+const INIT: Init = Init::Torch;
+
+/// Largest layer or embedding: four gates of it squared are 64 GiB.
+const MAX_UNITS: usize = 65_536;
+const MAX_LAYERS: usize = 256;
+/// Largest window, horizon and batch: far above what fits, low enough that products of them do not overflow.
+const MAX_LENGTH: usize = 1 << 20;
+
+/// Keys that mean nothing for the other task.
+const OF_TEXT: &[&str] = &["encoding", "level", "vocab", "embedding", "tied"];
+const OF_SERIES: &[&str] = &["target", "features", "missing", "relative", "season", "calendar", "horizon"];
+/// The two keys of which one alone switches the other off.
+const LIMITS: [&str; 2] = ["epochs", "max_steps"];
+
+/// The options given, by where they come from. Each table holds only what was given there.
+#[derive(Clone, Debug, Default)]
+pub struct Layers {
+    flags: Table,
+    file: Option<(String, Table)>,
+    recorded: Table,
+}
+
+impl Layers {
+    /// Options typed as flags and those of a configuration file.
+    ///
+    /// # Errors
+    /// A file cannot be read, is no TOML, or holds an unknown key or a value of the wrong kind: its name, the line, the nearest name.
+    pub fn new(flags: &Typed, file: Option<&Path>) -> Result<Self, UsageError> {
+        let file = file.map(|path| Ok((path.display().to_string(), table(&read(path)?)?))).transpose()?;
+        Ok(Self { flags: table(flags)?, file, recorded: Table::new() })
+    }
+
+    /// Adds what the run in `folder` recorded, if there is one, in place of the defaults.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn resumed(self, folder: &Path) -> Result<Self, UsageError> {
+        let path = folder.join(run_folder::CONFIG);
+        let recorded = if path.exists() { table(&read(&path)?)? } else { Table::new() };
+        Ok(Self { recorded, ..self })
+    }
+
+    /// What was given in all, flag before file before record.
+    fn merged(&self) -> Result<Typed, UsageError> {
+        let mut merged = self.recorded.clone();
+        if LIMITS.iter().any(|key| self.is_given(key)) {
+            // The record is what an earlier start settled: like a default, it does not limit what is asked for now.
+            LIMITS.iter().for_each(|&key| drop(merged.remove(key)));
+        }
+        let file = self.file.iter().flat_map(|(_, table)| table);
+        merged.extend(file.chain(&self.flags).map(|(key, value)| (key.clone(), value.clone())));
+        merged.try_into().map_err(|error| UsageError(format!("these options do not fit together: {error}")))
+    }
+
+    /// Whether a flag or the file gives `key`.
+    fn is_given(&self, key: &str) -> bool {
+        self.flags.contains_key(key) || self.file.as_ref().is_some_and(|(_, table)| table.contains_key(key))
+    }
+
+    /// Keys given as flags or in the file.
+    pub fn given(&self) -> impl Iterator<Item = &str> {
+        self.flags.keys().chain(self.file.iter().flat_map(|(_, table)| table.keys())).map(String::as_str)
+    }
+
+    /// How to name `key` to the person who gave it.
+    pub fn name(&self, key: &str) -> String {
+        match &self.file {
+            Some((path, table)) if !self.flags.contains_key(key) && table.contains_key(key) => format!("{key} (in {path})"),
+            _ => format!("--{}", key.replace('_', "-")),
+        }
+    }
+
+    /// The run folder that was asked for.
+    pub fn out(&self) -> Option<&str> {
+        let file = self.file.as_ref().and_then(|(_, table)| table.get("out"));
+        self.flags.get("out").or(file).and_then(Value::as_str)
+    }
+}
+
+fn table<T: Serialize>(options: &T) -> Result<Table, UsageError> {
+    Table::try_from(options).map_err(|error| UsageError(format!("a value is beyond what a configuration file can hold: {error}")))
+}
+
+fn read(path: &Path) -> Result<Typed, UsageError> {
+    let text = fs::read_to_string(path).map_err(|error| UsageError(format!("cannot read {}: {error}", path.display())))?;
+    parse_toml(&path.display().to_string(), &text)
+}
+
+/// Reads the text of a configuration file.
+fn parse_toml(name: &str, text: &str) -> Result<Typed, UsageError> {
+    toml::from_str(text).map_err(|error: toml::de::Error| {
+        let start = error.span().map_or(0, |span| span.start.min(text.len()));
+        let line = 1 + text.as_bytes()[..start].iter().filter(|&&byte| byte == b'\n').count();
+        UsageError(format!("{name}, line {line}: {}", with_nearest(error.message())))
+    })
+}
+
+/// serde's "unknown field `x`, expected one of `a`, `b`, ..." with the nearest name instead of all; another message in one line.
+fn with_nearest(message: &str) -> String {
+    let what = if message.starts_with("unknown field") { Some("key") } else { message.starts_with("unknown variant").then_some("value") };
+    let mut quoted = message.split('`').skip(1).step_by(2);
+    match (what, quoted.next()) {
+        (Some(what), Some(unknown)) => {
+            let known: Vec<&str> = quoted.collect();
+            let of = if what == "value" { format!(" (of {})", known.join(", ")) } else { String::new() };
+            let nearest = nearest(unknown, &known).map(|name| format!("; the nearest is `{name}`")).unwrap_or_default();
+            format!("unknown {what} `{unknown}`{nearest}{of}")
+        }
+        _ => message.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; "),
+    }
+}
+
+/// The name most like `unknown`, however far it is.
+pub fn nearest<'a>(unknown: &str, known: &[&'a str]) -> Option<&'a str> {
+    let likeness = |name: &str| strsim::jaro_winkler(unknown, name);
+    known.iter().copied().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))
+}
+
+/// Settles everything.
+///
+/// # Errors
+/// A value that makes no sense: the name under which it was given, the value, what is allowed.
+pub fn resolve(layers: &Layers) -> Result<RunConfig, UsageError> {
+    let config = settle(layers)?;
+    if config.task == Task::Lm && config.data.is_empty() {
+        return Err(UsageError("--task lm needs a text: give one with --data".to_owned()));
+    }
+    Ok(config)
+}
+
+/// As [`resolve`] where no data are needed, since they are made up.
+///
+/// # Errors
+/// As [`resolve`].
+pub fn settle(layers: &Layers) -> Result<RunConfig, UsageError> {
+    let typed = layers.merged()?;
+    let config = fill(&typed);
+    check(layers, &typed, &config)?;
+    let data = config.data.iter().map(|given| absolute(given)).collect();
+    Ok(RunConfig { data, ..config })
+}
+
+/// Puts defaults where nothing was given.
+fn fill(typed: &Typed) -> RunConfig {
+    let data = typed.data.clone().unwrap_or_default();
+    let is_series = data.iter().all(|given| holds_series(given));
+    let task = typed.task.unwrap_or(if is_series { Task::Forecast } else { Task::Lm });
+    let level = typed.level.unwrap_or(Level::Char);
+    let defaults = match (task, level) {
+        (Task::Lm, Level::Word) => WORDS,
+        (Task::Lm, _) => LETTERS,
+        (Task::Forecast, _) if data.is_empty() => BUILTIN,
+        (Task::Forecast, _) => SERIES,
+    };
+    let size = |given: Option<Size>, default: usize| given.map_or(default, |size| size.0);
+    let hidden = size(typed.hidden, defaults.hidden);
+    let batch_size = size(typed.batch_size, defaults.batch_size);
+    let text = |given: &Option<String>, default: &str| given.clone().unwrap_or_else(|| default.to_owned());
+    RunConfig {
+        task,
+        data,
+        encoding: typed.encoding.unwrap_or(Encoding::Utf8),
+        split: typed.split.unwrap_or(defaults.split),
+        level,
+        vocab: typed.vocab.map(|size| size.0),
+        target: typed.target.clone().unwrap_or_default(),
+        features: typed.features.clone().unwrap_or_default(),
+        missing: typed.missing.unwrap_or(Missing::Fill),
+        relative: typed.relative.unwrap_or(Relative::Auto),
+        season: typed.season.map(|size| size.0),
+        calendar: typed.calendar.unwrap_or(defaults.calendar),
+        layers: size(typed.layers, defaults.layers),
+        hidden,
+        embedding: size(typed.embedding, if task == Task::Lm { hidden } else { 0 }),
+        tied: typed.tied.unwrap_or(false),
+        dropout: typed.dropout.unwrap_or(0.0),
+        no_bias: typed.no_bias.unwrap_or(false),
+        init: typed.init.unwrap_or(INIT),
+        gate_bias: typed.gate_bias,
+        seq_len: size(typed.seq_len, defaults.seq_len),
+        horizon: size(typed.horizon, defaults.horizon),
+        batch_size,
+        eval_batch_size: size(typed.eval_batch_size, batch_size),
+        epochs: typed.epochs.or_else(|| typed.max_steps.is_none().then_some(defaults.epochs)),
+        max_steps: typed.max_steps,
+        optimizer: OptimizerConfig {
+            rule: typed.optimizer.unwrap_or(OPTIMIZER),
+            lr: typed.lr.unwrap_or(defaults.lr),
+            momentum: typed.momentum.unwrap_or(0.0),
+            nesterov: typed.nesterov.unwrap_or(false),
+            weight_decay: typed.weight_decay.unwrap_or(0.0),
+            l1: typed.l1.unwrap_or(0.0),
+            clip_norm: typed.clip_norm.unwrap_or(CLIP_NORM),
+            clip_value: typed.clip_value.unwrap_or(0.0),
+        },
+        schedule: typed.schedule.unwrap_or(SCHEDULE),
+        warmup_steps: typed.warmup_steps.unwrap_or(0),
+        loss_reduction: typed.loss_reduction.unwrap_or(LossReduction::Mean),
+        seed: typed.seed.unwrap_or(SEED),
+        devices: text(&typed.devices, DEVICES),
+        balance: text(&typed.balance, ""),
+        accumulate: size(typed.accumulate, 1),
+        select: typed.select.unwrap_or(defaults.select),
+        eval_every: typed.eval_every.unwrap_or(0),
+        log_every: typed.log_every.unwrap_or(defaults.log_every),
+        checkpoint_every: typed.checkpoint_every.unwrap_or(0),
+        keep: size(typed.keep, KEEP),
+        hash_every: typed.hash_every.unwrap_or(HASH_EVERY),
+    }
+}
+
+/// Whether `--data` names tables: by the name alone, or by the names of all files of a folder.
+fn holds_series(given: &str) -> bool {
+    let is_table = |name: &str| {
+        let name = name.to_lowercase();
+        name.ends_with(".csv") || name.ends_with(".tsv")
+    };
+    match fs::read_dir(given) {
+        Ok(entries) => {
+            let names =
+                entries.flatten().filter(|entry| entry.path().is_file()).map(|entry| entry.file_name().to_string_lossy().into_owned());
+            let mut names = names.filter(|name| !name.starts_with('.')).peekable();
+            names.peek().is_some() && names.all(|name| is_table(&name))
+        }
+        Err(_) => is_table(given),
+    }
+}
+
+/// A path that means the same from everywhere, since later commands read the run's data again.
+fn absolute(given: &str) -> String {
+    let path = Path::new(given);
+    if given == "-" || given.is_empty() || path.is_absolute() {
+        return given.to_owned();
+    }
+    if !path.exists() && given.contains(['*', '?', '[']) {
+        // What stands before a pattern is no pattern.
+        let folder = std::env::current_dir().ok();
+        let folder = folder.as_ref().and_then(|folder| folder.to_str()).map(glob::Pattern::escape);
+        return folder.map_or(given.to_owned(), |folder| format!("{folder}/{given}"));
+    }
+    std::path::absolute(path).ok().and_then(|path| path.to_str().map(str::to_owned)).unwrap_or_else(|| given.to_owned())
+}
+
+/// The judge of single values.
+struct Judge<'a> {
+    layers: &'a Layers,
+}
+
+impl Judge<'_> {
+    fn hold(&self, key: &str, value: impl Display, fine: bool, allowed: &str) -> Result<(), UsageError> {
+        if fine { Ok(()) } else { Err(UsageError(format!("{} is {value}, but must be {allowed}", self.layers.name(key)))) }
+    }
+
+    fn size(&self, key: &str, value: usize, max: usize) -> Result<(), UsageError> {
+        self.hold(key, value, (1..=max).contains(&value), &format!("from 1 to {max}"))
+    }
+
+    fn positive(&self, key: &str, value: u64) -> Result<(), UsageError> {
+        self.hold(key, value, value > 0, "at least 1")
+    }
+
+    fn at_least_zero(&self, key: &str, value: f64) -> Result<(), UsageError> {
+        self.hold(key, value, value.is_finite() && value >= 0.0, "a number of 0 or more")
+    }
+
+    fn below_one(&self, key: &str, value: f64) -> Result<(), UsageError> {
+        self.hold(key, value, (0.0..1.0).contains(&value), "at least 0 and below 1")
+    }
+
+    fn refuse(&self, key: &str, why: &str) -> Result<(), UsageError> {
+        Err(UsageError(format!("{} {why}", self.layers.name(key))))
+    }
+}
+
+/// Judges every value, then what does not go together.
+fn check(layers: &Layers, typed: &Typed, config: &RunConfig) -> Result<(), UsageError> {
+    let judge = Judge { layers };
+    let foreign = if config.task == Task::Lm { OF_SERIES } else { OF_TEXT };
+    check_foreign(&judge, typed, config.task, foreign)?;
+    check_data(&judge, config)?;
+    check_model(&judge, config)?;
+    check_training(&judge, config)?;
+    check_run(&judge, config)
+}
+
+/// Refuses what means nothing for the task, unless it only says what holds anyway: the record of a run holds every key.
+fn check_foreign(judge: &Judge, typed: &Typed, task: Task, foreign: &[&str]) -> Result<(), UsageError> {
+    let given = table(typed)?;
+    let neutral = table(&fill(&Typed { task: Some(task), data: typed.data.clone(), ..Typed::default() }))?;
+    match foreign.iter().find(|&&key| given.contains_key(key) && given.get(key) != neutral.get(key)) {
+        Some(key) => judge.refuse(key, &format!("means nothing for --task {}; leave it out", task.name())),
+        None => Ok(()),
+    }
+}
+
+fn check_data(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
+    for given in &config.data {
+        judge.hold("data", "empty", !given.trim().is_empty(), "a file, a glob, a folder or -")?;
+    }
+    if config.data.iter().filter(|given| *given == "-").count() > 1 {
+        return judge.refuse("data", "names standard input twice; it can be read once");
+    }
+    for (key, columns) in [("target", &config.target), ("features", &config.features)] {
+        judge.hold(key, format!("'{}'", columns.join(",")), columns.iter().all(|name| !name.is_empty()), "names of columns")?;
+    }
+    if let Some(season) = config.season {
+        judge.hold("season", season, season <= MAX_LENGTH, &format!("from 0 to {MAX_LENGTH}"))?;
+    }
+    if let Some(vocab) = config.vocab {
+        judge.hold("vocab", vocab, (2..=u32::MAX as usize).contains(&vocab), "at least 2")?;
+        if config.level == Level::Byte {
+            return judge.refuse("vocab", "cannot be used with --level byte, which has 256 entries always");
+        }
+    }
+    let Split { train, valid, test } = config.split;
+    let sum = train + valid + test;
+    let shown = format!("{} (sum {})", config.split, (sum * 1e6).round() / 1e6);
+    let allowed = "three fractions that add up to 1, the first above 0";
+    judge.hold("split", shown, Split::new(train, valid, test).is_ok(), allowed)
+}
+
+fn check_model(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
+    judge.size("layers", config.layers, MAX_LAYERS)?;
+    judge.size("hidden", config.hidden, MAX_UNITS)?;
+    judge.size("seq_len", config.seq_len, MAX_LENGTH)?;
+    judge.size("horizon", config.horizon, MAX_LENGTH)?;
+    judge.below_one("dropout", config.dropout)?;
+    if config.task == Task::Lm {
+        judge.size("embedding", config.embedding, MAX_UNITS)?;
+    }
+    if config.tied && config.embedding != config.hidden {
+        return judge.hold("embedding", config.embedding, false, &format!("equal to --hidden, {}, with --tied", config.hidden));
+    }
+    if let Init::Uniform(a) = config.init {
+        judge.hold("init", config.init, a.is_finite() && a > 0.0, "uniform:A with A above 0")?;
+    }
+    let Some(biases) = config.gate_bias else { return Ok(()) };
+    let shown = biases.map(|bias| bias.to_string()).join(",");
+    judge.hold("gate_bias", shown, biases.iter().all(|bias| bias.is_finite()), "four finite numbers")?;
+    if config.no_bias { judge.refuse("gate_bias", "cannot be used with --no-bias: there is no bias to start") } else { Ok(()) }
+}
+
+fn check_training(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
+    let OptimizerConfig { rule, lr, momentum, nesterov, weight_decay, l1, clip_norm, clip_value } = config.optimizer;
+    judge.size("batch_size", config.batch_size, MAX_LENGTH)?;
+    judge.size("eval_batch_size", config.eval_batch_size, MAX_LENGTH)?;
+    for (key, limit) in [("epochs", config.epochs), ("max_steps", config.max_steps)] {
+        if let Some(limit) = limit {
+            judge.positive(key, limit)?;
+        }
+    }
+    judge.hold("lr", lr, lr.is_finite() && lr > 0.0, "a number above 0")?;
+    judge.below_one("momentum", momentum)?;
+    judge.at_least_zero("weight_decay", weight_decay)?;
+    judge.at_least_zero("l1", l1)?;
+    judge.at_least_zero("clip_norm", clip_norm)?;
+    judge.at_least_zero("clip_value", clip_value)?;
+    if momentum > 0.0 && !matches!(rule, Rule::Sgd | Rule::Rmsprop) {
+        return judge.refuse("momentum", "needs --optimizer sgd or rmsprop; adam and adamw have their own");
+    }
+    if nesterov && rule != Rule::Sgd {
+        return judge.refuse("nesterov", "needs --optimizer sgd");
+    }
+    if nesterov && momentum == 0.0 {
+        return judge.refuse("nesterov", "needs --momentum above 0");
+    }
+    Ok(())
+}
+
+fn check_run(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
+    let wrong = |key: &str, error: devices::DeviceError| {
+        let flag = format!("--{key}");
+        UsageError(error.to_string().replacen(&flag, &judge.layers.name(key), 1))
+    };
+    let list = devices::parse(&config.devices).map_err(|error| wrong("devices", error))?;
+    devices::parse_balance(&config.balance, list.n_workers()).map_err(|error| wrong("balance", error))?;
+    let max = config.batch_size;
+    judge.hold("accumulate", config.accumulate, (1..=max).contains(&config.accumulate), &format!("from 1 to --batch-size, {max}"))?;
+    judge.positive("log_every", config.log_every)?;
+    judge.positive("keep", config.keep as u64)
+}
+
+/// The default of a key as the help shows it, told apart by kind of work where it differs; `None` where there is none to show.
+pub fn default_text(key: &str) -> Option<String> {
+    if matches!(key, "task" | "data" | "eval_batch_size" | "embedding") {
+        return None;
+    }
+    let example = |task: Task, level: Level, data: &[&str]| {
+        let data = Some(data.iter().map(|&name| name.to_owned()).collect());
+        let config = fill(&Typed { task: Some(task), level: Some(level), data, ..Typed::default() });
+        let text = |value: &Value| match value {
+            Value::String(text) => text.clone(),
+            Value::Float(number) => number.to_string(),
+            Value::Table(parts) => ["train", "valid", "test"].map(|part| parts.get(part).map_or(String::new(), Value::to_string)).join(","),
+            Value::Array(items) => items.iter().map(ToString::to_string).collect::<Vec<_>>().join(","),
+            other => other.to_string(),
+        };
+        table(&config).ok()?.get(key).map(text).filter(|text| !text.is_empty())
+    };
+    let (in_text, in_series) = (!OF_SERIES.contains(&key), !OF_TEXT.contains(&key));
+    let letters = example(Task::Lm, Level::Char, &["text"]).filter(|_| in_text);
+    let words = example(Task::Lm, Level::Word, &["text"]).filter(|_| in_text && key != "level");
+    let series = example(Task::Forecast, Level::Char, &["table.csv"]).filter(|_| in_series);
+    let builtin = example(Task::Forecast, Level::Char, &[]).filter(|_| in_series);
+    // What holds for both tasks, or for the only one, needs no name.
+    let common = if in_text && in_series { letters.clone().filter(|_| letters == series) } else { letters.clone().or(series.clone()) };
+    let named = [
+        ("lm", &letters, &common),
+        ("lm at word level", &words, &letters),
+        ("forecast", &series, &common),
+        ("built-in example", &builtin, &series),
+    ];
+    let named = named.into_iter().filter(|(_, value, usual)| value != usual);
+    let named = named.filter_map(|(of, value, _)| value.as_ref().map(|value| format!("{of} {value}")));
+    let shown: Vec<String> = common.clone().into_iter().chain(named).collect();
+    (!shown.is_empty() && shown != ["false"]).then(|| shown.join("; "))
+}

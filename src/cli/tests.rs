@@ -1,0 +1,350 @@
+//! From what was typed to what is run.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::anyhow;
+use clap::Parser;
+
+use super::args::{self, Cli, Command};
+use super::resolve::{self, Layers};
+use super::typed::{Size, Typed};
+use super::{is_usage, message};
+use crate::data::split::Split;
+use crate::data::vocab::Level;
+use crate::model::init::Init;
+use crate::optim::Rule;
+use crate::optim::schedule::ScheduleKind;
+use crate::store::config::{RunConfig, Task};
+use crate::store::{Select, StoreError};
+use crate::train::devices::DeviceError;
+use crate::train::run::UsageError;
+
+fn typed(flags: &[&str]) -> Typed {
+    let Command::Train(args) = Cli::parse_from(["carrousel", "train"].iter().chain(flags)).command else { unreachable!("train was typed") };
+    args.typed
+}
+
+fn flags(flags: &[&str]) -> Layers {
+    Layers::new(&typed(flags), None).unwrap()
+}
+
+fn config(given: &[&str]) -> RunConfig {
+    resolve::resolve(&flags(given)).unwrap_or_else(|error| panic!("{given:?}: {error}"))
+}
+
+fn refusal(given: &[&str]) -> String {
+    resolve::resolve(&flags(given)).expect_err(&format!("{given:?}")).to_string()
+}
+
+/// A folder with a configuration file of this text.
+fn file(text: &str) -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run.toml");
+    fs::write(&path, text).unwrap();
+    (folder, path)
+}
+
+fn with_file(text: &str, given: &[&str]) -> Result<RunConfig, UsageError> {
+    let (_folder, path) = file(text);
+    resolve::resolve(&Layers::new(&typed(given), Some(&path))?)
+}
+
+#[test]
+fn clap_finds_no_fault_in_the_description_of_the_command_line() {
+    args::command().debug_assert();
+}
+
+#[test]
+fn the_task_follows_from_the_data_unless_it_is_given() {
+    assert_eq!(config(&[]).task, Task::Forecast);
+    assert_eq!(config(&["--data", "a.CSV"]).task, Task::Forecast);
+    assert_eq!(config(&["--data", "data/*.tsv"]).task, Task::Forecast);
+    assert_eq!(config(&["--data", "a.txt"]).task, Task::Lm);
+    assert_eq!(config(&["--data", "-"]).task, Task::Lm);
+    assert_eq!(config(&["--data", "a.csv", "--data", "b.txt"]).task, Task::Lm);
+    assert_eq!(config(&["--task", "forecast", "--data", "a.txt"]).task, Task::Forecast);
+    assert_eq!(config(&["--task", "lm", "--data", "a.csv"]).task, Task::Lm);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    assert_eq!(config(&["--data", path]).task, Task::Lm);
+    fs::write(folder.path().join("train.csv"), "").unwrap();
+    fs::write(folder.path().join(".hidden"), "").unwrap();
+    assert_eq!(config(&["--data", path]).task, Task::Forecast);
+}
+
+#[test]
+fn defaults_fit_the_kind_of_work() {
+    let text = config(&["--data", "a.txt"]);
+    assert_eq!((text.layers, text.hidden, text.embedding, text.seq_len, text.batch_size, text.eval_batch_size), (2, 128, 128, 50, 50, 50));
+    assert_eq!((text.epochs, text.max_steps, text.select, text.level), (Some(10), None, Select::Best, Level::Char));
+    assert_eq!((text.optimizer.rule, text.optimizer.lr, text.schedule), (Rule::Adam, 2e-3, ScheduleKind::Cosine));
+    assert_eq!(text.split.to_string(), "0.85,0.05,0.1");
+    let words = config(&["--data", "a.txt", "--level", "word"]);
+    assert_eq!((words.hidden, words.embedding), (200, 200));
+    let example = config(&[]);
+    assert_eq!((example.seq_len, example.horizon, example.select), (104, 26, Select::Last));
+    assert_eq!(example.split, crate::data::builtin::co2_split());
+    assert_eq!((example.embedding, example.data.len()), (0, 0));
+    let series = config(&["--data", "a.csv"]);
+    assert_eq!((series.select, series.split), (Select::Best, Split::default()));
+    // What follows another value follows it when it is given.
+    let wide = config(&["--data", "a.txt", "--hidden", "64", "--batch-size", "7"]);
+    assert_eq!((wide.embedding, wide.eval_batch_size), (64, 7));
+}
+
+#[test]
+fn one_limit_alone_switches_the_other_off() {
+    let limits = |given: &[&str]| {
+        let config = config(given);
+        (config.epochs, config.max_steps)
+    };
+    assert_eq!(limits(&["--max-steps", "60"]), (None, Some(60)));
+    assert_eq!(limits(&["--epochs", "3"]), (Some(3), None));
+    assert_eq!(limits(&["--epochs", "3", "--max-steps", "60"]), (Some(3), Some(60)));
+}
+
+#[test]
+fn a_flag_goes_before_the_file_and_the_file_before_the_default() {
+    let text = "data = 'a.txt'\nlayers = 3\nhidden = '1K'\nlr = 1\ntied = true\nsplit = [0.5, 0.25, 0.25]\ngate_bias = '0,1,0,0'\n";
+    let config = with_file(text, &["--hidden", "96", "--embedding", "96"]).unwrap();
+    assert_eq!((config.layers, config.hidden, config.seq_len, config.optimizer.lr, config.tied), (3, 96, 50, 1.0, true));
+    assert_eq!((config.split.to_string().as_str(), config.gate_bias), ("0.5,0.25,0.25", Some([0.0, 1.0, 0.0, 0.0])));
+    assert!(!with_file(text, &["--tied=false"]).unwrap().tied);
+    assert_eq!(with_file(text, &[]).unwrap().embedding, 1024);
+    let lists = with_file("data = ['a.csv', 'b.csv']\ntarget = 'x, y'\nfeatures = ['z']\n", &[]).unwrap();
+    assert_eq!((lists.data.len(), lists.target, lists.features), (2, vec!["x".to_owned(), "y".to_owned()], vec!["z".to_owned()]));
+}
+
+#[test]
+fn a_wrong_file_is_refused_with_its_name_the_line_and_the_nearest_name() {
+    for (text, parts) in [
+        ("layers = 2\nhiden = 3\n", ["run.toml, line 2", "unknown key `hiden`", "`hidden`"]),
+        ("batch-size = 3\n", ["run.toml, line 1", "unknown key `batch-size`", "`batch_size`"]),
+        ("[model]\nlayers = 2\n", ["run.toml, line 1", "unknown key `model`", "nearest"]),
+        ("\n\nschedule = 'cosin'\n", ["run.toml, line 3", "unknown value `cosin`", "`cosine`"]),
+        ("optimizer = 'adm'\n", ["line 1", "unknown value `adm`", "adam"]),
+        ("layers = 'two'\n", ["line 1", "\"two\"", "a whole number"]),
+        ("layers = -1\n", ["line 1", "-1", "a whole number"]),
+        ("split = [1, 2]\n", ["line 1", "2", "3 numbers"]),
+        ("init = 'zeros'\n", ["line 1", "zeros", "orthogonal"]),
+        ("layers = \n", ["line 1", "", ""]),
+        ("encoding = 'utf8'\n", ["line 1", "unknown value `utf8`", "`utf-8`"]),
+        ("dropout = 1\n", ["dropout (in ", "run.toml) is 1", "below 1"]),
+        ("lr = nan\n", ["lr (in ", "NaN", "above 0"]),
+        ("devices = 'tpu'\n", ["devices (in ", "tpu", "gpu:INDEX"]),
+    ] {
+        let error = with_file(text, &["--data", "a.txt"]).expect_err(text).to_string();
+        for part in parts {
+            assert!(error.contains(part), "{text:?}: no {part:?} in: {error}");
+        }
+    }
+    let error = Layers::new(&typed(&[]), Some(Path::new("no/such.toml"))).unwrap_err().to_string();
+    assert!(error.contains("no/such.toml"), "{error}");
+}
+
+#[test]
+fn numbers_that_make_no_sense_are_refused_with_flag_value_and_what_is_allowed() {
+    for (given, parts) in [
+        (&["--layers", "0"][..], ["--layers is 0", "from 1"]),
+        (&["--hidden", "0"], ["--hidden is 0", "from 1"]),
+        (&["--hidden", "1M"], ["--hidden is 1048576", "to 65536"]),
+        (&["--embedding", "0"], ["--embedding is 0", "from 1"]),
+        (&["--seq-len", "0"], ["--seq-len is 0", "from 1"]),
+        (&["--batch-size", "0"], ["--batch-size is 0", "from 1"]),
+        (&["--eval-batch-size", "0"], ["--eval-batch-size is 0", "from 1"]),
+        (&["--epochs", "0"], ["--epochs is 0", "at least 1"]),
+        (&["--max-steps", "0"], ["--max-steps is 0", "at least 1"]),
+        (&["--log-every", "0"], ["--log-every is 0", "at least 1"]),
+        (&["--keep", "0"], ["--keep is 0", "at least 1"]),
+        (&["--vocab", "1"], ["--vocab is 1", "at least 2"]),
+        (&["--dropout", "1"], ["--dropout is 1", "below 1"]),
+        (&["--dropout", "-0.1"], ["--dropout is -0.1", "at least 0"]),
+        (&["--lr", "0"], ["--lr is 0", "above 0"]),
+        (&["--lr", "-1"], ["--lr is -1", "above 0"]),
+        (&["--lr", "inf"], ["--lr is inf", "above 0"]),
+        (&["--momentum", "1", "--optimizer", "sgd"], ["--momentum is 1", "below 1"]),
+        (&["--weight-decay", "-1"], ["--weight-decay is -1", "0 or more"]),
+        (&["--l1", "nan"], ["--l1 is NaN", "0 or more"]),
+        (&["--clip-norm", "-5"], ["--clip-norm is -5", "0 or more"]),
+        (&["--clip-value", "inf"], ["--clip-value is inf", "0 or more"]),
+        (&["--split", "0.8,0.1,0.2"], ["sum 1.1", "add up to 1"]),
+        (&["--split", "0,0.5,0.5"], ["--split is 0,0.5,0.5", "above 0"]),
+        (&["--split", "-1,1,1"], ["--split is -1,1,1", "add up to 1"]),
+        (&["--accumulate", "0"], ["--accumulate is 0", "from 1"]),
+        (&["--accumulate", "51"], ["--accumulate is 51", "--batch-size, 50"]),
+        (&["--gate-bias", "0,nan,0,0"], ["--gate-bias is 0,NaN,0,0", "finite"]),
+        (&["--devices", "gpu"], ["--devices gpu", "index"]),
+        (&["--devices", "cpu:1*3", "--balance", "1:2"], ["--balance 1:2", "2 weights for 3 workers"]),
+        (&["--balance", "fair"], ["--balance fair", "equal, auto"]),
+    ] {
+        let error = refusal(&[&["--data", "a.txt"], given].concat());
+        for part in parts {
+            assert!(error.contains(part), "{given:?}: no {part:?} in: {error}");
+        }
+    }
+}
+
+#[test]
+fn options_that_do_not_go_together_are_refused() {
+    for (given, part) in [
+        (&["--tied", "--embedding", "64"][..], "--embedding is 64, but must be equal to --hidden, 128"),
+        (&["--nesterov", "--optimizer", "sgd"], "--nesterov needs --momentum"),
+        (&["--nesterov"], "--nesterov needs --optimizer sgd"),
+        (&["--momentum", "0.9"], "--momentum needs --optimizer sgd or rmsprop"),
+        (&["--no-bias", "--gate-bias", "0,1,0,0"], "--gate-bias cannot be used with --no-bias"),
+        (&["--level", "byte", "--vocab", "100"], "--vocab cannot be used with --level byte"),
+        (&["--horizon", "3"], "--horizon means nothing for --task lm"),
+        (&["--target", "x"], "--target means nothing for --task lm"),
+        (&["--data", "-", "--data", "-"], "--data names standard input twice"),
+        (&["--task", "forecast", "--tied"], "--tied means nothing for --task forecast"),
+        (&["--task", "forecast", "--level", "word"], "--level means nothing for --task forecast"),
+    ] {
+        let error = refusal(&[&["--data", "a.txt"], given].concat());
+        assert!(error.contains(part), "{given:?}: {error}");
+    }
+    assert!(refusal(&["--task", "lm"]).contains("--data"));
+    for given in
+        [&["--momentum", "0.9", "--optimizer", "sgd", "--nesterov"][..], &["--momentum", "0.9", "--optimizer", "rmsprop"], &["--tied"]]
+    {
+        config(&[&["--data", "a.txt"], given].concat());
+    }
+}
+
+#[test]
+fn a_resolved_configuration_given_as_a_file_resolves_to_itself() {
+    for given in [
+        &[][..],
+        &[
+            "--data",
+            "a.csv",
+            "--target",
+            "x,y",
+            "--features",
+            "z",
+            "--season",
+            "7",
+            "--relative",
+            "none",
+            "--balance",
+            "1:2",
+            "--max-steps",
+            "9",
+        ],
+        &["--data", "a.txt", "--tied", "--no-bias", "--vocab", "30", "--init", "uniform:0.08", "--optimizer", "sgd", "--momentum", "0.9"],
+        &[
+            "--data",
+            "a.txt",
+            "--gate-bias",
+            "0,-1,0.5,0",
+            "--loss-reduction",
+            "sum-over-time",
+            "--seed",
+            "9223372036854775807",
+            "--epochs",
+            "2",
+        ],
+    ] {
+        let config = config(given);
+        let text = toml::to_string(&config).unwrap();
+        assert_eq!(toml::from_str::<RunConfig>(&text).unwrap(), config, "{text}");
+        assert_eq!(with_file(&text, &[]).unwrap(), config, "{text}");
+    }
+}
+
+#[test]
+fn a_resumed_run_starts_from_its_record_and_a_new_limit_takes_the_place_of_the_old_one() {
+    let recorded = config(&["--data", "a.txt", "--hidden", "32", "--epochs", "4", "--devices", "cpu:1"]);
+    let folder = tempfile::tempdir().unwrap();
+    let resume = |given: &[&str]| resolve::resolve(&flags(given).resumed(folder.path()).unwrap()).unwrap();
+    // A folder that a kill left without a record: as a new run.
+    assert_eq!(resume(&["--data", "b.txt"]).hidden, 128);
+    fs::write(folder.path().join("config.toml"), toml::to_string(&recorded).unwrap()).unwrap();
+    assert_eq!(resume(&[]), recorded);
+    assert_eq!(resume(&["--devices", "cpu:2"]), RunConfig { devices: "cpu:2".to_owned(), ..recorded.clone() });
+    assert_eq!(resume(&["--max-steps", "900"]), RunConfig { epochs: None, max_steps: Some(900), ..recorded.clone() });
+    assert_eq!(resume(&["--epochs", "9"]), RunConfig { epochs: Some(9), ..recorded });
+}
+
+#[test]
+fn paths_of_data_are_made_absolute_and_the_rest_stays() {
+    let config = config(&["--data", "some/a.txt", "--data", "-", "--data", "some/*.txt", "--data", "/b.txt"]);
+    let here = std::env::current_dir().unwrap();
+    let below = |path: &str| here.join(path).to_str().unwrap().to_owned();
+    assert_eq!(config.data, [below("some/a.txt"), "-".to_owned(), below("some/*.txt"), "/b.txt".to_owned()]);
+}
+
+#[test]
+fn sizes_take_binary_units() {
+    for (text, size) in [("0", 0), ("7", 7), ("2K", 2048), ("3k", 3072), ("1M", 1 << 20), ("1G", 1 << 30)] {
+        assert_eq!(text.parse(), Ok(Size(size)), "{text}");
+    }
+    for text in ["", "K", "-1", "1.5", "1T", "1KK", "99999999999999999999", "99999999999G", "1 K"] {
+        assert!(text.parse::<Size>().is_err(), "{text}");
+    }
+}
+
+#[test]
+fn switches_do_not_swallow_what_follows() {
+    let typed = typed(&["--tied", "--layers", "3", "--no-bias", "--nesterov=false", "--init", "uniform:0.05"]);
+    assert_eq!((typed.tied, typed.layers, typed.no_bias, typed.nesterov), (Some(true), Some(Size(3)), Some(true), Some(false)));
+    assert_eq!(typed.init, Some(Init::Uniform(0.05)));
+}
+
+#[test]
+fn an_unknown_flag_is_answered_with_the_nearest_of_its_command() {
+    for (line, flag) in [
+        ("train --hiden 3", "--hidden"),
+        ("train --hidden-size 3", "--hidden"),
+        ("train --clip 3", "--clip-"),
+        ("train --zzz", "--"),
+        ("generate --run x --temp 1", "--temperature"),
+        ("profile step --hash-evry 1", "--"),
+    ] {
+        let line: Vec<OsString> = ["carrousel"].into_iter().chain(line.split(' ')).map(OsString::from).collect();
+        let error = args::parse(&line).unwrap_err().render().to_string();
+        let tip = error.lines().find(|line| line.contains("tip:")).unwrap_or_else(|| panic!("no tip: {error}"));
+        assert!(tip.contains(flag), "{error}");
+    }
+}
+
+#[test]
+fn the_help_states_the_defaults_that_hold() {
+    let mut command = args::command();
+    let help = command.find_subcommand_mut("train").unwrap().render_long_help().to_string();
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    let text = config(&["--data", "a.txt"]);
+    let series = config(&["--data", "a.csv"]);
+    for part in [
+        format!("[default: lm {}; lm at word level 200; forecast {}]", text.hidden, series.hidden),
+        format!("[default: {}]", text.optimizer.lr),
+        format!("[default: {}; built-in example {}]", series.horizon, config(&[]).horizon),
+        "[default: best; built-in example last]".to_owned(),
+        "[default: auto]".to_owned(),
+    ] {
+        assert!(help.contains(&part), "no {part} in {help}");
+    }
+}
+
+#[test]
+fn what_the_person_can_mend_is_told_from_what_broke() {
+    let usage = || UsageError("wrong".to_owned());
+    let missing = || StoreError::NotFound { path: "x".into() };
+    for error in [
+        usage().into(),
+        anyhow!(usage()).context("while reading"),
+        anyhow!("the reason").context(usage()),
+        anyhow!(DeviceError::TooMany { given: "x".to_owned() }).context("while starting"),
+        missing().into(),
+    ] {
+        assert!(is_usage(&error), "{error:?}");
+    }
+    let broken = || StoreError::Io { action: "write", path: "x".into(), source: std::io::Error::other("disk full") };
+    for error in [anyhow!("lost"), broken().into()] {
+        assert!(!is_usage(&error), "{error:?}");
+    }
+    // The cause stands in the text of this error already.
+    assert_eq!(message(&broken().into()), "cannot write x: disk full");
+    assert_eq!(message(&anyhow!(broken()).context("no checkpoint")), "no checkpoint: cannot write x: disk full");
+}
