@@ -1,6 +1,7 @@
 //! All integration tests, as modules of one binary, so that wgpu links once.
 
 mod alloc_count;
+mod cli;
 mod collectives;
 mod data;
 mod gpu_smoke;

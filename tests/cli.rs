@@ -1,0 +1,251 @@
+//! The program from outside: what it answers, where, and with which exit code.
+
+use std::fs;
+
+use assert_cmd::Command;
+use serde_json::Value;
+
+/// One call in an empty folder.
+struct Call {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl Call {
+    /// The last line of standard output, all of which must be JSON objects with an `event`.
+    fn last_event(&self) -> Value {
+        let lines: Vec<Value> = self.out.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"))).collect();
+        assert!(lines.iter().all(|line| line["event"].is_string()), "{}", self.out);
+        lines.last().unwrap_or_else(|| panic!("no event; standard error: {}", self.err)).clone()
+    }
+}
+
+fn call(args: &[&str]) -> Call {
+    call_in(tempfile::tempdir().unwrap().path(), args)
+}
+
+fn call_in(folder: &std::path::Path, args: &[&str]) -> Call {
+    let output = Command::new(env!("CARGO_BIN_EXE_carrousel")).args(args).current_dir(folder).output().unwrap();
+    Call {
+        code: output.status.code().unwrap_or(-1),
+        out: String::from_utf8(output.stdout).unwrap(),
+        err: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+#[test]
+fn help_and_version_go_to_standard_output_with_code_0() {
+    for args in [&["--help"][..], &["help"], &["train", "--help"], &["help", "generate"], &["profile", "step", "-h"], &["--version"]] {
+        let call = call(args);
+        assert_eq!((call.code, call.err.as_str()), (0, ""), "{args:?}");
+        assert!(!call.out.is_empty(), "{args:?}");
+    }
+    assert_eq!(call(&["--version"]).out.trim(), concat!("carrousel ", env!("CARGO_PKG_VERSION")));
+    let help = call(&["--help"]).out;
+    for command in ["train", "evaluate", "generate", "forecast", "devices", "profile"] {
+        assert!(help.contains(&format!("\n  {command} ")), "{help}");
+    }
+}
+
+#[test]
+fn a_command_line_that_cannot_be_read_is_code_2_and_names_the_nearest() {
+    for (args, part) in [
+        (&[][..], "Usage: carrousel"),
+        (&["trian"], "'train'"),
+        (&["classify", "--run", "x"], "classify"),
+        (&["profile"], "step"),
+        (&["profile", "kernels"], "kernels"),
+        (&["train", "--hiden", "3"], "'--hidden'"),
+        (&["train", "--schedule", "cosin"], "'cosine'"),
+        (&["train", "--layers", "two"], "'two'"),
+        (&["train", "--layers", "-1"], "-1"),
+        (&["train", "--seed", "18446744073709551615"], "18446744073709551615"),
+        (&["train", "--split", "0.5,0.5"], "3 numbers"),
+        (&["train", "--quiet", "--verbose"], "--verbose"),
+        (&["generate"], "--run"),
+        (&["evaluate", "--run", "x", "--checkpoint", "worst"], "worst"),
+    ] {
+        let call = call(args);
+        assert_eq!((call.code, call.out.as_str()), (2, ""), "{args:?}: {}", call.err);
+        assert!(call.err.contains(part), "{args:?}: {}", call.err);
+    }
+}
+
+#[test]
+fn what_was_given_wrongly_is_code_2_with_one_line_on_standard_error() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("key.toml"), "layers = 2\nhiden = 3\n").unwrap();
+    fs::write(folder.path().join("value.toml"), "dropout = 1.5\n").unwrap();
+    for (args, part) in [
+        (&["train", "--config", "key.toml"][..], "key.toml, line 2: unknown key `hiden`; the nearest is `hidden`"),
+        (&["train", "--config", "value.toml"], "dropout (in value.toml) is 1.5, but must be at least 0 and below 1"),
+        (&["train", "--config", "none.toml"], "cannot read none.toml"),
+        (&["train", "--lr", "-1"], "--lr is -1, but must be a number above 0"),
+        (&["train", "--resume"], "--resume needs --out"),
+        (&["train", "--task", "lm"], "--data"),
+        (&["train", "--devices", "tpu"], "'tpu' is no device"),
+        (&["train", "--devices", "cpu:1*2", "--balance", "1:2:3"], "3 weights for 2 workers"),
+        (&["generate", "--run", "x", "--temperature", "-1"], "--temperature is -1"),
+        (&["generate", "--run", "x", "--top-k", "0"], "--top-k is 0"),
+        (&["generate", "--run", "x", "--devices", "tpu"], "'tpu' is no device"),
+        (&["evaluate", "--run", "x", "--eval-batch-size", "0"], "--eval-batch-size is 0"),
+        (&["profile", "step", "--steps", "0"], "--steps is 0"),
+        (&["profile", "step", "--workload", "B", "--hidden", "8"], "--hidden cannot be used with --workload B"),
+        (&["profile", "step", "--keep", "2"], "--keep means nothing for profile step"),
+    ] {
+        let call = call_in(folder.path(), args);
+        assert_eq!((call.code, call.out.as_str()), (2, ""), "{args:?}: {}", call.err);
+        assert!(call.err.starts_with("error: ") && call.err.contains(part) && call.err.lines().count() == 1, "{args:?}: {}", call.err);
+    }
+    let files = fs::read_dir(folder.path()).unwrap().count();
+    assert_eq!(files, 2, "a refused command left something behind");
+}
+
+#[test]
+fn data_devices_and_runs_that_are_not_there_are_code_2() {
+    for (args, part) in [
+        (&["train", "--devices", "cpu:1", "--data", "none.txt"][..], "none.txt"),
+        (&["train", "--devices", "cpu:1", "--data", "none*.csv"], "none*.csv"),
+        (&["train", "--devices", "gpu:9999"], "gpu:9999"),
+        (&["evaluate", "--run", "none", "--devices", "cpu:1"], "none"),
+        (&["generate", "--run", "none", "--devices", "cpu:1"], "none"),
+        (&["forecast", "--run", "none", "--devices", "cpu:1"], "none"),
+    ] {
+        let call = call(args);
+        assert_eq!(call.code, 2, "{args:?}: {}", call.err);
+        assert!(call.err.lines().any(|line| line.starts_with("error: ") && line.contains(part)), "{args:?}: {}", call.err);
+    }
+}
+
+#[test]
+fn with_json_an_error_is_the_last_event_wherever_the_flag_stands() {
+    for args in [
+        &["--json", "train", "--lr", "0"][..],
+        &["train", "--json", "--lr", "0"],
+        &["train", "--lr", "0", "--json"],
+        &["train", "--json", "--hiden", "3"],
+        &["evaluate", "--run", "none", "--json", "--quiet"],
+    ] {
+        let call = call(args);
+        let event = call.last_event();
+        assert_eq!((call.code, event["event"].as_str()), (2, Some("error")), "{args:?}: {}", call.out);
+        let message = event["message"].as_str().unwrap();
+        assert!(!message.is_empty() && !message.contains('\n') && !message.contains("error: "), "{message}");
+        assert!(call.err.starts_with("error: "), "{args:?}: {}", call.err);
+    }
+}
+
+#[test]
+fn devices_are_listed_for_people_and_for_programs() {
+    let call_json = call(&["devices", "--json"]);
+    let event = call_json.last_event();
+    assert_eq!((call_json.code, event["event"].as_str(), event["status"].as_str()), (0, Some("summary"), Some("finished")));
+    let adapters = event["adapters"].as_array().unwrap();
+    assert!(adapters.iter().enumerate().all(|(position, adapter)| adapter["index"] == position), "{adapters:?}");
+    let call = call(&["devices"]);
+    assert_eq!(call.code, 0, "{}", call.err);
+    for adapter in adapters {
+        assert!(call.out.contains(adapter["name"].as_str().unwrap()), "{}", call.out);
+    }
+    assert!(!call.out.is_empty());
+}
+
+/// A folder with a small text to learn.
+fn folder_with_text() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("text.txt"), "the quick brown fox jumps over the lazy dog\n".repeat(60)).unwrap();
+    folder
+}
+
+const SMALL: [&str; 14] = [
+    "train",
+    "--data",
+    "text.txt",
+    "--hidden",
+    "8",
+    "--layers",
+    "1",
+    "--batch-size",
+    "4",
+    "--seq-len",
+    "10",
+    "--devices",
+    "cpu:1",
+    "--out=run",
+];
+
+#[test]
+fn a_trained_network_is_used_from_any_folder_and_a_second_run_does_not_overwrite_it() {
+    let folder = folder_with_text();
+    let trained = call_in(folder.path(), &[&SMALL[..], &["--max-steps", "5"]].concat());
+    assert_eq!(trained.code, 0, "{}", trained.err);
+    // The table is the result; progress is not.
+    assert!(trained.out.contains("perplexity") && !trained.out.contains("step 5/5"), "{}", trained.out);
+    let run = folder.path().join("run");
+    let run = ["--run", run.to_str().unwrap(), "--devices", "cpu:1"];
+
+    let evaluated = call(&[&["evaluate", "--json"], &run[..]].concat());
+    let event = evaluated.last_event();
+    assert_eq!((evaluated.code, event["status"].as_str()), (0, Some("finished")), "{}", evaluated.err);
+    assert!((event["loss"].as_f64().unwrap().exp() / event["perplexity"].as_f64().unwrap() - 1.0).abs() < 1e-9);
+
+    let generate = [&["generate", "--prompt", "the ", "--length", "7"], &run[..]].concat();
+    let (written, again) = (call(&generate), call(&[&generate[..], &["--json"]].concat()));
+    assert_eq!((written.code, written.out.chars().count()), (0, 4 + 7 + 1), "{}{}", written.out, written.err);
+    assert!(written.out.starts_with("the ") && written.out.ends_with('\n'));
+    assert_eq!(again.last_event()["text"].as_str(), written.out.strip_suffix('\n'));
+
+    for (args, part) in [
+        (["forecast"].iter().chain(&run).copied().collect::<Vec<_>>(), "use generate"),
+        ([&["generate", "--prompt", "\u{a7}"], &run[..]].concat(), "\u{a7}"),
+        ([&["evaluate", "--checkpoint", "3"], &run[..]].concat(), "step 3"),
+        ([&["evaluate", "--devices", "cpu:1*2"], &run[..2]].concat(), "2 workers"),
+    ] {
+        let refused = call(&args);
+        assert_eq!(refused.code, 2, "{args:?}: {}", refused.err);
+        assert!(refused.err.contains(part), "{args:?}: {}", refused.err);
+    }
+    let second = call_in(folder.path(), &SMALL);
+    assert_eq!(second.code, 2, "{}", second.err);
+    assert!(second.err.contains("--resume"), "{}", second.err);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_signal_ends_training_with_a_checkpoint_and_code_130_and_resume_goes_on_from_there() {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Command, Stdio};
+
+    let folder = folder_with_text();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_carrousel"))
+        .args([&SMALL[..], &["--max-steps", "1000000", "--log-every", "1", "--json", "--quiet"]].concat())
+        .current_dir(folder.path())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(lines.next().is_some_and(|line| line.unwrap().contains("step")), "training did not begin");
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    let last: Value = serde_json::from_str(&lines.map(Result::unwrap).last().unwrap()).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!((last["event"].as_str(), last["status"].as_str()), (Some("summary"), Some("interrupted")));
+    let steps = last["steps"].as_u64().unwrap();
+    assert!(folder.path().join(format!("run/checkpoints/step-{steps:08}.safetensors")).exists());
+
+    // Nothing but the folder and the new limit need be said again; on the finished run it is a no-op.
+    let resume = ["train", "--out", "run", "--resume", "--json", "--max-steps", &(steps + 3).to_string()];
+    for _ in 0..2 {
+        let resumed = call_in(folder.path(), &resume);
+        let event = resumed.last_event();
+        assert_eq!(
+            (resumed.code, event["status"].as_str(), event["steps"].as_u64()),
+            (0, Some("finished"), Some(steps + 3)),
+            "{}",
+            resumed.err
+        );
+    }
+    let changed = call_in(folder.path(), &[&resume[..], &["--hidden", "9"]].concat());
+    assert_eq!(changed.code, 2, "{}", changed.err);
+    assert!(changed.err.contains("--hidden"), "{}", changed.err);
+}
