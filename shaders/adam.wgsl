@@ -1,0 +1,51 @@
+// Adam: m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2, p = shrink p - step_size m / (sqrt(v) / root2 + eps).
+//
+// Grid: a workgroup for each 256 floats (64 invocations, 4 each), folded into x and y.
+
+struct Params {
+    len: u32,
+    step_size: f32,
+    beta1: f32,
+    beta2: f32,
+    root2: f32,
+    eps: f32,
+    shrink: f32,
+    grad_scale: f32,
+    clip_value: f32,
+    weight_decay: f32,
+    l1: f32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read_write> p: array<f32>;  // [len]
+@group(0) @binding(2) var<storage, read> grad: array<f32>;     // [len]
+@group(0) @binding(3) var<storage, read_write> m: array<f32>;  // [len]
+@group(0) @binding(4) var<storage, read_write> v: array<f32>;  // [len]
+
+const WORKGROUP: u32 = 64u;
+const EACH: u32 = 4u;
+
+@compute @workgroup_size(WORKGROUP)
+fn adam(
+    @builtin(workgroup_id) wg: vec3<u32>,
+    @builtin(num_workgroups) n_wg: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let first = (wg.y * n_wg.x + wg.x) * WORKGROUP * EACH + lane;
+    for (var e = 0u; e < EACH; e++) {
+        let i = first + e * WORKGROUP;
+        if (i < params.len) {
+            update(i);
+        }
+    }
+}
+
+fn update(i: u32) {
+    let regular = Regular(params.grad_scale, params.clip_value, params.weight_decay, params.l1);
+    let g = gradient_that_counts(regular, grad[i], p[i]);
+    let mean = params.beta1 * m[i] + (1.0 - params.beta1) * g;
+    let square = params.beta2 * v[i] + (1.0 - params.beta2) * g * g;
+    m[i] = mean;
+    v[i] = square;
+    p[i] = p[i] * params.shrink - params.step_size * mean / (sqrt(square) / params.root2 + params.eps);
+}

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use carrousel::backend::Backend;
 use carrousel::backend::cpu::CpuBackend;
+use carrousel::backend::gpu::{GpuBackend, adapters};
 
 /// The environment variable that sets the policy.
 const VARIABLE: &str = "CARROUSEL_TEST_GPU";
@@ -76,18 +77,18 @@ impl Device {
     pub fn open(self) -> Box<dyn Backend> {
         match self {
             Self::Cpu(n_threads) => Box::new(CpuBackend::new(n_threads).expect("a CPU backend starts")),
-            Self::Gpu(index) => open_gpu(index).unwrap_or_else(|e| panic!("gpu:{index} was listed but does not open: {e:#}")),
+            Self::Gpu(index) => match GpuBackend::new(index) {
+                Ok(backend) => Box::new(backend),
+                Err(e) => panic!("gpu:{index} was listed but does not open: {e:#}"),
+            },
         }
     }
 }
 
-/// Names of all adapters, in the order of their indices.
-fn list_gpus() -> Vec<String> {
-    Vec::new()
-}
-
-fn open_gpu(_: usize) -> anyhow::Result<Box<dyn Backend>> {
-    anyhow::bail!("no GPU backend")
+/// Names and drivers of all adapters, in the order of their indices.
+fn list_gpus() -> Result<Vec<String>, String> {
+    let adapters = adapters::list().map_err(|e| format!("adapters cannot be listed: {e:#}"))?;
+    Ok(adapters.iter().map(|adapter| format!("{} ({})", adapter.name, adapter.driver)).collect())
 }
 
 /// Names of the adapters that may be tested. Fails the calling test where the policy asks for more than there are.
@@ -96,7 +97,7 @@ fn admitted() -> &'static [String] {
     let found = FOUND.get_or_init(|| {
         let typed = std::env::var(VARIABLE).ok();
         let policy = Policy::parse(typed.as_deref())?;
-        let mut names = if policy == Policy::Off { Vec::new() } else { list_gpus() };
+        let mut names = if policy == Policy::Off { Vec::new() } else { list_gpus()? };
         names.truncate(policy.admit(names.len())?);
         Ok(names)
     });

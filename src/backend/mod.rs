@@ -4,6 +4,7 @@
 //! may collect them until [`Backend::submit`] or a readback. What waits for a readback is an owned [`Readback`] that can travel to another thread.
 
 pub mod cpu;
+pub mod gpu;
 
 use std::time::Duration;
 
@@ -36,12 +37,27 @@ pub struct Limits {
     pub max_binding_bytes: u64,
 }
 
+/// What may go wrong with a device whatever it is asked; `device` is its spec and name.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum DeviceError {
+    /// For good: every later call says the same.
+    #[error("{device} is lost: {reason}")]
+    Lost { device: String, reason: String },
+    #[error("{device} is out of memory: {what}; lower --batch-size, --window or --hidden")]
+    OutOfMemory { device: String, what: String },
+    #[error("{device} did not finish within {seconds} s")]
+    Deadline { device: String, seconds: f64 },
+    /// A fault of this program, not of the device.
+    #[error("{device} refused a command: {message}")]
+    Refused { device: String, message: String },
+}
+
 /// Words on their way from a device to the host; owned, so that another thread may wait for it.
 pub trait Readback: Send {
     /// The words, in the memory that was handed in where that is possible.
     ///
     /// # Errors
-    /// The device is lost, or `deadline` has passed.
+    /// [`DeviceError`]: the device is lost, or `deadline` has passed.
     fn wait(self: Box<Self>, deadline: Duration) -> Result<Vec<f32>>;
 }
 

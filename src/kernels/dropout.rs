@@ -52,7 +52,7 @@ impl Dropout {
 }
 
 impl Kernel for Dropout {
-    kernel_basics!("dropout", const { &[read("streams"), read("source"), read_write("target")] });
+    kernel_basics!("dropout", const { &[read("streams"), read("source"), read_write("destination")] });
 
     fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
         multiple_of("dropout", "width", self.width, 4)?;
@@ -61,7 +61,7 @@ impl Kernel for Dropout {
         let len = self.n_steps as usize * self.n_rows as usize * self.width as usize;
         at_least("dropout", "streams", lens[0], self.n_rows as usize)?;
         at_least("dropout", "source", lens[1], self.from as usize + len)?;
-        at_least("dropout", "target", lens[2], self.to as usize + len)
+        at_least("dropout", "destination", lens[2], self.to as usize + len)
     }
 
     fn dispatch(&self, _: AdapterClass) -> Dispatch {

@@ -113,6 +113,13 @@ pub struct Shader {
     pub fragments: &'static [&'static Fragment],
 }
 
+impl Shader {
+    /// The whole module: the fragments in order, then the kernel.
+    pub fn text(&self) -> String {
+        self.fragments.iter().map(|f| f.source).chain([self.source]).collect()
+    }
+}
+
 /// What kind of adapter a launch is for; kernels choose variants by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum AdapterClass {

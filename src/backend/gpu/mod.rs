@@ -1,0 +1,302 @@
+//! One GPU as a backend, through wgpu: the only place that names it.
+//!
+//! Launches, copies and clears are collected and handed over by `submit`, by a readback, by a write to a buffer that they use, or when there are 4,096 of
+//! them. After a device is lost wgpu accepts and drops commands silently, so every method here asks first and returns `DeviceError::Lost`.
+
+pub mod adapters;
+mod health;
+mod pipelines;
+mod readback;
+mod recording;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use self::adapters::{AdapterKind, AdapterSummary};
+use self::health::{Deadline, Health};
+use self::pipelines::{Pipelines, SLOT_BYTES};
+use self::readback::{Pending, Staging};
+use self::recording::{MAX_OPERANDS, Recording, Words};
+use super::{Backend, BufferId, DeviceInfo, Limits, Readback, Span};
+use crate::kernels::{Access, AdapterClass, Kernel};
+use crate::shape::{ALIGN, round_up};
+
+/// Changes whenever a shader computes other bits than before.
+const SHADER_VARIANTS: u32 = 1;
+/// Bytes written that make a submit of their own, so that staging memory stays bounded.
+const MAX_WRITTEN_BYTES: u64 = 64 << 20;
+
+struct Memory {
+    buffer: wgpu::Buffer,
+    len: usize,
+}
+
+/// The backend `gpu:INDEX`.
+pub struct GpuBackend {
+    info: DeviceInfo,
+    adapter: AdapterSummary,
+    class: AdapterClass,
+    limits: Limits,
+    health: Arc<Health>,
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    buffers: Vec<Option<Memory>>,
+    pipelines: Pipelines,
+    recording: Recording,
+    staging: Arc<Staging>,
+    last: Option<wgpu::SubmissionIndex>,
+    /// Bytes written since the last submit: they lie in staging memory of wgpu's until then.
+    written_bytes: u64,
+}
+
+impl GpuBackend {
+    /// A device of its own on the adapter at `index` of [`adapters::list`]; several backends may share an adapter.
+    ///
+    /// # Errors
+    /// There is no such adapter, or it gives no device.
+    pub fn new(index: usize) -> Result<Self> {
+        let (adapter, summary) = adapters::open(index)?;
+        let descriptor = wgpu::DeviceDescriptor { label: Some("carrousel"), required_limits: adapter.limits(), ..Default::default() };
+        let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
+            .with_context(|| format!("gpu:{index} ({}) gives no device", summary.name))?;
+        let health = Health::watch(&device, format!("gpu:{index} ({})", summary.name));
+        let is_software = summary.kind == AdapterKind::Software;
+        let info = DeviceInfo {
+            spec: format!("gpu:{index}"),
+            name: summary.name.clone(),
+            kind: format!("{} {} shader variants {SHADER_VARIANTS}", summary.name, summary.driver),
+            driver: summary.driver.clone(),
+            is_software,
+            is_gpu: true,
+        };
+        let recording = Recording::new(&device);
+        health.check()?;
+        Ok(Self {
+            info,
+            class: if is_software { AdapterClass::Software } else { AdapterClass::Hardware },
+            limits: Limits { max_buffer_bytes: summary.limits.max_buffer_bytes, max_binding_bytes: summary.limits.max_binding_bytes },
+            adapter: summary,
+            health,
+            device,
+            queue,
+            buffers: Vec::new(),
+            pipelines: Pipelines::default(),
+            recording,
+            staging: Arc::default(),
+            last: None,
+            written_bytes: 0,
+        })
+    }
+
+    /// The adapter as listed.
+    pub fn adapter(&self) -> &AdapterSummary {
+        &self.adapter
+    }
+
+    /// Destroys the device as a driver's reset would; for tests of recovery.
+    #[doc(hidden)]
+    pub fn destroy_device(&self) {
+        self.device.destroy();
+        // wgpu tells of it once the queue is empty.
+        let _ = self.device.poll(wgpu::PollType::Wait { submission_index: None, timeout: Some(Duration::from_secs(10)) });
+    }
+
+    fn words(&self, span: Span) -> Result<Words> {
+        let memory = self.buffers.get(span.buffer.0 as usize).and_then(Option::as_ref).context("a buffer that was freed is used")?;
+        let fits = span.offset.checked_add(span.len).is_some_and(|end| end <= memory.len);
+        ensure!(fits, "span {}+{} of a buffer of {} words", span.offset, span.len, memory.len);
+        Ok(Words { buffer: memory.buffer.clone(), offset: span.offset, len: span.len })
+    }
+
+    /// Makes room for one more command.
+    fn make_room(&mut self) -> Result<()> {
+        self.health.check()?;
+        if self.recording.is_full() { self.flush(None).map(drop) } else { Ok(()) }
+    }
+
+    /// Submits what was collected, and behind it the copies to a staging buffer.
+    fn flush(&mut self, parts: Option<&[Words]>) -> Result<Option<Pending>> {
+        self.health.check()?;
+        if self.recording.is_empty() && self.written_bytes == 0 && parts.is_none() {
+            return Ok(None);
+        }
+        let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        self.recording.encode(&self.queue, &self.pipelines, &mut encoder);
+        let pending = parts.map(|parts| Pending::encode(&self.staging, &self.device, parts, &mut encoder));
+        self.last = Some(self.queue.submit([encoder.finish()]));
+        self.written_bytes = 0;
+        self.health.check()?;
+        Ok(pending)
+    }
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+impl Backend for GpuBackend {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn alloc(&mut self, label: &str, len: usize) -> Result<BufferId> {
+        self.health.check()?;
+        let id = u32::try_from(self.buffers.len()).context("too many buffers")?;
+        // Whole lines of 64 words: a binding may then be rounded up to a vector.
+        let size = round_up(len.max(1), ALIGN) as u64 * 4;
+        let most = self.limits.max_buffer_bytes;
+        ensure!(
+            size <= most,
+            "{label} needs a buffer of {:.1} MiB, max_buffer_size of {} is {:.1} MiB; lower --batch-size, --window or --hidden",
+            mib(size),
+            self.health.device(),
+            mib(most)
+        );
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        let buffer = self.device.create_buffer(&wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false });
+        self.health.check().with_context(|| format!("no memory for {label}: {:.1} MiB", mib(size)))?;
+        self.buffers.push(Some(Memory { buffer, len }));
+        Ok(BufferId(id))
+    }
+
+    fn free(&mut self, buffer: BufferId) {
+        if let Some(slot) = self.buffers.get_mut(buffer.0 as usize) {
+            *slot = None;
+            self.recording.forget(buffer);
+        }
+    }
+
+    fn len(&self, buffer: BufferId) -> usize {
+        self.buffers.get(buffer.0 as usize).and_then(Option::as_ref).map_or(0, |m| m.len)
+    }
+
+    fn write(&mut self, to: Span, words: &[f32]) -> Result<()> {
+        self.health.check()?;
+        ensure!(to.len == words.len(), "{} words written to a span of {}", words.len(), to.len);
+        let place = self.words(to)?;
+        // The queue's writes come before the next submit, so what was collected on this buffer must go first.
+        if self.recording.touches(to.buffer) {
+            self.flush(None)?;
+        }
+        if !words.is_empty() {
+            self.queue.write_buffer(&place.buffer, place.offset as u64 * 4, bytemuck::cast_slice(words));
+            self.written_bytes += words.len() as u64 * 4;
+        }
+        if self.written_bytes > MAX_WRITTEN_BYTES { self.flush(None).map(drop) } else { Ok(self.health.check()?) }
+    }
+
+    fn copy(&mut self, from: Span, to: Span) -> Result<()> {
+        ensure!(
+            from.len == to.len && from.buffer != to.buffer,
+            "a copy needs two buffers and equal lengths, not {} and {}",
+            from.len,
+            to.len
+        );
+        self.make_room()?;
+        let (source, target) = (self.words(from)?, self.words(to)?);
+        if from.len > 0 {
+            self.recording.copy([from.buffer, to.buffer], source, target);
+        }
+        Ok(())
+    }
+
+    fn clear(&mut self, span: Span) -> Result<()> {
+        self.make_room()?;
+        let words = self.words(span)?;
+        if span.len > 0 {
+            self.recording.clear(span.buffer, words);
+        }
+        Ok(())
+    }
+
+    fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> Result<()> {
+        let name = kernel.name();
+        let _span = tracing::trace_span!("launch", kernel = name).entered();
+        let bindings = kernel.bindings();
+        ensure!(bindings.len() == operands.len(), "{name} takes {} operands, not {}", bindings.len(), operands.len());
+        ensure!(bindings.len() <= MAX_OPERANDS, "{name} takes {} operands, the most is {MAX_OPERANDS}", bindings.len());
+        let mut lens = [0; MAX_OPERANDS];
+        lens.iter_mut().zip(operands).for_each(|(len, span)| *len = span.len);
+        kernel.check(&lens[..operands.len()])?;
+        self.make_room()?;
+        let mut words = Vec::with_capacity(operands.len());
+        for (i, (binding, span)) in bindings.iter().zip(operands).enumerate() {
+            let place = self.words(*span).with_context(|| format!("{name}: {}", binding.name))?;
+            ensure!(
+                span.offset.is_multiple_of(ALIGN),
+                "{name}: {} starts at word {}, not at a multiple of {ALIGN}",
+                binding.name,
+                span.offset
+            );
+            let (bytes, most) = (span.len as u64 * 4, self.limits.max_binding_bytes);
+            ensure!(
+                bytes <= most,
+                "{name}: {} binds {:.1} MiB, max_storage_buffer_binding_size of {} is {:.1} MiB; lower --batch-size, --window or --hidden",
+                binding.name,
+                mib(bytes),
+                self.health.device(),
+                mib(most)
+            );
+            // wgpu tracks use by whole buffers: one cannot be read and written in the same launch, even where the spans are apart.
+            let other = bindings
+                .iter()
+                .zip(operands)
+                .take(i)
+                .find(|(b, s)| s.buffer == span.buffer && (b.access == Access::ReadWrite || binding.access == Access::ReadWrite));
+            if let Some((other, _)) = other {
+                anyhow::bail!(
+                    "{name}: {} and {} lie in one buffer, and one of them is written; give them buffers of their own",
+                    other.name,
+                    binding.name
+                );
+            }
+            words.push(place);
+        }
+        let dispatch = kernel.dispatch(self.class);
+        let params = kernel.params();
+        ensure!(params.len() as u64 <= SLOT_BYTES, "{name} has {} bytes of parameters, the most is {SLOT_BYTES}", params.len());
+        let pipeline = self.pipelines.find_or_make(&self.device, &self.health, &dispatch, bindings)?;
+        self.recording.launch(&self.device, &self.health, &self.pipelines, pipeline, operands, &words, params, dispatch.grid)
+    }
+
+    fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>> {
+        let parts = spans.iter().map(|&span| self.words(span)).collect::<Result<Vec<_>>>()?;
+        if parts.iter().all(|p| p.len == 0) {
+            self.flush(None)?;
+            return Ok(Box::new(Nothing(memory)));
+        }
+        let pending = self.flush(Some(&parts))?.context("a readback that was not encoded")?;
+        let index = self.last.clone().context("a readback that was not submitted")?;
+        let readback = pending.submitted(&self.device, &self.health, index, memory);
+        self.health.check()?;
+        Ok(Box::new(readback))
+    }
+
+    fn submit(&mut self) -> Result<()> {
+        self.flush(None).map(drop)
+    }
+
+    fn wait(&mut self, deadline: Duration) -> Result<()> {
+        self.flush(None)?;
+        match &self.last {
+            Some(index) => Ok(self.health.wait_for(&self.device, index, Deadline::after(deadline))?),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A readback of no words.
+struct Nothing(Vec<f32>);
+
+impl Readback for Nothing {
+    fn wait(mut self: Box<Self>, _: Duration) -> Result<Vec<f32>> {
+        self.0.clear();
+        Ok(self.0)
+    }
+}

@@ -1,0 +1,195 @@
+//! The GPU backend: kernels other than the matrix product and the LSTM cell against the CPU backend, order of writes, readbacks, loss.
+
+use std::time::Duration;
+
+use carrousel::backend::cpu::CpuBackend;
+use carrousel::backend::gpu::GpuBackend;
+use carrousel::backend::gpu::adapters::{self, NoSuchAdapter};
+use carrousel::backend::{Backend, DeviceError, read_now};
+use carrousel::kernels::elementwise::{Add, Scale};
+use carrousel::kernels::{self, Case, Entry, Fill};
+use carrousel::rng::{Purpose, StepKey, Stream};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The first adapter, or nothing where the tests are told to do without.
+fn gpu() -> Option<GpuBackend> {
+    let policy = std::env::var("CARROUSEL_TEST_GPU").unwrap_or_else(|_| "auto".to_owned());
+    if policy == "off" || (policy == "auto" && adapters::list().unwrap().is_empty()) {
+        println!("skipped: no adapter (CARROUSEL_TEST_GPU={policy})");
+        return None;
+    }
+    Some(GpuBackend::new(0).unwrap())
+}
+
+fn fill(fill: &Fill, len: usize, seed: u64, operand: u32) -> Vec<f32> {
+    let mut stream = Stream::new(StepKey::new(seed, 0), Purpose::Test, operand, 0);
+    match fill {
+        Fill::Uniform { low, high } => (0..len).map(|_| low + (high - low) * stream.uniform()).collect(),
+        Fill::Indices { below } => (0..len).map(|_| f32::from_bits(stream.below(*below))).collect(),
+        Fill::Words(words) => words.iter().map(|w| f32::from_bits(*w)).collect(),
+        Fill::Floats(floats) => floats.clone(),
+        Fill::Zeros => vec![0.0; len],
+        Fill::Poison => vec![f32::NAN; len],
+    }
+}
+
+/// What each operand holds after the launch.
+fn outcome(backend: &mut dyn Backend, case: &Case, inputs: &[Vec<f32>]) -> Vec<Vec<f32>> {
+    let spans: Vec<_> = inputs
+        .iter()
+        .map(|words| {
+            let buffer = backend.alloc("operand", words.len()).unwrap();
+            backend.write(backend.whole(buffer), words).unwrap();
+            backend.whole(buffer)
+        })
+        .collect();
+    backend.launch(case.kernel.as_ref(), &spans).unwrap();
+    let words = spans.iter().map(|&span| read_now(backend, span, PATIENCE).unwrap()).collect();
+    spans.iter().for_each(|span| backend.free(span.buffer));
+    words
+}
+
+fn compare(entry: &Entry, case: &Case, seed: u64, cpu: &[Vec<f32>], gpu: &[Vec<f32>]) {
+    for (o, (cpu, gpu)) in cpu.iter().zip(gpu).enumerate() {
+        assert_eq!(cpu.len(), gpu.len());
+        let name = case.kernel.bindings()[o].name;
+        for (i, (c, g)) in cpu.iter().zip(gpu).enumerate() {
+            // Equal bits cover indices and places that stay poisoned.
+            let close =
+                (f64::from(*c) - f64::from(*g)).abs() <= 2.0 * (entry.tolerance.absolute + entry.tolerance.relative * f64::from(c.abs()));
+            assert!(
+                c.to_bits() == g.to_bits() || (c.is_nan() && g.is_nan()) || (close && g.is_finite()),
+                "{} {} seed {seed}: {name}[{i}] is {c} on the CPU, {g} on the GPU",
+                entry.name,
+                case.label
+            );
+        }
+    }
+}
+
+#[test]
+fn every_kernel_but_products_and_cells_agrees_with_the_cpu() {
+    let Some(mut gpu) = gpu() else { return };
+    let mut cpu = CpuBackend::new(1).unwrap();
+    for entry in kernels::ALL.iter().filter(|e| !e.name.starts_with("gemm") && !e.name.starts_with("lstm")) {
+        for (seed, case) in (1..).zip((entry.cases)()) {
+            let inputs: Vec<_> = case.operands.iter().zip(0..).map(|(o, i)| fill(&o.fill, o.len, seed, i)).collect();
+            let (on_cpu, on_gpu) = (outcome(&mut cpu, &case, &inputs), outcome(&mut gpu, &case, &inputs));
+            compare(entry, &case, seed, &on_cpu, &on_gpu);
+        }
+    }
+}
+
+#[test]
+fn writes_launches_and_copies_take_effect_in_the_order_of_the_calls() {
+    let Some(mut gpu) = gpu() else { return };
+    let (x, y, z) = (gpu.alloc("x", 70).unwrap(), gpu.alloc("y", 70).unwrap(), gpu.alloc("z", 70).unwrap());
+    let (x, y, z) = (gpu.whole(x), gpu.whole(y), gpu.whole(z));
+    let add = Add { len: 70, x_offset: 0, y_offset: 0, a: 1.0 };
+    gpu.write(x, &[1.0; 70]).unwrap();
+    gpu.launch(&add, &[x, y]).unwrap();
+    gpu.write(x, &[10.0; 70]).unwrap();
+    gpu.launch(&add, &[x, y]).unwrap();
+    gpu.copy(y, z).unwrap();
+    gpu.launch(&Scale { len: 70, offset: 0, a: 2.0 }, &[y]).unwrap();
+    gpu.clear(x.part(64, 6)).unwrap();
+    let words = gpu.read(&[y, z.part(0, 3), x.part(62, 4)], Vec::new()).unwrap().wait(PATIENCE).unwrap();
+    assert_eq!(words[..70], [22.0; 70]);
+    assert_eq!(words[70..], [11.0, 11.0, 11.0, 10.0, 10.0, 0.0, 0.0]);
+}
+
+#[test]
+fn more_launches_than_one_submit_holds_run_in_order() {
+    let Some(mut gpu) = gpu() else { return };
+    let (x, y) = (gpu.alloc("x", 1).unwrap(), gpu.alloc("y", 1).unwrap());
+    let (x, y) = (gpu.whole(x), gpu.whole(y));
+    gpu.write(x, &[1.0]).unwrap();
+    for i in 0..9000 {
+        gpu.launch(&Add { len: 1, x_offset: 0, y_offset: 0, a: if i % 2 == 0 { 2.0 } else { -1.0 } }, &[x, y]).unwrap();
+    }
+    assert_eq!(read_now(&mut gpu, y, PATIENCE).unwrap(), [4500.0]);
+}
+
+#[test]
+fn a_readback_can_be_waited_for_on_another_thread_while_the_device_works_on() {
+    let Some(mut gpu) = gpu() else { return };
+    let x = gpu.alloc("x", 1000).unwrap();
+    let x = gpu.whole(x);
+    let mut waiting = Vec::new();
+    for i in 0..20 {
+        gpu.write(x, &[i as f32; 1000]).unwrap();
+        gpu.launch(&Scale { len: 1000, offset: 0, a: 3.0 }, &[x]).unwrap();
+        let readback = gpu.read(&[x], Vec::with_capacity(1000)).unwrap();
+        waiting.push(std::thread::spawn(move || readback.wait(PATIENCE)));
+    }
+    for (i, thread) in waiting.into_iter().enumerate() {
+        assert_eq!(thread.join().unwrap().unwrap(), [3.0 * i as f32; 1000]);
+    }
+    drop(gpu.read(&[x], Vec::new()).unwrap());
+    gpu.wait(PATIENCE).unwrap();
+}
+
+#[test]
+fn an_adapter_that_does_not_exist_is_an_error_that_names_those_that_do() {
+    let adapters = adapters::list().unwrap();
+    let error = GpuBackend::new(99).err().expect("there are fewer than 100 adapters");
+    let told = error.downcast_ref::<NoSuchAdapter>().unwrap();
+    assert_eq!(told.names, adapters.iter().map(|a| a.name.clone()).collect::<Vec<_>>());
+    assert!(error.to_string().contains("gpu:99") && adapters.iter().all(|a| error.to_string().contains(&a.name)), "{error}");
+    assert!(adapters.iter().enumerate().all(|(i, a)| a.index == i && a.backend != "noop"));
+}
+
+#[test]
+fn a_lost_device_makes_every_call_an_error_that_names_it() {
+    let Some(mut gpu) = gpu() else { return };
+    let x = gpu.alloc("x", 64).unwrap();
+    let x = gpu.whole(x);
+    let scale = Scale { len: 64, offset: 0, a: 2.0 };
+    gpu.launch(&scale, &[x]).unwrap();
+    let readback = gpu.read(&[x], Vec::new()).unwrap();
+    gpu.destroy_device();
+    let name = gpu.info().name.clone();
+    let is_lost = |what: &str, result: anyhow::Result<()>| {
+        let error = result.expect_err(what);
+        assert!(matches!(error.downcast_ref(), Some(DeviceError::Lost { .. })) && error.to_string().contains(&name), "{what}: {error:#}");
+    };
+    is_lost("write", gpu.write(x, &[0.0; 64]));
+    is_lost("launch", gpu.launch(&scale, &[x]));
+    is_lost("clear", gpu.clear(x));
+    is_lost("alloc", gpu.alloc("y", 1).map(drop));
+    is_lost("read", gpu.read(&[x], Vec::new()).map(drop));
+    is_lost("submit", gpu.submit());
+    is_lost("wait", gpu.wait(PATIENCE));
+    // What was submitted before may have come through.
+    if let Err(error) = readback.wait(PATIENCE) {
+        is_lost("an earlier readback", Err(error));
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_the_limit_and_both_numbers() {
+    let Some(mut gpu) = gpu() else { return };
+    let limits = gpu.limits();
+    let error = gpu.alloc("gates", (limits.max_buffer_bytes / 4 + 64) as usize).unwrap_err().to_string();
+    assert!(error.contains("gates") && error.contains("max_buffer_size") && error.contains("--hidden"), "{error}");
+    if limits.max_binding_bytes < limits.max_buffer_bytes.min(1 << 30) {
+        let len = (limits.max_binding_bytes / 4 + 64) as usize;
+        let big = gpu.alloc("gates", len).unwrap();
+        let error = gpu.launch(&Scale { len: 1, offset: 0, a: 1.0 }, &[gpu.whole(big)]).unwrap_err().to_string();
+        assert!(error.contains("max_storage_buffer_binding_size"), "{error}");
+    }
+}
+
+#[test]
+fn a_buffer_that_is_read_and_written_in_one_launch_is_refused_by_name() {
+    let Some(mut gpu) = gpu() else { return };
+    let x = gpu.alloc("x", 128).unwrap();
+    let (a, b) = (gpu.whole(x).part(0, 64), gpu.whole(x).part(64, 64));
+    let add = Add { len: 64, x_offset: 0, y_offset: 0, a: 1.0 };
+    let error = gpu.launch(&add, &[a, b]).unwrap_err().to_string();
+    assert!(error.contains("add: x and y"), "{error}");
+    // The refusal leaves the device as it was.
+    gpu.launch(&Scale { len: 64, offset: 0, a: 1.0 }, &[b]).unwrap();
+    assert_eq!(read_now(&mut gpu, b, PATIENCE).unwrap(), [0.0; 64]);
+}
