@@ -129,6 +129,22 @@ fn tell(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
+/// Says what was tested and what was skipped.
+pub fn report() {
+    let names = admitted();
+    for (i, name) in names.iter().enumerate() {
+        let first = names.iter().position(|other| other == name);
+        let note = if first == Some(i) { "" } else { ", kernels judged on its twin only" };
+        tell(&format!("\n[adapters] tested: gpu:{i} {name}{note}"));
+    }
+    let typed = std::env::var(VARIABLE).unwrap_or_else(|_| "auto".to_owned());
+    match names.len() {
+        0 => tell(&format!("\n[adapters] SKIPPED every check on a GPU: none admitted with {VARIABLE}={typed}")),
+        1 => tell("[adapters] one adapter: tests of several devices run as workers on it"),
+        n => tell(&format!("[adapters] {n} adapters: nothing skipped")),
+    }
+}
+
 #[test]
 fn policies_are_read_as_documented() {
     assert_eq!(Policy::parse(None), Ok(Policy::Auto));
@@ -149,20 +165,4 @@ fn a_required_adapter_that_is_missing_is_an_error() {
     assert_eq!(Policy::Require(1).admit(3), Ok(3));
     assert_eq!(Policy::Auto.admit(0), Ok(0));
     assert_eq!(Policy::Off.admit(5), Ok(0));
-}
-
-#[test]
-fn zz_adapters_report() {
-    let names = admitted();
-    for (i, name) in names.iter().enumerate() {
-        let first = names.iter().position(|other| other == name);
-        let note = if first == Some(i) { "" } else { ", kernels judged on its twin only" };
-        tell(&format!("\n[adapters] tested: gpu:{i} {name}{note}"));
-    }
-    let typed = std::env::var(VARIABLE).unwrap_or_else(|_| "auto".to_owned());
-    match names.len() {
-        0 => tell(&format!("\n[adapters] SKIPPED every check on a GPU: none admitted with {VARIABLE}={typed}")),
-        1 => tell("[adapters] one adapter: tests of several devices run as workers on it"),
-        n => tell(&format!("[adapters] {n} adapters: nothing skipped")),
-    }
 }

@@ -116,7 +116,7 @@ pub fn compare<W: Number, G: Number>(
     }
     // What is left is finite, or not a number or infinite on both sides alike.
     let allowed = |w: f64| tolerance.absolute + tolerance.relative * w.abs();
-    let off = |w: f64, g: f64| w.is_finite() && !((w - g).abs() <= allowed(w));
+    let off = |w: f64, g: f64| w.is_finite() && ((w - g).abs() > allowed(w) || (w - g).is_nan());
     if let Some((i, (w, g))) = pairs().find(|&(_, (w, g))| off(w, g)) {
         let n = pairs().filter(|&(_, (w, g))| off(w, g)).count();
         let worst = pairs().filter(|&(_, (w, g))| off(w, g)).map(|(_, (w, g))| (w - g).abs()).fold(0.0, f64::max);

@@ -8,3 +8,9 @@ mod memory; // operands between guard bands
 mod oracle; // every kernel in naive f64
 mod shaders; // every shader parses, validates, fits its Rust twin, and translates
 mod sweep; // a layer over time against an f64 layer
+
+/// The last test by name, so that what was skipped stands at the end.
+#[test]
+fn zz_adapters_report() {
+    adapters::report();
+}

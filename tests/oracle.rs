@@ -259,14 +259,14 @@ fn dropout(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
 fn softmax_cross_entropy(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     let k: SoftmaxCrossEntropy = parse(params);
     let (mut logits, mut losses, mut flags) = (x.target(0), x.target(3), x.operands[4].clone());
-    for row in 0..k.n_rows as usize {
+    for (row, loss) in losses.iter_mut().enumerate().take(k.n_rows as usize) {
         let start = row * k.row_stride as usize;
         let (target, weight) = (x.u(1, row), x.f(2, row));
         let counts = weight != 0.0 && target < k.n_classes as usize;
         let values: Vec<f64> = (0..k.n_classes as usize).map(|v| x.f(0, start + v)).collect();
         let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let sum: f64 = values.iter().map(|v| (v - max).exp()).sum();
-        losses[row] = if counts { weight * (max + sum.ln() - values[target]) } else { 0.0 };
+        *loss = if counts { weight * (max + sum.ln() - values[target]) } else { 0.0 };
         if counts && values.iter().any(|v| !v.is_finite()) {
             flags[0] = 1;
         }
@@ -287,8 +287,8 @@ fn softmax_cross_entropy(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
 fn squared_error(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     let k: SquaredError = parse(params);
     let (mut predictions, mut losses, mut flags) = (x.target(0), x.target(3), x.operands[4].clone());
-    for row in 0..k.n_rows as usize {
-        losses[row] = 0.0;
+    for (row, loss) in losses.iter_mut().enumerate().take(k.n_rows as usize) {
+        *loss = 0.0;
         for o in 0..k.row_stride as usize {
             let at = row * k.row_stride as usize + o;
             let mut gradient = 0.0;
@@ -296,7 +296,7 @@ fn squared_error(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
                 let dense = row * k.n_outputs as usize + o;
                 let (weight, difference) = (x.f(2, dense), x.f(0, at) - x.f(1, dense));
                 if weight != 0.0 {
-                    losses[row] += weight * difference * difference;
+                    *loss += weight * difference * difference;
                     gradient = 2.0 * weight * difference * f64::from(k.scale);
                     if !x.f(0, at).is_finite() {
                         flags[0] = 1;

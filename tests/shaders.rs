@@ -3,17 +3,18 @@
 
 use std::mem::{offset_of, size_of};
 
-use carrousel::kernels::dropout::Dropout;
-use carrousel::kernels::elementwise::{Add, Scale};
-use carrousel::kernels::embedding::{EmbeddingGather, EmbeddingGradient};
-use carrousel::kernels::gemm::Gemm;
-use carrousel::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
-use carrousel::kernels::lstm::{LstmStepBackward, LstmStepForward};
-use carrousel::kernels::reduce::{BlockSquares, ColumnSums, NonFinite, Sum};
+use carrousel::kernels::dropout::{DROPOUT_VECTORS, Dropout};
+use carrousel::kernels::elementwise::{Add, ELEMENTS, Scale};
+use carrousel::kernels::embedding::{EMBEDDING_VECTORS, EmbeddingGather, EmbeddingGradient};
+use carrousel::kernels::gemm::{DIRECT_BLOCK, Gemm, TILED_BLOCK};
+use carrousel::kernels::loss::{SOFTMAX_WORKGROUP, SQUARED_ROWS, SoftmaxCrossEntropy, SquaredError};
+use carrousel::kernels::lstm::{LstmStepBackward, LstmStepForward, NONE, STEP_ROWS};
+use carrousel::kernels::reduce::{BlockSquares, ColumnSums, NON_FINITE_BLOCK, NonFinite, REDUCE_WORKGROUP, SUM_COLUMNS, Sum};
 use carrousel::kernels::update::{Adam, Rmsprop, Sgd};
 use carrousel::kernels::{ALL, Access, AdapterClass, Entry, Fragment, Shader};
+use carrousel::shape::{BLOCK, PANEL, PANEL_UNITS};
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
-use naga::{AddressSpace, Handle, Module, ShaderStage, StorageAccess, Type, TypeInner};
+use naga::{AddressSpace, Expression, Handle, Literal, Module, ShaderStage, StorageAccess, Type, TypeInner};
 
 /// A leaf of a parameter struct: its path and its offset in bytes.
 type Field = (String, usize);
@@ -78,9 +79,7 @@ fn parse(name: &str, text: &str) -> Module {
 
 /// Validates for WebGPU without any extension.
 fn validate(name: &str, module: &Module) -> ModuleInfo {
-    Validator::new(ValidationFlags::all(), Capabilities::empty())
-        .validate(module)
-        .unwrap_or_else(|e| panic!("{name}: {}", e.into_inner()))
+    Validator::new(ValidationFlags::all(), Capabilities::empty()).validate(module).unwrap_or_else(|e| panic!("{name}: {}", e.into_inner()))
 }
 
 /// The leaves of a type in WGSL, with paths and offsets.
@@ -186,10 +185,60 @@ fn bindings_are_those_the_kernel_lists() {
             found.push((binding.binding, variable.name.clone().expect("WGSL names its variables"), access));
         }
         found.sort_by_key(|(binding, ..)| *binding);
-        let operands = bindings.iter().zip(1..).map(|(b, i)| (i, b.name.to_owned(), Some(b.access)));
-        let needed: Vec<_> = std::iter::once((0, "p".to_owned(), None)).chain(operands).collect();
+        assert!(!found.is_empty(), "{} binds nothing", shader.name);
+        let uniform = found.remove(0);
+        assert_eq!((uniform.0, uniform.2), (0, None), "{}: parameters are not at binding 0", shader.name);
+        let needed: Vec<_> = bindings.iter().zip(1..).map(|(b, i)| (i, b.name.to_owned(), Some(b.access))).collect();
         assert_eq!(found, needed, "{}", shader.name);
         assert!(bindings.len() <= 8, "{} binds more buffers than default limits allow", entry.name);
+    });
+}
+
+/// A constant of a module as a number.
+fn constant(module: &Module, name: &str) -> Option<u32> {
+    let (_, constant) = module.constants.iter().find(|(_, c)| c.name.as_deref() == Some(name))?;
+    match module.global_expressions[constant.init] {
+        Expression::Literal(Literal::U32(value)) => Some(value),
+        _ => None,
+    }
+}
+
+/// The constants that a shader must share with Rust, and how many things one workgroup covers: in Rust, which makes the grid, and in WGSL.
+#[test]
+fn numbers_that_stand_in_wgsl_and_in_rust_are_the_same() {
+    each_shader(|_, shader| {
+        let module = parse(shader.name, &shader.text());
+        let get = |name: &str| constant(&module, name).unwrap_or_else(|| panic!("{} has no constant {name}", shader.name));
+        let [x, y, z] = module.entry_points.first().expect("an entry point").workgroup_size;
+        let invocations = x * y * z;
+        let same = |what: &str, wgsl: u32, rust: u32| assert_eq!(wgsl, rust, "{}: {what} in WGSL and in Rust", shader.name);
+        if let Some(none) = constant(&module, "NONE") {
+            same("NONE", none, NONE);
+        }
+        match shader.name {
+            "add" | "scale" | "sgd" | "rmsprop" | "adam" => same("floats a workgroup", invocations * get("EACH"), ELEMENTS),
+            "dropout" => same("vectors a workgroup", invocations, DROPOUT_VECTORS),
+            "embedding_gather" | "embedding_gradient" => same("vectors a workgroup", invocations, EMBEDDING_VECTORS),
+            "softmax_cross_entropy" => same("workgroup", invocations, SOFTMAX_WORKGROUP),
+            "squared_error" => same("rows a workgroup", invocations, SQUARED_ROWS),
+            "column_sums" => same("columns a workgroup", get("COLUMNS"), SUM_COLUMNS),
+            "sum" => same("workgroup", invocations, REDUCE_WORKGROUP),
+            "block_squares" => same("floats a workgroup", get("BLOCK"), BLOCK as u32),
+            "non_finite" => same("floats a workgroup", get("BLOCK"), NON_FINITE_BLOCK),
+            "lstm_step_forward" | "lstm_step_backward" => {
+                same("rows a workgroup", get("STEP_ROWS"), STEP_ROWS);
+                same("rows of its invocations", y * get("INVOCATION_ROWS"), STEP_ROWS);
+                same("units of a panel", get("PANEL_UNITS"), PANEL_UNITS as u32);
+                same("units of its invocations", 4 * x, PANEL_UNITS as u32);
+                same("floats of a panel's row", 4 * get("PANEL_VECTORS"), PANEL as u32);
+            }
+            "gemm_tiled" | "gemm_direct" => {
+                let [rows, cols] = if shader.name == "gemm_tiled" { TILED_BLOCK } else { DIRECT_BLOCK };
+                same("rows a workgroup", get("BLOCK_ROWS"), rows);
+                same("columns a workgroup", get("BLOCK_COLS"), cols);
+            }
+            other => panic!("{other}: which numbers does it share with Rust?"),
+        }
     });
 }
 

@@ -346,7 +346,7 @@ struct Manner {
 
 impl Manner {
     fn whole(p: &Problem) -> Self {
-        Self { chunks: vec![0..p.n_steps as u32], hidden: 0, accumulate_onto: None }
+        Self { chunks: Vec::from([0..p.n_steps as u32]), hidden: 0, accumulate_onto: None }
     }
 }
 
@@ -585,7 +585,7 @@ fn agree<W: crate::compare::Number, G: crate::compare::Number>(
 /// Fails where two results of one device are further apart than sums cut elsewhere may be.
 fn near(name: &str, a: &[f32], b: &[f32]) {
     assert_eq!(a.len(), b.len(), "{name}");
-    let is_far = |a: f32, b: f32| !(f64::from(a - b).abs() <= ROUNDING.absolute + ROUNDING.relative * f64::from(a.abs()));
+    let is_far = |a: f32, b: f32| a.is_nan() || b.is_nan() || f64::from(a - b).abs() > ROUNDING.absolute + ROUNDING.relative * f64::from(a.abs());
     if let Some(i) = (0..a.len()).find(|&i| is_far(a[i], b[i])) {
         panic!("{name}[{i}]: {:e} and {:e}", a[i], b[i]);
     }
