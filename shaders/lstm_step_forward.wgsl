@@ -1,0 +1,159 @@
+// One step of the LSTM forward: recurrent product of all four gates, biases, activations and the new state in one pass.
+//
+// A workgroup computes 32 batch rows x one panel of 16 units, an invocation 4 rows x 4 units x 4 gates, so that each vector of weights
+// that it loads serves 4 rows. Loop trips: H / 4.
+
+struct Params {
+    n_rows: u32, // B
+    hidden: u32, // H, a multiple of 16
+    weight_hh: u32,
+    bias_ih: u32,
+    bias_hh: u32,
+    gates: u32,
+    h_prev: u32,
+    h: u32,
+    c_prev: u32,
+    c: u32,
+    t: u32,
+    use_lengths: u32,
+}
+
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(1) var<storage, read> params: array<vec4<f32>>;          // weight_hh [H / 16, H, 64], biases [4H]
+@group(0) @binding(2) var<storage, read_write> gates: array<vec4<f32>>;     // [B, 4H]: the input product, then the activated gates
+@group(0) @binding(3) var<storage, read_write> h: array<vec4<f32>>;         // [B, H] twice: before and after the step
+@group(0) @binding(4) var<storage, read_write> c: array<vec4<f32>>;         // [B, H] twice
+@group(0) @binding(5) var<storage, read> lengths: array<u32>;               // [B]
+@group(0) @binding(6) var<storage, read_write> flags: array<atomic<u32>>;   // [0]: raised by a pre-activation that is not finite
+
+const NONE: u32 = 0xffffffffu;
+const STEP_ROWS: u32 = 32u;
+const INVOCATION_ROWS: u32 = 4u;
+// A step needs no number for its gates: column i, f, g, o of a mat4x4 holds the four units of that gate.
+alias Gates = mat4x4<f32>;
+
+fn load_gates(at: u32) -> Gates {
+    return Gates(gates[at], gates[at + GATE_VECTORS], gates[at + 2u * GATE_VECTORS], gates[at + 3u * GATE_VECTORS]);
+}
+
+fn load_params(at: u32) -> Gates {
+    return Gates(params[at], params[at + GATE_VECTORS], params[at + 2u * GATE_VECTORS], params[at + 3u * GATE_VECTORS]);
+}
+
+fn store_gates(at: u32, z: Gates) {
+    gates[at] = z[0];
+    gates[at + GATE_VECTORS] = z[1];
+    gates[at + 2u * GATE_VECTORS] = z[2];
+    gates[at + 3u * GATE_VECTORS] = z[3];
+}
+
+fn sigmoid4(x: vec4<f32>) -> vec4<f32> {
+    return vec4<f32>(sigmoid(x.x), sigmoid(x.y), sigmoid(x.z), sigmoid(x.w));
+}
+
+fn tanh4(x: vec4<f32>) -> vec4<f32> {
+    return vec4<f32>(tanh_safe(x.x), tanh_safe(x.y), tanh_safe(x.z), tanh_safe(x.w));
+}
+
+fn any_non_finite(x: vec4<f32>) -> bool {
+    return is_non_finite(x.x) || is_non_finite(x.y) || is_non_finite(x.z) || is_non_finite(x.w);
+}
+
+// b_ih + b_hh of a quad, as far as there are such.
+fn biases(panel: u32, quad: u32) -> Gates {
+    var sum = Gates();
+    if (p.bias_ih != NONE) {
+        sum = load_params(gates_of(p.bias_ih, 0u, p.hidden, panel, quad));
+    }
+    if (p.bias_hh != NONE) {
+        sum += load_params(gates_of(p.bias_hh, 0u, p.hidden, panel, quad));
+    }
+    return sum;
+}
+
+// Activates one row's pre-activations and updates its state.
+fn finish(row: u32, panel: u32, quad: u32, z: Gates) {
+    let gates_at = gates_of(p.gates, row, p.hidden, panel, quad);
+    let h_at = units_of(p.h, row, p.hidden, panel, quad);
+    let c_at = units_of(p.c, row, p.hidden, panel, quad);
+    if (p.use_lengths == 1u && p.t >= lengths[row]) {
+        store_gates(gates_at, Gates());
+        h[h_at] = vec4<f32>();
+        c[c_at] = vec4<f32>();
+        return;
+    }
+    if (any_non_finite(z[0]) || any_non_finite(z[1]) || any_non_finite(z[2]) || any_non_finite(z[3])) {
+        atomicStore(&flags[0], 1u);
+    }
+    let i = sigmoid4(z[0]);
+    let f = sigmoid4(z[1]);
+    let g = tanh4(z[2]);
+    let o = sigmoid4(z[3]);
+    let c_next = f * c[units_of(p.c_prev, row, p.hidden, panel, quad)] + i * g;
+    store_gates(gates_at, Gates(i, f, g, o));
+    c[c_at] = c_next;
+    h[h_at] = o * tanh4(c_next);
+}
+
+@compute @workgroup_size(4, 8)
+fn lstm_step_forward(
+    @builtin(workgroup_id) wg: vec3<u32>,
+    @builtin(num_workgroups) n_wg: vec3<u32>,
+    @builtin(local_invocation_id) local: vec3<u32>,
+) {
+    let panel = wg.x;
+    let quad = local.x;
+    let row = (wg.z * n_wg.y + wg.y) * STEP_ROWS + local.y * INVOCATION_ROWS;
+    if (row >= p.n_rows) {
+        return;
+    }
+    // Rows beyond the last one repeat it and are not stored.
+    let rows = min(vec4<u32>(row, row + 1u, row + 2u, row + 3u), vec4<u32>(p.n_rows - 1u));
+    var z0 = load_gates(gates_of(p.gates, rows.x, p.hidden, panel, quad));
+    var z1 = load_gates(gates_of(p.gates, rows.y, p.hidden, panel, quad));
+    var z2 = load_gates(gates_of(p.gates, rows.z, p.hidden, panel, quad));
+    var z3 = load_gates(gates_of(p.gates, rows.w, p.hidden, panel, quad));
+
+    let h_at = p.h_prev / 4u + rows * (p.hidden / 4u);
+    // Row k of the panel's weights, which has a vector for each quad of each gate.
+    var w_at = p.weight_hh / 4u + panel * p.hidden * PANEL_VECTORS + quad;
+    for (var k = 0u; k < p.hidden / 4u; k += 1u) {
+        let h0 = h[h_at.x + k];
+        let h1 = h[h_at.y + k];
+        let h2 = h[h_at.z + k];
+        let h3 = h[h_at.w + k];
+        let w0 = load_params(w_at);
+        z0 += w0 * h0.x;
+        z1 += w0 * h1.x;
+        z2 += w0 * h2.x;
+        z3 += w0 * h3.x;
+        let w1 = load_params(w_at + PANEL_VECTORS);
+        z0 += w1 * h0.y;
+        z1 += w1 * h1.y;
+        z2 += w1 * h2.y;
+        z3 += w1 * h3.y;
+        let w2 = load_params(w_at + 2u * PANEL_VECTORS);
+        z0 += w2 * h0.z;
+        z1 += w2 * h1.z;
+        z2 += w2 * h2.z;
+        z3 += w2 * h3.z;
+        let w3 = load_params(w_at + 3u * PANEL_VECTORS);
+        z0 += w3 * h0.w;
+        z1 += w3 * h1.w;
+        z2 += w3 * h2.w;
+        z3 += w3 * h3.w;
+        w_at += 4u * PANEL_VECTORS;
+    }
+
+    let bias = biases(panel, quad);
+    finish(row, panel, quad, z0 + bias);
+    if (row + 1u < p.n_rows) {
+        finish(row + 1u, panel, quad, z1 + bias);
+    }
+    if (row + 2u < p.n_rows) {
+        finish(row + 2u, panel, quad, z2 + bias);
+    }
+    if (row + 3u < p.n_rows) {
+        finish(row + 3u, panel, quad, z3 + bias);
+    }
+}

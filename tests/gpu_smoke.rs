@@ -7,7 +7,12 @@ use carrousel::backend::gpu::GpuBackend;
 use carrousel::backend::gpu::adapters::{self, NoSuchAdapter};
 use carrousel::backend::{Backend, DeviceError, read_now};
 use carrousel::kernels::elementwise::{Add, Scale};
-use carrousel::kernels::{self, Case, Entry, Fill};
+use carrousel::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
+use carrousel::kernels::lstm::ACTIVATIONS;
+use carrousel::kernels::{
+    self, AdapterClass, Binding, Case, Dispatch, Entry, Fill, Kernel, Operand, Shader, ShapeError, activations, read, read_write,
+};
+use carrousel::pool::CpuContext;
 use carrousel::rng::{Purpose, StepKey, Stream};
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -192,4 +197,104 @@ fn a_buffer_that_is_read_and_written_in_one_launch_is_refused_by_name() {
     // The refusal leaves the device as it was.
     gpu.launch(&Scale { len: 64, offset: 0, a: 1.0 }, &[b]).unwrap();
     assert_eq!(read_now(&mut gpu, b, PATIENCE).unwrap(), [0.0; 64]);
+}
+
+#[test]
+fn a_value_that_is_not_finite_raises_the_flag_unless_its_row_is_not_scored() {
+    let Some(mut gpu) = gpu() else { return };
+    let mut cpu = CpuBackend::new(1).unwrap();
+    for (bad, bad_row, raised) in [(f32::NAN, 1, 1), (f32::INFINITY, 1, 1), (f32::NEG_INFINITY, 0, 1), (f32::NAN, 2, 0), (0.5, 1, 0)] {
+        let (n_rows, n, row_stride) = (3, 5, 8);
+        let mut values: Vec<f32> = (0..24).map(|i| (i as f32 * 0.37).sin()).collect();
+        values[bad_row * 8 + 3] = bad;
+        let softmax = SoftmaxCrossEntropy { n_rows, n_classes: n, row_stride, scale: 0.5, gradient: 1 };
+        let squared = SquaredError { n_rows, n_outputs: n, row_stride, scale: 0.5, gradient: 1 };
+        let targets = [0u32, 4, 2].map(f32::from_bits).to_vec();
+        let weights: Vec<f32> = (0..15).map(|i| if i < 10 { 1.0 } else { 0.0 }).collect();
+        let of_rows = vec![1.0, 2.0, 0.0];
+        let (nothing, flags) = (vec![f32::NAN; 3], vec![0.0]);
+        let both: [(Box<dyn Kernel>, _); 2] = [
+            (Box::new(softmax), vec![values.clone(), targets, of_rows, nothing.clone(), flags.clone()]),
+            (Box::new(squared), vec![values.clone(), vec![0.25; 15], weights, nothing, flags]),
+        ];
+        for (kernel, inputs) in both {
+            let case = Case { label: format!("{bad} in row {bad_row}"), kernel, operands: Vec::new(), flop: 0 };
+            let (on_cpu, on_gpu) = (outcome(&mut cpu, &case, &inputs), outcome(&mut gpu, &case, &inputs));
+            for words in [&on_cpu, &on_gpu] {
+                assert_eq!(words[4][0].to_bits(), raised, "{} {}", case.kernel.name(), case.label);
+                assert_eq!((words[3][2], &words[0][16..21]), (0.0, &[0.0; 5][..]), "{} {}", case.kernel.name(), case.label);
+            }
+            if raised == 1 && case.kernel.name() == "softmax_cross_entropy" {
+                assert!(on_cpu[3][bad_row].is_nan() && on_gpu[3][bad_row].is_nan(), "{}", case.label);
+            }
+        }
+    }
+}
+
+/// The shared activation functions as a kernel: for each x, exp, sigmoid and tanh of it.
+struct Probe {
+    params: [u32; 1],
+}
+
+static PROBE: Shader = Shader {
+    name: "probe",
+    source: "
+        struct Params { len: u32 }
+        @group(0) @binding(0) var<uniform> params: Params;
+        @group(0) @binding(1) var<storage, read> x: array<f32>;
+        @group(0) @binding(2) var<storage, read_write> y: array<f32>;
+        @compute @workgroup_size(64)
+        fn probe(@builtin(global_invocation_id) id: vec3<u32>) {
+            if (id.x < params.len) {
+                y[3u * id.x] = safe_exp(x[id.x]);
+                y[3u * id.x + 1u] = sigmoid(x[id.x]);
+                y[3u * id.x + 2u] = safe_tanh(x[id.x]);
+            }
+        }",
+    fragments: &[&ACTIVATIONS],
+};
+
+impl Kernel for Probe {
+    fn name(&self) -> &'static str {
+        "probe"
+    }
+    fn bindings(&self) -> &'static [Binding] {
+        const { &[read("x"), read_write("y")] }
+    }
+    fn params(&self) -> &[u8] {
+        bytemuck::bytes_of(&self.params)
+    }
+    fn check(&self, _: &[usize]) -> Result<(), ShapeError> {
+        Ok(())
+    }
+    fn dispatch(&self, _: AdapterClass) -> Dispatch {
+        Dispatch { shader: &PROBE, overrides: &[], grid: [self.params[0].div_ceil(64), 1, 1] }
+    }
+    fn run(&self, _: &mut CpuContext, operands: &mut [Operand<'_>]) {
+        let [x, y] = operands else { unreachable!("two operands") };
+        for (x, y) in x.as_slice().iter().zip(y.as_mut().chunks_exact_mut(3)) {
+            y.copy_from_slice(&[activations::exp(*x), activations::sigmoid(*x), activations::tanh(*x)]);
+        }
+    }
+}
+
+#[test]
+fn activations_agree_with_the_cpu_everywhere_and_keep_not_a_number() {
+    let Some(mut gpu) = gpu() else { return };
+    let mut cpu = CpuBackend::new(1).unwrap();
+    let special = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN, 0.0, 1e-8, -1e-8, 88.5, -88.5, 89.0, -200.0];
+    let x: Vec<f32> = special.into_iter().chain((-20_000..=20_000).map(|i| i as f32 / 200.0)).collect();
+    let probe = Probe { params: [x.len() as u32] };
+    let case = Case { label: "probe".to_owned(), kernel: Box::new(probe), operands: Vec::new(), flop: 0 };
+    let inputs = [x.clone(), vec![7.0; 3 * x.len()]];
+    let (on_cpu, on_gpu) = (outcome(&mut cpu, &case, &inputs), outcome(&mut gpu, &case, &inputs));
+    for (i, x) in x.iter().enumerate() {
+        for (f, name) in ["exp", "sigmoid", "tanh"].into_iter().enumerate() {
+            let (c, g) = (on_cpu[1][3 * i + f], on_gpu[1][3 * i + f]);
+            // WGSL allows exp 3 + 2 |x| ulp; tanh needs it near 1 only.
+            let ulp = if name == "tanh" { 8.0 } else { 6.0 + 2.0 * x.abs().min(100.0) };
+            let close = (c - g).abs() <= 1e-37 + ulp * f32::EPSILON * c.abs();
+            assert!(if x.is_nan() { c.is_nan() && g.is_nan() } else { close }, "{name}({x}) is {c} on the CPU, {g} on the GPU");
+        }
+    }
 }

@@ -8,7 +8,7 @@ use ndarray::{ArrayView2, ArrayViewMut2, ShapeBuilder, linalg::general_mat_mul};
 
 use super::{
     AdapterClass, Binding, Case, Dispatch, Entry, Fill, Fragment, Kernel, MAX_WORKGROUPS, ODD, Operand, Shader, ShapeError, Tolerance,
-    at_least, kernel_basics, loop_trips, operand, read, read_write,
+    at_least, kernel_basics, operand, read, read_write,
 };
 use crate::pool::{CpuContext, Divide};
 use crate::shape::PANEL;
@@ -82,10 +82,13 @@ pub static GEMM_TILED: Shader = Shader { name: "gemm_tiled", source: include_str
 pub static GEMM_DIRECT: Shader =
     Shader { name: "gemm_direct", source: include_str!("../../shaders/gemm_direct.wgsl"), fragments: &[&MATRIX] };
 
+/// The largest K: the shaders loop over it, and over what they write.
+pub const MAX_K: u32 = 65_367;
+
 /// Rows and columns of C that one workgroup of [`GEMM_TILED`] computes.
 pub const TILED_BLOCK: [u32; 2] = [64, 64];
 /// Rows and columns of C that one workgroup of [`GEMM_DIRECT`] computes.
-pub const DIRECT_BLOCK: [u32; 2] = [32, 64];
+pub const DIRECT_BLOCK: [u32; 2] = [8, 128];
 
 const BINDINGS: &[Binding] = &[read("a"), read("b"), read("bias"), read_write("c")];
 
@@ -107,9 +110,14 @@ impl Kernel for Gemm {
             return Err(ShapeError {
                 kernel: "gemm",
                 what: "panel width of a, which must be row-major,".into(),
-                got: PANEL,
+                got: self.a.panel as usize,
                 needed: ONE_PANEL as usize,
             });
+        }
+        for matrix in [self.b, self.c] {
+            if matrix.is_panels() && matrix.panel as usize != PANEL {
+                return Err(ShapeError { kernel: "gemm", what: "panel width".into(), got: matrix.panel as usize, needed: PANEL });
+            }
         }
         let ((ar, ac), (br, bc)) = (self.stored_a(), self.stored_b());
         at_least("gemm", "a", lens[0], self.a.end(ar, ac))?;
@@ -118,7 +126,10 @@ impl Kernel for Gemm {
             at_least("gemm", "bias", lens[2], (self.bias_offset + self.n) as usize)?;
         }
         at_least("gemm", "c", lens[3], self.c.end(self.m, self.n))?;
-        loop_trips("gemm", "k", self.k)
+        if self.k > MAX_K {
+            return Err(ShapeError { kernel: "gemm", what: "k (at most)".into(), got: self.k as usize, needed: MAX_K as usize });
+        }
+        Ok(())
     }
 
     fn dispatch(&self, class: AdapterClass) -> Dispatch {

@@ -55,7 +55,8 @@ impl Kernel for SoftmaxCrossEntropy {
         at_least(NAME, "weights", lens[2], self.n_rows as usize)?;
         at_least(NAME, "row_loss", lens[3], self.n_rows as usize)?;
         at_least(NAME, "flags", lens[4], 1)?;
-        loop_trips(NAME, "passes over the classes", 3 * self.row_stride.div_ceil(SOFTMAX_WORKGROUP))
+        // Three passes and two trees.
+        loop_trips(NAME, "passes over the classes", 3 * self.row_stride.div_ceil(SOFTMAX_WORKGROUP) + 2 * SOFTMAX_WORKGROUP.ilog2())
     }
 
     fn dispatch(&self, _: AdapterClass) -> Dispatch {

@@ -145,7 +145,7 @@ impl Kernel for Sum {
     fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
         at_least("sum", "data", lens[0], (self.offset + self.len) as usize)?;
         at_least("sum", "total", lens[1], self.out as usize + 1)?;
-        loop_trips("sum", "len / 256", self.len.div_ceil(REDUCE_WORKGROUP))
+        loop_trips("sum", "len / 256", self.len.div_ceil(REDUCE_WORKGROUP) + REDUCE_WORKGROUP.ilog2())
     }
 
     fn dispatch(&self, _: AdapterClass) -> Dispatch {

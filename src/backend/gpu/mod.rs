@@ -261,7 +261,7 @@ impl Backend for GpuBackend {
         let dispatch = kernel.dispatch(self.class);
         let params = kernel.params();
         ensure!(params.len() as u64 <= SLOT_BYTES, "{name} has {} bytes of parameters, the most is {SLOT_BYTES}", params.len());
-        let pipeline = self.pipelines.find_or_make(&self.device, &self.health, &dispatch, bindings)?;
+        let pipeline = self.pipelines.find_or_make(&self.device, &self.health, &dispatch, bindings, params.len())?;
         self.recording.launch(&self.device, &self.health, &self.pipelines, pipeline, operands, &words, params, dispatch.grid)
     }
 

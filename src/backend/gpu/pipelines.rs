@@ -46,6 +46,7 @@ impl Pipelines {
         health: &Health,
         dispatch: &Dispatch,
         bindings: &[Binding],
+        params_bytes: usize,
     ) -> Result<usize> {
         let known = self.pipelines.iter().position(|p| p.shader.name == dispatch.shader.name && p.overrides == dispatch.overrides);
         if let Some(known) = known {
@@ -54,7 +55,7 @@ impl Pipelines {
         let name = dispatch.shader.name;
         let _span = tracing::debug_span!("pipeline", shader = name).entered();
         let text = dispatch.shader.text();
-        check_limits(&device.limits(), dispatch, &text).with_context(|| format!("shader {name}"))?;
+        check(&device.limits(), dispatch, &text, params_bytes).with_context(|| format!("shader {name}"))?;
         let most = device.limits().max_storage_buffers_per_shader_stage as usize;
         ensure!(bindings.len() <= most, "shader {name} binds {} buffers, max_storage_buffers_per_shader_stage is {most}", bindings.len());
         let layout = self.layout(device, bindings);
@@ -119,8 +120,8 @@ impl Pipelines {
     }
 }
 
-/// Compares what a shader asks of a workgroup with the limits; wgpu does not where overrides decide.
-fn check_limits(limits: &wgpu::Limits, dispatch: &Dispatch, text: &str) -> Result<()> {
+/// Compares what a shader asks of a workgroup with the limits, which wgpu does not where overrides decide, and the size of its parameters with ours.
+fn check(limits: &wgpu::Limits, dispatch: &Dispatch, text: &str, params_bytes: usize) -> Result<()> {
     let module = naga::front::wgsl::parse_str(text).map_err(|e| anyhow::anyhow!(e.emit_to_string(text)))?;
     let mut validator = naga::valid::Validator::new(naga::valid::ValidationFlags::all(), naga::valid::Capabilities::all());
     let info = validator.validate(&module).map_err(|e| anyhow::anyhow!(e.emit_to_string(text)))?;
@@ -144,6 +145,9 @@ fn check_limits(limits: &wgpu::Limits, dispatch: &Dispatch, text: &str) -> Resul
         .filter(|(handle, v)| v.space == naga::AddressSpace::WorkGroup && !used[*handle].is_empty())
         .map(|(_, v)| u64::from(module.types[v.ty].inner.size(module.to_ctx())))
         .sum();
+    let params = module.global_variables.iter().find(|(_, v)| v.space == naga::AddressSpace::Uniform);
+    let declared = params.map_or(0, |(_, v)| module.types[v.ty].inner.size(module.to_ctx()) as usize);
+    ensure!(declared == params_bytes, "its Params have {declared} bytes, the kernel's struct has {params_bytes}");
     let limit = limits.max_compute_workgroup_storage_size;
     ensure!(bytes <= u64::from(limit), "{bytes} bytes of workgroup memory, max_compute_workgroup_storage_size is {limit}");
     Ok(())
