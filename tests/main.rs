@@ -1,10 +1,23 @@
-//! All integration tests, as modules of one binary, so that wgpu links once.
+//! All integration tests, in one binary so that wgpu links once.
 
-mod alloc_count;
-mod collectives;
-mod data;
-mod gpu_smoke;
-mod observe;
-mod runs;
-mod store;
-mod training;
+mod adapters; // which devices are tested: CARROUSEL_TEST_GPU
+mod alloc_count; // the counting allocator
+mod collectives; // plans of the ring as data, and the ring itself
+mod compare; // the comparer, with faults planted for it
+mod data; // texts and series, as files and as batches
+mod gpu_smoke; // the GPU backend itself: order, readbacks, loss, limits
+mod kernels; // every kernel on every device against the oracle
+mod memory; // operands between guard bands
+mod observe; // events, metrics, pictures
+mod oracle; // every kernel in naive f64
+mod runs; // what tests of whole runs share
+mod shaders; // every shader parses, validates, fits its Rust twin, and translates
+mod store; // checkpoints and run folders through faults
+mod sweep; // a layer over time against an f64 layer
+mod training; // whole runs
+
+/// The last test by name, so that what was skipped stands at the end.
+#[test]
+fn zz_adapters_report() {
+    adapters::report();
+}
