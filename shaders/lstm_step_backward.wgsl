@@ -30,7 +30,7 @@ const STEP_ROWS: u32 = 32u;
 const INVOCATION_ROWS: u32 = 4u;
 
 fn tanh4(x: vec4<f32>) -> vec4<f32> {
-    return vec4<f32>(tanh_safe(x.x), tanh_safe(x.y), tanh_safe(x.z), tanh_safe(x.w));
+    return vec4<f32>(safe_tanh(x.x), safe_tanh(x.y), safe_tanh(x.z), safe_tanh(x.w));
 }
 
 // Takes one row's gradient of h through the gates; `from_after` is what came through the recurrent weights.

@@ -29,7 +29,8 @@ struct Params {
 const NONE: u32 = 0xffffffffu;
 const STEP_ROWS: u32 = 32u;
 const INVOCATION_ROWS: u32 = 4u;
-// A step needs no number for its gates: column i, f, g, o of a mat4x4 holds the four units of that gate.
+
+// Four units of one row: a column for each of the gates i, f, g, o.
 alias Gates = mat4x4<f32>;
 
 fn load_gates(at: u32) -> Gates {
@@ -52,7 +53,7 @@ fn sigmoid4(x: vec4<f32>) -> vec4<f32> {
 }
 
 fn tanh4(x: vec4<f32>) -> vec4<f32> {
-    return vec4<f32>(tanh_safe(x.x), tanh_safe(x.y), tanh_safe(x.z), tanh_safe(x.w));
+    return vec4<f32>(safe_tanh(x.x), safe_tanh(x.y), safe_tanh(x.z), safe_tanh(x.w));
 }
 
 fn any_non_finite(x: vec4<f32>) -> bool {
