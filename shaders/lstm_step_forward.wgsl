@@ -30,7 +30,8 @@ struct Params {
 const NONE: u32 = 0xffffffffu;
 const STEP_ROWS: u32 = 32u;
 const INVOCATION_ROWS: u32 = 4u;
-// A step needs no number for its gates: column i, f, g, o of a mat4x4 holds the four units of that gate.
+
+// Four units of one row: a column for each of the gates i, f, g, o.
 alias Gates = mat4x4<f32>;
 
 fn load_gates(at: u32) -> Gates {

@@ -5,6 +5,7 @@ mod alloc_count; // the counting allocator
 mod collectives; // plans of the ring as data, and the ring itself
 mod compare; // the comparer, with faults planted for it
 mod data; // texts and series, as files and as batches
+mod gpu_gemm_lstm; // products and LSTM steps on the GPU against the CPU, at the edges of dispatches and loops
 mod gpu_smoke; // the GPU backend itself: order, readbacks, loss, limits
 mod kernels; // every kernel on every device against the oracle
 mod memory; // operands between guard bands
