@@ -30,7 +30,7 @@ const STEP_ROWS: u32 = 32u;
 const INVOCATION_ROWS: u32 = 4u;
 
 fn tanh4(x: vec4<f32>) -> vec4<f32> {
-    return vec4<f32>(tanh_safe(x.x), tanh_safe(x.y), tanh_safe(x.z), tanh_safe(x.w));
+    return vec4<f32>(safe_tanh(x.x), safe_tanh(x.y), safe_tanh(x.z), safe_tanh(x.w));
 }
 
 // Takes one row's gradient of h through the gates; `from_after` is what came through the recurrent weights.
@@ -52,7 +52,9 @@ fn finish(row: u32, panel: u32, quad: u32, from_after: vec4<f32>) {
     let dc_at = carry_at + p.n_rows * (p.hidden / 4u);
     var dh = from_after;
     if (is_final) {
+        // Taken: what is left there belongs to rows that ended before this sweep.
         dh = carry[carry_at];
+        carry[carry_at] = vec4<f32>();
     }
     if (p.dh_out != NONE) {
         dh += dh_out[units_of(p.dh_out, row, p.hidden, panel, quad)];

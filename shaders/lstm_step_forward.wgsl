@@ -19,12 +19,13 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> params: array<vec4<f32>>;          // weight_hh [H / 16, H, 64], biases [4H]
+@group(0) @binding(1) var<storage, read> params: array<vec4<f32>>;          // weight_hh [H / 16, H, 64]
 @group(0) @binding(2) var<storage, read_write> gates: array<vec4<f32>>;     // [B, 4H]: the input product, then the activated gates
 @group(0) @binding(3) var<storage, read_write> h: array<vec4<f32>>;         // [B, H] twice: before and after the step
 @group(0) @binding(4) var<storage, read_write> c: array<vec4<f32>>;         // [B, H] twice
 @group(0) @binding(5) var<storage, read> lengths: array<u32>;               // [B]
 @group(0) @binding(6) var<storage, read_write> flags: array<atomic<u32>>;   // [0]: raised by a pre-activation that is not finite
+@group(0) @binding(7) var<storage, read> bias: array<vec4<f32>>;            // b_ih and b_hh, [4H] each
 
 const NONE: u32 = 0xffffffffu;
 const STEP_ROWS: u32 = 32u;
@@ -40,6 +41,10 @@ fn load_params(at: u32) -> Gates {
     return Gates(params[at], params[at + GATE_VECTORS], params[at + 2u * GATE_VECTORS], params[at + 3u * GATE_VECTORS]);
 }
 
+fn load_bias(at: u32) -> Gates {
+    return Gates(bias[at], bias[at + GATE_VECTORS], bias[at + 2u * GATE_VECTORS], bias[at + 3u * GATE_VECTORS]);
+}
+
 fn store_gates(at: u32, z: Gates) {
     gates[at] = z[0];
     gates[at + GATE_VECTORS] = z[1];
@@ -52,7 +57,7 @@ fn sigmoid4(x: vec4<f32>) -> vec4<f32> {
 }
 
 fn tanh4(x: vec4<f32>) -> vec4<f32> {
-    return vec4<f32>(tanh_safe(x.x), tanh_safe(x.y), tanh_safe(x.z), tanh_safe(x.w));
+    return vec4<f32>(safe_tanh(x.x), safe_tanh(x.y), safe_tanh(x.z), safe_tanh(x.w));
 }
 
 fn any_non_finite(x: vec4<f32>) -> bool {
@@ -63,10 +68,10 @@ fn any_non_finite(x: vec4<f32>) -> bool {
 fn biases(panel: u32, quad: u32) -> Gates {
     var sum = Gates();
     if (p.bias_ih != NONE) {
-        sum = load_params(gates_of(p.bias_ih, 0u, p.hidden, panel, quad));
+        sum = load_bias(gates_of(p.bias_ih, 0u, p.hidden, panel, quad));
     }
     if (p.bias_hh != NONE) {
-        sum += load_params(gates_of(p.bias_hh, 0u, p.hidden, panel, quad));
+        sum += load_bias(gates_of(p.bias_hh, 0u, p.hidden, panel, quad));
     }
     return sum;
 }
@@ -145,15 +150,15 @@ fn lstm_step_forward(
         w_at += 4u * PANEL_VECTORS;
     }
 
-    let bias = biases(panel, quad);
-    finish(row, panel, quad, z0 + bias);
+    let added = biases(panel, quad);
+    finish(row, panel, quad, z0 + added);
     if (row + 1u < p.n_rows) {
-        finish(row + 1u, panel, quad, z1 + bias);
+        finish(row + 1u, panel, quad, z1 + added);
     }
     if (row + 2u < p.n_rows) {
-        finish(row + 2u, panel, quad, z2 + bias);
+        finish(row + 2u, panel, quad, z2 + added);
     }
     if (row + 3u < p.n_rows) {
-        finish(row + 3u, panel, quad, z3 + bias);
+        finish(row + 3u, panel, quad, z3 + added);
     }
 }

@@ -174,13 +174,18 @@ impl ParamTable {
 
     /// Adds a tensor of `layer` behind the ones there are and returns its index.
     pub fn push(&mut self, name: impl Into<String>, layer: usize, shape: Vec<usize>, layout: Layout) -> usize {
+        self.push_with_room(name, layer, shape, layout, 0)
+    }
+
+    /// As [`Self::push`], into a bucket that has room for `behind` floats more, so that the next tensor lies in the same one.
+    pub fn push_with_room(&mut self, name: impl Into<String>, layer: usize, shape: Vec<usize>, layout: Layout, behind: usize) -> usize {
         let name = name.into();
         assert_eq!(shape.iter().product::<usize>(), layout.torch_len(), "shape {shape:?} of {name} against its layout");
         let start = self.len();
         let range = start..start + layout.packed_len();
         let end = round_up(range.end, ALIGN);
         let idx = self.tensors.len();
-        let fits = |b: &Bucket| b.layer == layer && end - b.range.start <= BUCKET_FLOATS;
+        let fits = |b: &Bucket| b.layer == layer && end + behind - b.range.start <= BUCKET_FLOATS;
         match self.buckets.last_mut().filter(|b| fits(b)) {
             Some(bucket) => {
                 bucket.tensors.end = idx + 1;

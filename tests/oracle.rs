@@ -141,6 +141,7 @@ fn lstm_step_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     const GATES: usize = 1;
     const H: usize = 2;
     const C: usize = 3;
+    const BIAS: usize = 6;
     let k: LstmStepForward = parse(params);
     let (hidden, width) = (k.hidden as usize, 4 * k.hidden as usize);
     let (mut gates, mut h, mut c) = (x.target(GATES), x.target(H), x.target(C));
@@ -157,7 +158,7 @@ fn lstm_step_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
                 }
                 for bias in [k.bias_ih, k.bias_hh] {
                     if bias != NONE {
-                        *z += x.f(PARAMS, bias as usize + gate_column(unit, gate));
+                        *z += x.f(BIAS, bias as usize + gate_column(unit, gate));
                     }
                 }
             }
@@ -174,7 +175,7 @@ fn lstm_step_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
             h[k.h as usize + b * hidden + unit] = if ended { 0.0 } else { h_next };
         }
     }
-    vec![Want::Unchanged, Want::Floats(gates), Want::Floats(h), Want::Floats(c), Want::Unchanged, Want::Words(flags)]
+    vec![Want::Unchanged, Want::Floats(gates), Want::Floats(h), Want::Floats(c), Want::Unchanged, Want::Words(flags), Want::Unchanged]
 }
 
 fn lstm_step_backward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
@@ -249,7 +250,7 @@ fn dropout(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
                 let at = (t * k.n_rows as usize + row) * k.width as usize + unit;
                 let words = philox([unit as u32 / 4, t as u32, x.u(0, row) as u32, k.tag], [k.key0, k.key1]);
                 let is_dropped = words[unit % 4] < k.threshold;
-                to[k.to as usize + at] = if is_dropped { 0.0 } else { x.f(1, k.from as usize + at) * f64::from(k.scale) };
+                to[k.to as usize + at] = if is_dropped { 0.0 } else { x.f(1, k.start as usize + at) * f64::from(k.scale) };
             }
         }
     }

@@ -5,6 +5,7 @@
 
 pub mod cpu;
 pub mod gpu;
+pub mod open;
 
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use crate::kernels::lstm::{SweepArgs, sweep_plan};
 pub use crate::kernels::{BufferId, Span};
 
 /// What kind of device a backend drives, and the numbers that decide whether two replicas compute the same bits.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceInfo {
     /// As typed and printed: `cpu:2`, `gpu:0`.
     pub spec: String,

@@ -74,7 +74,7 @@ pub struct LstmStepForward {
     pub hidden: u32,
     /// Offset of `weight_hh` in `params`.
     pub weight_hh: u32,
-    /// Offsets of the biases in `params`, or [`NONE`].
+    /// Offsets of the biases in `bias`, or [`NONE`].
     pub bias_ih: u32,
     pub bias_hh: u32,
     /// Offset of this step's `[B, 4H]` in `gates`.
@@ -90,7 +90,7 @@ pub struct LstmStepForward {
 }
 
 const FORWARD_BINDINGS: &[Binding] =
-    &[read("params"), read_write("gates"), read_write("h"), read_write("c"), read("lengths"), read_write("flags")];
+    &[read("params"), read_write("gates"), read_write("h"), read_write("c"), read("lengths"), read_write("flags"), read("bias")];
 
 /// The word of `flags` that counts as raised when not 0: a pre-activation, a logit or a prediction was not finite.
 pub const FLAG_NON_FINITE: usize = 0;
@@ -109,7 +109,7 @@ impl Kernel for LstmStepForward {
         at_least(NAME, "params", lens[0], self.weight_hh as usize + hidden * hidden * GATES)?;
         for bias in [self.bias_ih, self.bias_hh].into_iter().filter(|&b| b != NONE) {
             multiple_of(NAME, "an offset", bias, 4)?;
-            at_least(NAME, "params", lens[0], bias as usize + hidden * GATES)?;
+            at_least(NAME, "bias", lens[6], bias as usize + hidden * GATES)?;
         }
         at_least(NAME, "gates", lens[1], self.gates as usize + rows * hidden * GATES)?;
         at_least(NAME, "h", lens[2], self.h.max(self.h_prev) as usize + rows * hidden)?;
@@ -125,7 +125,7 @@ impl Kernel for LstmStepForward {
     }
 
     fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
-        let [params, gates, h, c, lengths, flags] = operands else { unreachable!("six operands") };
+        let [params, gates, h, c, lengths, flags, bias] = operands else { unreachable!("seven operands") };
         let (rows, hidden) = (self.n_rows as usize, self.hidden as usize);
         let width = hidden * GATES;
         let params = params.as_slice();
@@ -135,8 +135,8 @@ impl Kernel for LstmStepForward {
         let (h_prev, c_prev) = (&*h_prev, &*c_prev);
         let gates = &mut gates.as_mut()[self.gates as usize..][..rows * width];
         let weight = &params[self.weight_hh as usize..][..hidden * width];
-        let bias = |offset: u32| (offset != NONE).then(|| &params[offset as usize..][..width]);
-        let (bias_ih, bias_hh) = (bias(self.bias_ih), bias(self.bias_hh));
+        let bias_at = |offset: u32| (offset != NONE).then(|| &bias.as_slice()[offset as usize..][..width]);
+        let (bias_ih, bias_hh) = (bias_at(self.bias_ih), bias_at(self.bias_hh));
         let raised = std::sync::atomic::AtomicBool::new(false);
         let isa = ctx.isa;
         let work = (Rows { data: gates, width }, Rows { data: h_next, width: hidden }, Rows { data: c_next, width: hidden });
@@ -371,6 +371,15 @@ fn gate_backward(gates: &mut [f32], dh: &[f32], dc: &mut [f32], c_prev: &[f32], 
     }
 }
 
+/// A layer's tensors, or their gradients: the bucket that each lies in, as one span, and its offset there.
+#[derive(Clone, Copy, Debug)]
+pub struct LaneTensors {
+    pub weight_ih: (Span, u32),
+    pub weight_hh: (Span, u32),
+    /// `bias_ih` and `bias_hh`, which lie in one bucket.
+    pub biases: Option<(Span, u32, u32)>,
+}
+
 /// What a backward sweep needs beside the lane.
 #[derive(Clone, Debug)]
 pub struct LaneGradients {
@@ -378,9 +387,9 @@ pub struct LaneGradients {
     pub dh_out: Option<(Span, u32)>,
     /// `[2, B, H]`: gradients of the final h and c come in, of the initial ones go out.
     pub carry: Span,
-    /// The gradient's bucket, laid out as the lane's `params`.
-    pub grads: Span,
-    /// 1-to-1 with `grads`: whether weight gradients are added to what is there.
+    /// Where the gradients of the tensors go.
+    pub tensors: LaneTensors,
+    /// Whether they are added to what is there.
     pub accumulate: bool,
     /// Where the gradient of the input `[T, B, K]` goes, if it is wanted.
     pub dx: Option<Span>,
@@ -395,13 +404,7 @@ pub struct Lane {
     pub hidden: u32,
     /// Runs from the end of the range to its start.
     pub reverse: bool,
-    /// The bucket with this lane's weights, and where they lie in it.
-    pub params: Span,
-    pub weight_ih: u32,
-    pub weight_hh: u32,
-    /// Or [`NONE`].
-    pub bias_ih: u32,
-    pub bias_hh: u32,
+    pub tensors: LaneTensors,
     /// Input `[T, B, K]` and its offset in the span.
     pub x: (Span, u32),
     /// `[T, B, 4H]`.
@@ -460,18 +463,19 @@ fn forward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result
         use_bias: 0,
         bias_offset: 0,
         a: Matrix::row_major((lane.x.1 + first * rows * lane.inputs) as usize, lane.inputs as usize),
-        b: Matrix::panels(lane.weight_ih as usize, lane.inputs as usize),
+        b: Matrix::panels(lane.tensors.weight_ih.1 as usize, lane.inputs as usize),
         c: Matrix::row_major((first * rows * width) as usize, width as usize),
     };
-    launch(&input, &[lane.x.0, lane.params, lane.params, lane.gates])?;
+    let (weight_ih, weight_hh, biases) = (lane.tensors.weight_ih.0, lane.tensors.weight_hh, lane.tensors.biases);
+    launch(&input, &[lane.x.0, weight_ih, weight_ih, lane.gates])?;
     let mut step = |t: u32| {
         let (before, after) = if lane.reverse { (t + 1, t) } else { (t, t + 1) };
         let kernel = LstmStepForward {
             n_rows: rows,
             hidden: lane.hidden,
-            weight_hh: lane.weight_hh,
-            bias_ih: lane.bias_ih,
-            bias_hh: lane.bias_hh,
+            weight_hh: weight_hh.1,
+            bias_ih: biases.map_or(NONE, |(_, ih, _)| ih),
+            bias_hh: biases.map_or(NONE, |(_, _, hh)| hh),
             gates: t * rows * width,
             h_prev: before * state,
             h: after * state,
@@ -480,7 +484,8 @@ fn forward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result
             t,
             use_lengths: u32::from(lane.lengths.is_some()),
         };
-        launch(&kernel, &[lane.params, lane.gates, lane.h, lane.c, lane.lengths.unwrap_or(lane.params), args.flags])
+        let bias = biases.map_or(weight_hh.0, |(span, ..)| span);
+        launch(&kernel, &[weight_hh.0, lane.gates, lane.h, lane.c, lane.lengths.unwrap_or(weight_hh.0), args.flags, bias])
     };
     if lane.reverse { lane.range.clone().rev().try_for_each(&mut step) } else { lane.range.clone().try_for_each(&mut step) }
 }
@@ -489,13 +494,14 @@ fn backward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Resul
     let Some(grads) = &lane.backward else { anyhow::bail!("a lane without places for its gradients cannot be swept backward") };
     let (rows, state, width) = (args.n_rows, args.n_rows * lane.hidden, lane.hidden * GATES as u32);
     let dz_at = |t: u32| t * rows * width;
+    let (weight_ih, weight_hh) = (lane.tensors.weight_ih, lane.tensors.weight_hh);
     let mut step = |t: u32| {
         let (before, after, later) = if lane.reverse { (t + 1, t, t.wrapping_sub(1)) } else { (t, t + 1, t + 1) };
         let last = if lane.reverse { t == lane.range.start } else { t + 1 == lane.range.end };
         let kernel = LstmStepBackward {
             n_rows: rows,
             hidden: lane.hidden,
-            weight_hh: lane.weight_hh,
+            weight_hh: weight_hh.1,
             gates: dz_at(t),
             dz_after: if last { 0 } else { dz_at(later) },
             c_prev: before * state,
@@ -507,7 +513,7 @@ fn backward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Resul
             use_lengths: u32::from(lane.lengths.is_some()),
         };
         let dh_out = grads.dh_out.map_or(lane.c, |(span, _)| span);
-        launch(&kernel, &[lane.params, lane.gates, lane.c, dh_out, grads.carry, lane.lengths.unwrap_or(lane.params)])
+        launch(&kernel, &[weight_hh.0, lane.gates, lane.c, dh_out, grads.carry, lane.lengths.unwrap_or(weight_hh.0)])
     };
     if lane.reverse {
         lane.range.clone().try_for_each(&mut step)?
@@ -529,14 +535,12 @@ fn backward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Resul
     };
     // The initial h's gradient; the initial c's lies in `carry` already. Added, since rows that ended before this range have theirs there, and the others zero.
     let first = if lane.reverse { lane.range.end - 1 } else { lane.range.start };
-    launch(&back_through(lane.weight_hh, lane.hidden, rows, dz_at(first), 0, 1), &[lane.gates, lane.params, lane.params, grads.carry])?;
+    launch(&back_through(weight_hh.1, lane.hidden, rows, dz_at(first), 0, 1), &[lane.gates, weight_hh.0, weight_hh.0, grads.carry])?;
     let steps = lane.range.end - lane.range.start;
     if let Some(dx) = grads.dx {
         let to = lane.range.start * rows * lane.inputs;
-        launch(
-            &back_through(lane.weight_ih, lane.inputs, steps * rows, dz_at(lane.range.start), to, 0),
-            &[lane.gates, lane.params, lane.params, dx],
-        )?;
+        let through = back_through(weight_ih.1, lane.inputs, steps * rows, dz_at(lane.range.start), to, 0);
+        launch(&through, &[lane.gates, weight_ih.0, weight_ih.0, dx])?;
     }
     // Sums over T x B in pieces that one invocation's loop can run; a piece may end within a step.
     let (begin, end) = (lane.range.start * rows, lane.range.end * rows);
@@ -556,14 +560,13 @@ fn backward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Resul
             b: Matrix::row_major((row * width) as usize, width as usize),
             c: Matrix::panels(to as usize, inputs as usize),
         };
-        launch(&weight(lane.x.1 + row * lane.inputs, lane.inputs, lane.weight_ih), &[lane.x.0, lane.gates, lane.params, grads.grads])?;
+        let (to_ih, to_hh) = (grads.tensors.weight_ih, grads.tensors.weight_hh);
+        launch(&weight(lane.x.1 + row * lane.inputs, lane.inputs, to_ih.1), &[lane.x.0, lane.gates, lane.gates, to_ih.0])?;
         let h_before = row * lane.hidden + u32::from(lane.reverse) * state;
-        launch(&weight(h_before, lane.hidden, lane.weight_hh), &[lane.h, lane.gates, lane.params, grads.grads])?;
-        if lane.bias_ih != NONE || lane.bias_hh != NONE {
-            let (first, second) = if lane.bias_ih != NONE { (lane.bias_ih, lane.bias_hh) } else { (lane.bias_hh, NONE) };
-            let sums =
-                ColumnSums { n_rows: k, n_cols: width, row_stride: width, offset: row * width, out: first, second_out: second, accumulate };
-            launch(&sums, &[lane.gates, grads.grads])?;
+        launch(&weight(h_before, lane.hidden, to_hh.1), &[lane.h, lane.gates, lane.gates, to_hh.0])?;
+        if let Some((span, out, second_out)) = grads.tensors.biases {
+            let sums = ColumnSums { n_rows: k, n_cols: width, row_stride: width, offset: row * width, out, second_out, accumulate };
+            launch(&sums, &[lane.gates, span])?;
         }
     }
     Ok(())
@@ -608,8 +611,8 @@ fn forward_case(n_rows: u32, hidden: u32, with_lengths: bool) -> Case {
         n_rows,
         hidden: h,
         weight_hh: 0,
-        bias_ih: h * width,
-        bias_hh: if with_lengths { h * width + width } else { NONE },
+        bias_ih: 4,
+        bias_hh: if with_lengths { 4 + width } else { NONE },
         gates: 4,
         h_prev: 0,
         h: state as u32,
@@ -622,12 +625,13 @@ fn forward_case(n_rows: u32, hidden: u32, with_lengths: bool) -> Case {
     Case {
         label: format!("B{n_rows} H{h} lengths {with_lengths}"),
         operands: vec![
-            operand((h * width + 2 * width) as usize, Fill::Uniform { low: -0.3, high: 0.3 }),
+            operand((h * width) as usize, Fill::Uniform { low: -0.3, high: 0.3 }),
             operand(4 + n_rows as usize * width as usize, random.clone()),
             operand(2 * state, random.clone()),
             operand(2 * state, random),
             operand(n_rows as usize, Fill::Indices { below: 5 }),
             operand(1, Fill::Zeros),
+            operand((4 + 2 * width) as usize, Fill::Uniform { low: -0.3, high: 0.3 }),
         ],
         flop: 2 * u64::from(n_rows) * u64::from(h) * u64::from(width),
         kernel: Box::new(kernel),

@@ -1,0 +1,141 @@
+//! From files to batches: sources, vocabulary, scaling, the order of training, prefetch.
+//!
+//! The order of training is a pure function: [`Batches::batch`] gives the same batch for the same epoch and index, whoever asks and
+//! whenever; the position of a run is two numbers. Devices and shares are unknown here: a batch is the global one, and
+//! [`Batch::rows`] cuts a share from it.
+//!
+//! Nothing here knows a model, a device or the command line, and nothing prints: what a person should know comes back as a warning.
+
+pub mod baselines;
+pub mod builtin;
+pub mod error;
+pub mod prefetch;
+pub mod series;
+pub mod source;
+pub mod split;
+pub mod table;
+pub mod text;
+pub mod time;
+pub mod vocab;
+
+use std::ops::Range;
+
+pub use error::DataError;
+
+/// What goes into the network. Time-major: step, then row.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Input {
+    /// Token numbers, `[T, B]`.
+    Tokens(Vec<u32>),
+    /// Real values, `[T, B, I]`.
+    Values {
+        /// The values.
+        values: Vec<f32>,
+        /// `I`.
+        n_features: usize,
+    },
+}
+
+/// What the network should say.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Target {
+    /// The next token of each step, `[T, B]`.
+    Tokens(Vec<u32>),
+    /// Real values, `[B, O]`.
+    Values {
+        /// The values, on the normalised scale.
+        values: Vec<f32>,
+        /// `O`.
+        n_outputs: usize,
+    },
+}
+
+/// One global batch, or a share of one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Batch {
+    /// `T`.
+    pub n_steps: usize,
+    /// `B`.
+    pub n_rows: usize,
+    /// What goes in.
+    pub input: Input,
+    /// What should come out.
+    pub target: Target,
+    /// The weight of each term: `[T, B]` for tokens, `[B, O]` for values; 0 = not scored.
+    pub weights: Vec<f32>,
+    /// Global stream (text) or sample number (series: the row of the window's last input) of each row, `[B]`.
+    pub streams: Vec<u32>,
+    /// The carried state starts from zero at this window.
+    pub resets: bool,
+    /// Rows continue from window to window, so state is carried at all.
+    pub carries: bool,
+    /// The sum of `weights`.
+    pub weight: f64,
+    /// Valid time steps of all rows.
+    pub n_tokens: u64,
+}
+
+impl Batch {
+    /// A batch from its parts; the sums are taken here, in one way for batches and shares.
+    pub(crate) fn new(
+        n_steps: usize,
+        input: Input,
+        target: Target,
+        weights: Vec<f32>,
+        streams: Vec<u32>,
+        resets: bool,
+        carries: bool,
+    ) -> Self {
+        let n_rows = streams.len();
+        let weight = weights.iter().map(|&w| f64::from(w)).sum();
+        let n_tokens = match target {
+            Target::Tokens(_) => weights.iter().filter(|&&w| w != 0.0).count() as u64,
+            Target::Values { .. } => (n_steps * n_rows) as u64,
+        };
+        Self { n_steps, n_rows, input, target, weights, streams, resets, carries, weight, n_tokens }
+    }
+
+    /// A share: the same steps, only the rows of `rows`, with its own `weight` and `n_tokens`. An empty range gives an empty share of weight 0.
+    ///
+    /// # Panics
+    /// If `rows` reaches beyond `n_rows`.
+    pub fn rows(&self, rows: Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.n_rows, "rows {rows:?} of a batch of {} rows", self.n_rows);
+        let (t, b) = (self.n_steps, self.n_rows);
+        let input = match &self.input {
+            Input::Tokens(tokens) => Input::Tokens(columns(tokens, t, b, 1, &rows)),
+            Input::Values { values, n_features } => {
+                Input::Values { values: columns(values, t, b, *n_features, &rows), n_features: *n_features }
+            }
+        };
+        let (target, weights) = match &self.target {
+            Target::Tokens(tokens) => (Target::Tokens(columns(tokens, t, b, 1, &rows)), columns(&self.weights, t, b, 1, &rows)),
+            Target::Values { values, n_outputs } => (
+                Target::Values { values: columns(values, 1, b, *n_outputs, &rows), n_outputs: *n_outputs },
+                columns(&self.weights, 1, b, *n_outputs, &rows),
+            ),
+        };
+        Self::new(t, input, target, weights, self.streams[rows].to_vec(), self.resets, self.carries)
+    }
+}
+
+/// The rows `rows` of a `[t, b, width]` array.
+fn columns<T: Copy>(values: &[T], t: usize, b: usize, width: usize, rows: &Range<usize>) -> Vec<T> {
+    let mut out = Vec::with_capacity(t * rows.len() * width);
+    for step in 0..t {
+        out.extend_from_slice(&values[(step * b + rows.start) * width..(step * b + rows.end) * width]);
+    }
+    out
+}
+
+/// An order of batches, as a pure function of epoch and index.
+pub trait Batches: Send + Sync {
+    /// Batches of one epoch; the same for every epoch.
+    fn n_batches(&self) -> u64;
+
+    /// Batch `idx` (`< n_batches`) of `epoch`, both from 0.
+    ///
+    /// # Panics
+    /// If `idx` is not below [`Batches::n_batches`].
+    fn batch(&self, epoch: u64, idx: u64) -> Batch;
+}

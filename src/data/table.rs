@@ -1,0 +1,405 @@
+//! CSV files as typed columns: delimiter, header and time column are recognised, every cell that is wrong is named. What is predicted from what
+//! is not known here.
+
+use super::error::DataError;
+use super::source::Source;
+use super::time::{Style, parse_compact, parse_decimal, parse_iso};
+
+/// The columns of one CSV file, or of several with the same columns, one after the other.
+pub struct Table {
+    /// The file's name for messages; of several, the first one.
+    pub name: String,
+    /// Name of each column.
+    pub columns: Vec<String>,
+    /// Rows of each file, in order.
+    pub file_rows: Vec<usize>,
+    files: Vec<String>,
+    rows: Vec<Row>,
+}
+
+struct Row {
+    file: usize,
+    line: u64,
+    cells: csv::StringRecord,
+}
+
+/// What the cells of a column are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Numbers; a few cells may be wrong.
+    Numbers,
+    /// `true` and `false` in any case.
+    Flags,
+    /// Words.
+    Text,
+    /// Nothing.
+    Blank,
+}
+
+/// The column of times.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Times {
+    /// Which column.
+    pub column: usize,
+    /// How they are written.
+    pub style: Style,
+    /// One for each row, strictly increasing.
+    pub ticks: Vec<i64>,
+}
+
+const DELIMITERS: [u8; 4] = [b';', b'\t', b'|', b','];
+
+impl Table {
+    /// Reads CSV files. A header is recognised by a first line without any number or date; without one the columns are called
+    /// `column1`, `column2` and so on. Lines that start with `#` are comments.
+    ///
+    /// # Errors
+    /// A file that is empty or not UTF-8, a line with more or fewer cells than the first, files with different columns.
+    pub fn read(sources: &[Source]) -> Result<Self, DataError> {
+        let mut table: Option<Self> = None;
+        for source in sources {
+            let one = Self::read_one(source)?;
+            match &mut table {
+                None => table = Some(one),
+                Some(all) => all.append(one)?,
+            }
+        }
+        table.ok_or_else(|| DataError::Empty { file: "--data".to_string(), wanted: "a header and rows of numbers".to_string() })
+    }
+
+    fn read_one(source: &Source) -> Result<Self, DataError> {
+        let file = source.name.clone();
+        let bytes = source.bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(&source.bytes);
+        let text = std::str::from_utf8(bytes).map_err(|e| {
+            let at = e.valid_up_to();
+            let line = 1 + bytes[..at].iter().filter(|&&b| b == b'\n').count();
+            DataError::Encoding {
+                file: file.clone(),
+                place: format!("line {line}, byte {}", at + source.bytes.len() - bytes.len()),
+                value: bytes[at],
+                remedy: "save the file as UTF-8 (iconv -f latin1 -t UTF-8)".to_string(),
+            }
+        })?;
+        let empty = || DataError::Empty { file: file.clone(), wanted: "a header and rows of numbers".to_string() };
+        let delimiter = sniff(text);
+        let mut reader = csv::ReaderBuilder::new()
+            .has_headers(false)
+            .flexible(true)
+            .delimiter(delimiter)
+            .trim(csv::Trim::All)
+            .comment(Some(b'#'))
+            .from_reader(bytes);
+        let mut records = Vec::new();
+        let (mut counted, mut line) = (0, 1);
+        let mut record = csv::StringRecord::new();
+        while reader.read_record(&mut record).map_err(|e| DataError::Read { file: file.clone(), source: std::io::Error::other(e) })? {
+            // The reader's position may lie before blank lines and comments that it skipped.
+            let mut start = record.position().map_or(0, |p| p.byte() as usize).min(bytes.len());
+            while start < bytes.len() && matches!(bytes[start], b'\n' | b'\r' | b'#') {
+                start = if bytes[start] == b'#' {
+                    bytes[start..].iter().position(|&b| b == b'\n').map_or(bytes.len(), |n| start + n)
+                } else {
+                    start + 1
+                };
+            }
+            line += bytes[counted..start].iter().filter(|&&b| b == b'\n').count() as u64;
+            counted = start;
+            if record.iter().any(|cell| !cell.is_empty()) || (record.len() > 1 && !records.is_empty()) {
+                records.push((line, record.clone()));
+            }
+        }
+        let (first_line, first) = records.first().ok_or_else(empty)?;
+        let (first_line, width) = (*first_line, first.len());
+        for (line, record) in &records {
+            if record.len() != width {
+                let hint = if record.len() > width && delimiter == b',' {
+                    " (a comma inside a cell needs quotes, decimals need a point)"
+                } else if record.len() < width {
+                    " (is the line cut off?)"
+                } else {
+                    ""
+                };
+                return Err(DataError::Ragged { file, line: *line, has: record.len(), expected: width, hint: hint.to_string() });
+            }
+        }
+        let speaks = |cell: &str| !is_missing(cell) && number(cell).is_none() && parse_iso(cell).is_none();
+        let is_header = first.iter().any(speaks) && first.iter().all(|cell| cell.is_empty() || speaks(cell));
+        let columns = (0..width)
+            .map(|c| match first.get(c) {
+                Some(name) if is_header && !name.is_empty() => name.to_string(),
+                _ => format!("column{}", c + 1),
+            })
+            .collect();
+        let rows: Vec<Row> = records.into_iter().skip(usize::from(is_header)).map(|(line, cells)| Row { file: 0, line, cells }).collect();
+        if rows.is_empty() {
+            return Err(DataError::Empty {
+                file: format!("{file}, after the header in line {first_line},"),
+                wanted: "rows of numbers".to_string(),
+            });
+        }
+        Ok(Self { name: file.clone(), columns, file_rows: vec![rows.len()], files: vec![file], rows })
+    }
+
+    fn append(&mut self, other: Self) -> Result<(), DataError> {
+        if self.columns != other.columns {
+            return Err(DataError::Column {
+                file: other.name,
+                column: other.columns.join(", "),
+                problem: format!("{} has the columns {}", self.name, self.columns.join(", ")),
+                remedy: "files that are read together need the same columns".to_string(),
+            });
+        }
+        let file = self.files.len();
+        self.files.extend(other.files);
+        self.file_rows.extend(other.file_rows);
+        self.rows.extend(other.rows.into_iter().map(|row| Row { file, ..row }));
+        Ok(())
+    }
+
+    /// How many rows there are, without the header.
+    pub fn n_rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// The column of this name; case matters only where it tells columns apart.
+    ///
+    /// # Errors
+    /// [`DataError::UnknownColumn`] with the nearest name and all columns; `flag` is what named it.
+    pub fn find(&self, flag: &'static str, name: &str) -> Result<usize, DataError> {
+        if let Some(c) = self.columns.iter().position(|column| column == name) {
+            return Ok(c);
+        }
+        let lower = name.to_lowercase();
+        let mut same = self.columns.iter().enumerate().filter(|(_, column)| column.to_lowercase() == lower);
+        if let (Some((c, _)), None) = (same.next(), same.next()) {
+            return Ok(c);
+        }
+        let nearest = self
+            .columns
+            .iter()
+            .map(|column| (strsim::damerau_levenshtein(&column.to_lowercase(), &lower), column))
+            .min_by_key(|(distance, _)| *distance)
+            .filter(|(distance, _)| *distance <= 2.max(lower.chars().count() / 2));
+        Err(DataError::UnknownColumn {
+            flag,
+            name: name.to_string(),
+            file: self.name.clone(),
+            nearest: nearest.map_or(String::new(), |(_, column)| format!(" (did you mean '{column}'?)")),
+            columns: self.columns.join(", "),
+        })
+    }
+
+    /// What the cells of column `c` are.
+    pub fn kind(&self, c: usize) -> Kind {
+        let (mut numbers, mut flags, mut text) = (0, 0, 0);
+        for cell in self.cells(c).filter(|cell| !is_missing(cell)) {
+            if number(cell).is_some() {
+                numbers += 1;
+            } else if flag(cell).is_some() {
+                flags += 1;
+            } else {
+                text += 1;
+            }
+        }
+        match (numbers, flags, text) {
+            (0, 0, 0) => Kind::Blank,
+            (0, _, 0) => Kind::Flags,
+            _ if numbers > text + flags => Kind::Numbers,
+            _ => Kind::Text,
+        }
+    }
+
+    /// The numbers of column `c`; blanks, `NA`, `NaN` and the like are `None`; true and false are 1 and 0.
+    ///
+    /// # Errors
+    /// [`DataError::Cell`] for a cell that is none of these, [`DataError::Column`] if all cells are blank.
+    pub fn numbers(&self, c: usize) -> Result<Vec<Option<f64>>, DataError> {
+        let flags = self.kind(c) == Kind::Flags;
+        let mut values = Vec::with_capacity(self.rows.len());
+        for (row, cell) in self.cells(c).enumerate() {
+            values.push(if is_missing(cell) {
+                None
+            } else if let Some(value) = if flags { flag(cell) } else { number(cell) } {
+                Some(value)
+            } else {
+                let remedy = if number(&cell.replace(',', ".")).is_some() {
+                    "write decimals with a point"
+                } else {
+                    "correct the cell, leave it blank, or leave the column out with --features"
+                };
+                return Err(self.cell_error(row, c, format!("'{}' is not a number", shorten(cell)), remedy));
+            });
+        }
+        if values.iter().all(Option::is_none) {
+            return Err(DataError::Column {
+                file: self.name.clone(),
+                column: self.columns[c].clone(),
+                problem: format!("all {} cells are blank", values.len()),
+                remedy: "leave it out: name the columns to use with --features".to_string(),
+            });
+        }
+        Ok(values)
+    }
+
+    /// Whether column `c` only numbers the rows: 0, 1, 2 ... or 1, 2, 3 ...
+    pub fn is_index(&self, c: usize) -> bool {
+        let mut expected = None;
+        for cell in self.cells(c) {
+            let Ok(value) = cell.parse::<u64>() else { return false };
+            if expected.map_or(value > 1, |expected| value != expected) {
+                return false;
+            }
+            expected = Some(value + 1);
+        }
+        self.rows.len() > 1
+    }
+
+    /// The column of times, if there is one: ISO dates, months or date-times in any column; YYYYMMDD and decimal years in a column that is
+    /// named after a time (or, without such a name, among the first two), increasing.
+    ///
+    /// # Errors
+    /// [`DataError::Cell`] where a cell of that column is not a time like the others, or does not come after the one before.
+    pub fn times(&self) -> Result<Option<Times>, DataError> {
+        type Parse = fn(&str) -> Option<(Style, i64)>;
+        let parsers: [Parse; 3] = [parse_iso, parse_compact, parse_decimal];
+        let mut found = None;
+        for (at, parse) in parsers.into_iter().enumerate() {
+            for c in 0..self.columns.len() {
+                let hits = self.cells(c).filter(|cell| parse(cell).is_some()).count();
+                let name = self.columns[c].to_lowercase();
+                let named =
+                    ["date", "time", "year", "month", "week", "day", "period"].iter().any(|word| name.contains(word)) || name == "ds";
+                let increasing = || {
+                    hits == self.rows.len()
+                        && self.cells(c).filter_map(parse).zip(self.cells(c).filter_map(parse).skip(1)).all(|(a, b)| a.1 < b.1)
+                };
+                let is = match at {
+                    0 => hits > self.rows.len() / 2,
+                    1 => (named && hits > self.rows.len() / 2) || (c < 2 && increasing()),
+                    // Whole years that repeat stand beside a column of months or days: no times by themselves.
+                    _ => {
+                        let whole = self.cells(c).filter_map(parse).all(|(style, _)| matches!(style, Style::Decimal { digits: 0, .. }));
+                        let others =
+                            (0..self.columns.len()).any(|o| o != c && self.kind(o) == Kind::Numbers && (named || !self.is_index(o)));
+                        others
+                            && if named && !whole {
+                                hits > self.rows.len() / 2
+                            } else {
+                                (named || c < 2) && increasing() && self.is_steady(c)
+                            }
+                    }
+                };
+                if is {
+                    found = Some((c, parse));
+                    break;
+                }
+            }
+            if found.is_some() {
+                break;
+            }
+        }
+        let Some((column, parse)) = found else { return Ok(None) };
+        let mut ticks: Vec<i64> = Vec::with_capacity(self.rows.len());
+        let mut style: Option<Style> = None;
+        let (mut most, mut unequal) = (0, false);
+        for (row, cell) in self.cells(column).enumerate() {
+            let (this, tick) = match parse(cell) {
+                Some((this, tick)) if style.as_ref().is_none_or(|first| this.is_like(first)) => (this, tick),
+                _ => {
+                    let first = self.cells(column).find(|cell| parse(cell).is_some()).unwrap_or_default();
+                    let problem = if cell.is_empty() {
+                        "a blank date".to_string()
+                    } else {
+                        format!("'{}' is not a date like '{first}'", shorten(cell))
+                    };
+                    return Err(self.cell_error(row, column, problem, "write every date in the same way, such as 2001-12-29"));
+                }
+            };
+            if let Some(&before) = ticks.last().filter(|&&before| before >= tick) {
+                let problem = format!(
+                    "{} {} {} of the row before",
+                    cell,
+                    if before == tick { "repeats" } else { "comes before" },
+                    self.rows[row - 1].cells.get(column).unwrap_or_default()
+                );
+                return Err(self.cell_error(row, column, problem, "sort the rows by time and keep one row for each time"));
+            }
+            if let Style::Decimal { digits, .. } = this {
+                unequal |= row > 0 && digits != most;
+                most = most.max(digits);
+            }
+            ticks.push(tick);
+            // The last row's way: its zone is the one in which the times go on.
+            style = Some(this);
+        }
+        let style = match style {
+            Some(Style::Decimal { .. }) => Style::Decimal { digits: most, trims: unequal },
+            Some(style) => style,
+            None => return Ok(None),
+        };
+        Ok(Some(Times { column, style, ticks }))
+    }
+
+    /// An error about the cell of `row` and column `c`.
+    pub fn cell_error(&self, row: usize, c: usize, problem: String, remedy: &str) -> DataError {
+        let Row { file, line, .. } = self.rows[row];
+        DataError::Cell { file: self.files[file].clone(), line, column: self.columns[c].clone(), problem, remedy: remedy.to_string() }
+    }
+
+    fn cells(&self, c: usize) -> impl Iterator<Item = &str> {
+        self.rows.iter().map(move |row| row.cells.get(c).unwrap_or_default())
+    }
+
+    /// Whether no step of a column of numbers is more than twice another.
+    fn is_steady(&self, c: usize) -> bool {
+        let values: Vec<f64> = self.cells(c).filter_map(number).collect();
+        let steps = || values.windows(2).map(|w| w[1] - w[0]);
+        steps().fold(0.0, f64::max) <= 2.0 * steps().fold(f64::INFINITY, f64::min)
+    }
+}
+
+/// The delimiter that cuts the first lines most evenly; among equals the one that is less likely to be part of a number or a text.
+fn sniff(text: &str) -> u8 {
+    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty() && !line.starts_with('#')).take(20).collect();
+    let count = |line: &str, delimiter: u8| {
+        let mut quoted = false;
+        line.bytes()
+            .filter(|&byte| {
+                quoted ^= byte == b'"';
+                byte == delimiter && !quoted
+            })
+            .count()
+    };
+    let mut best = (0, b',');
+    for delimiter in DELIMITERS {
+        let Some(first) = lines.first().map(|line| count(line, delimiter)).filter(|&n| n > 0) else { continue };
+        let even = lines.iter().filter(|line| count(line, delimiter) == first).count();
+        if even > best.0 {
+            best = (even, delimiter);
+        }
+    }
+    best.1
+}
+
+fn is_missing(cell: &str) -> bool {
+    matches!(cell, "" | "NA" | "N/A" | "n/a" | "na" | "#N/A" | "NaN" | "nan" | "NAN" | "null" | "NULL" | "Null" | "None" | "-" | "?" | ".")
+}
+
+/// A finite number with a decimal point.
+fn number(cell: &str) -> Option<f64> {
+    cell.parse::<f64>().ok().filter(|value| value.is_finite())
+}
+
+fn flag(cell: &str) -> Option<f64> {
+    if cell.eq_ignore_ascii_case("true") {
+        Some(1.0)
+    } else if cell.eq_ignore_ascii_case("false") {
+        Some(0.0)
+    } else {
+        None
+    }
+}
+
+fn shorten(cell: &str) -> String {
+    if cell.chars().count() <= 40 { cell.to_string() } else { cell.chars().take(40).chain("...".chars()).collect() }
+}

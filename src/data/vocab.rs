@@ -1,0 +1,294 @@
+//! Vocabularies: what a token number stands for. Kept in the run folder as JSON; files are not read here.
+
+use std::collections::HashMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::error::DataError;
+
+/// The entry for what the vocabulary does not hold.
+pub const UNK: &str = "<unk>";
+/// The entry for the end of a line, at word level.
+pub const EOS: &str = "<eos>";
+
+/// What one token is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// A byte: 256 of them, whatever the encoding.
+    Byte,
+    /// A character.
+    Char,
+    /// What stands between white space; a line end is a word of its own.
+    Word,
+}
+
+impl std::str::FromStr for Level {
+    type Err = DataError;
+
+    fn from_str(text: &str) -> Result<Self, DataError> {
+        match text {
+            "byte" => Ok(Self::Byte),
+            "char" => Ok(Self::Char),
+            "word" => Ok(Self::Word),
+            _ => Err(DataError::Option {
+                name: "--level",
+                value: text.to_string(),
+                problem: "no such level".to_string(),
+                remedy: "use byte, char or word".to_string(),
+            }),
+        }
+    }
+}
+
+/// Token numbers and what they stand for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "Stored", into = "Stored")]
+pub struct Vocab {
+    level: Level,
+    // Empty at byte level.
+    entries: Vec<String>,
+    index: HashMap<String, u32>,
+    unk: Option<u32>,
+}
+
+/// The form on disk.
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    level: Level,
+    entries: Vec<String>,
+}
+
+impl From<Vocab> for Stored {
+    fn from(vocab: Vocab) -> Self {
+        Self { level: vocab.level, entries: vocab.entries }
+    }
+}
+
+impl TryFrom<Stored> for Vocab {
+    type Error = DataError;
+
+    fn try_from(stored: Stored) -> Result<Self, DataError> {
+        let damaged = |problem: String| Err(DataError::Vocabulary { problem });
+        match stored.level {
+            Level::Byte if !stored.entries.is_empty() => {
+                return damaged(format!("level byte with {} entries", stored.entries.len()));
+            }
+            Level::Char => {
+                if let Some(entry) = stored.entries.iter().find(|entry| *entry != UNK && entry.chars().count() != 1) {
+                    return damaged(format!("'{entry}' is not one character"));
+                }
+            }
+            Level::Word => {
+                if let Some(name) = [UNK, EOS].iter().find(|name| !stored.entries.iter().any(|entry| entry == *name)) {
+                    return damaged(format!("the entry {name} is missing"));
+                }
+            }
+            Level::Byte => {}
+        }
+        if stored.level != Level::Byte && stored.entries.is_empty() {
+            return damaged("it has no entries".to_string());
+        }
+        let n = stored.entries.len();
+        let vocab = Self::from_entries(stored.level, stored.entries);
+        if vocab.index.len() != n {
+            return damaged(format!("{n} entries, but only {} different ones", vocab.index.len()));
+        }
+        Ok(vocab)
+    }
+}
+
+impl Vocab {
+    fn from_entries(level: Level, entries: Vec<String>) -> Self {
+        let index: HashMap<String, u32> = entries.iter().enumerate().map(|(i, entry)| (entry.clone(), i as u32)).collect();
+        let unk = index.get(UNK).copied();
+        Self { level, entries, index, unk }
+    }
+
+    /// All 256 bytes.
+    pub fn bytes() -> Self {
+        Self::from_entries(Level::Byte, Vec::new())
+    }
+
+    /// The characters of `text` in the order of their code points. With `limit`, the most frequent ones and `<unk>`, together `limit`.
+    ///
+    /// # Errors
+    /// [`DataError::Option`] if the limit leaves no room.
+    pub fn chars(text: &str, limit: Option<usize>) -> Result<Self, DataError> {
+        let mut counts: HashMap<char, u64> = HashMap::new();
+        for c in text.chars() {
+            *counts.entry(c).or_default() += 1;
+        }
+        let mut ranked: Vec<(char, u64)> = counts.into_iter().collect();
+        let mut entries = Vec::new();
+        if let Some(limit) = limit.filter(|&limit| limit < ranked.len()) {
+            check_limit(limit, 2, "a character and <unk>")?;
+            ranked.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(&b.0)));
+            ranked.truncate(limit - 1);
+            entries.push(UNK.to_string());
+        }
+        ranked.sort();
+        entries.extend(ranked.iter().map(|(c, _)| c.to_string()));
+        Ok(Self::from_entries(Level::Char, entries))
+    }
+
+    /// `<unk>`, `<eos>`, then the words of `text` from the most frequent to the rarest (equal ones in alphabetical order).
+    /// A literal `<unk>` or `<eos>` in the text is that entry. With `limit`, at most so many entries in all.
+    ///
+    /// # Errors
+    /// [`DataError::Option`] if the limit leaves no room.
+    pub fn words<'a>(words: impl IntoIterator<Item = &'a str>, limit: Option<usize>) -> Result<Self, DataError> {
+        if let Some(limit) = limit {
+            check_limit(limit, 3, "a word, <unk> and <eos>")?;
+        }
+        let mut counts: HashMap<&str, u64> = HashMap::new();
+        for word in words {
+            *counts.entry(word).or_default() += 1;
+        }
+        counts.remove(UNK);
+        counts.remove(EOS);
+        let mut ranked: Vec<(&str, u64)> = counts.into_iter().collect();
+        ranked.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
+        ranked.truncate(limit.map_or(usize::MAX, |limit| limit - 2));
+        let entries = [UNK, EOS].into_iter().chain(ranked.into_iter().map(|(word, _)| word)).map(str::to_string).collect();
+        Ok(Self::from_entries(Level::Word, entries))
+    }
+
+    /// What one token is.
+    pub fn level(&self) -> Level {
+        self.level
+    }
+
+    /// `V`, the number of tokens.
+    pub fn size(&self) -> usize {
+        if self.level == Level::Byte { 256 } else { self.entries.len() }
+    }
+
+    /// The token for what is not in the vocabulary, if there is one.
+    pub fn unk(&self) -> Option<u32> {
+        self.unk
+    }
+
+    /// The token of a line end (word level only).
+    pub fn eos(&self) -> Option<u32> {
+        if self.level == Level::Word { self.index.get(EOS).copied() } else { None }
+    }
+
+    /// Tokens of a prompt. Its last line stays open at word level (no `<eos>` unless the prompt ends with a line end).
+    ///
+    /// # Errors
+    /// [`DataError::UnknownSymbol`] for a character that the vocabulary lacks, if it has no `<unk>`.
+    pub fn encode_prompt(&self, prompt: &str) -> Result<Vec<u32>, DataError> {
+        match self.level {
+            Level::Byte => Ok(self.encode_bytes(prompt.as_bytes())),
+            Level::Char => self.encode_chars(prompt, |c, _, at| DataError::UnknownSymbol {
+                place: format!("prompt, character {}", at + 1),
+                symbol: show(c),
+                size: self.size(),
+                unit: "characters",
+                remedy: format!("write the prompt without it, with {}", self.sample()),
+            }),
+            Level::Word => {
+                let mut tokens = self.encode_words(words(prompt));
+                if !prompt.is_empty() && !prompt.ends_with('\n') {
+                    tokens.pop();
+                }
+                Ok(tokens)
+            }
+        }
+    }
+
+    /// Tokens of a text from `file` (already decoded); at word level every line ends with `<eos>`.
+    ///
+    /// # Errors
+    /// [`DataError::UnknownSymbol`] for a character that the vocabulary lacks, if it has no `<unk>`.
+    pub fn encode_text(&self, file: &str, text: &str) -> Result<Vec<u32>, DataError> {
+        match self.level {
+            Level::Byte => Ok(self.encode_bytes(text.as_bytes())),
+            Level::Char => self.encode_chars(text, |c, byte, _| DataError::UnknownSymbol {
+                place: format!("{file}, line {}", 1 + text[..byte].matches('\n').count()),
+                symbol: show(c),
+                size: self.size(),
+                unit: "characters",
+                remedy: "take it out, or train with --level byte or on text that has it".to_string(),
+            }),
+            Level::Word => Ok(self.encode_words(words(text))),
+        }
+    }
+
+    /// Tokens of bytes: their values.
+    pub fn encode_bytes(&self, bytes: &[u8]) -> Vec<u32> {
+        bytes.iter().map(|&byte| u32::from(byte)).collect()
+    }
+
+    /// Tokens of words; unknown ones are `<unk>`.
+    pub fn encode_words<'a>(&self, words: impl IntoIterator<Item = &'a str>) -> Vec<u32> {
+        let unk = self.unk.unwrap_or(0);
+        words.into_iter().map(|word| self.index.get(word).copied().unwrap_or(unk)).collect()
+    }
+
+    fn encode_chars(&self, text: &str, unknown: impl Fn(char, usize, usize) -> DataError) -> Result<Vec<u32>, DataError> {
+        let mut utf8 = [0; 4];
+        text.char_indices()
+            .enumerate()
+            .map(|(at, (byte, c))| self.index.get(&*c.encode_utf8(&mut utf8)).copied().or(self.unk).ok_or_else(|| unknown(c, byte, at)))
+            .collect()
+    }
+
+    /// The text of tokens: words with spaces between them and a line end for `<eos>`; bytes that are not UTF-8 come out as U+FFFD.
+    pub fn decode(&self, tokens: &[u32]) -> String {
+        match self.level {
+            Level::Byte => String::from_utf8_lossy(&tokens.iter().map(|&token| token as u8).collect::<Vec<_>>()).into_owned(),
+            Level::Char => tokens.iter().filter_map(|&token| self.entries.get(token as usize)).map(String::as_str).collect(),
+            Level::Word => {
+                let mut text = String::new();
+                for word in tokens.iter().filter_map(|&token| self.entries.get(token as usize)) {
+                    if word == EOS {
+                        text.push('\n');
+                    } else {
+                        if !text.is_empty() && !text.ends_with('\n') {
+                            text.push(' ');
+                        }
+                        text.push_str(word);
+                    }
+                }
+                text
+            }
+        }
+    }
+
+    fn sample(&self) -> String {
+        let mut some: String = self
+            .entries
+            .iter()
+            .filter(|entry| *entry != UNK && !entry.chars().any(char::is_control))
+            .take(100)
+            .map(String::as_str)
+            .collect();
+        if self.size() > 100 {
+            some.push_str(" ...");
+        }
+        some
+    }
+}
+
+/// The words of `text`, with `<eos>` at each line end, also at the end of a last line that has none.
+pub fn words(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().flat_map(|line| line.split_whitespace().chain(std::iter::once(EOS)))
+}
+
+fn show(c: char) -> String {
+    format!("character {c:?} (U+{:04X})", u32::from(c))
+}
+
+fn check_limit(limit: usize, least: usize, room: &str) -> Result<(), DataError> {
+    if limit >= least {
+        return Ok(());
+    }
+    Err(DataError::Option {
+        name: "--vocab",
+        value: limit.to_string(),
+        problem: format!("at least {least} entries are needed ({room})"),
+        remedy: "give a larger number, or leave the flag out to keep all".to_string(),
+    })
+}

@@ -1,0 +1,99 @@
+//! Text from a language model, a token at a time.
+
+use anyhow::{Result, bail, ensure};
+use serde_json::{Map, Value, json};
+
+use super::session::Session;
+use super::task::DataSpec;
+use crate::rng::{Purpose, StepKey, Stream};
+
+/// How text is drawn.
+#[derive(Clone, Debug)]
+pub struct GenerateOptions {
+    /// What the text continues; it is part of the output. May be empty.
+    pub prompt: String,
+    /// Tokens to draw.
+    pub length: usize,
+    /// 0: always the likeliest token; 1: as the model says; above: more even.
+    pub temperature: f64,
+    /// Only that many likeliest tokens are drawn from; none: all.
+    pub top_k: Option<usize>,
+    pub seed: u64,
+}
+
+/// Draws text; `on_text` gets each piece as it comes, the prompt first.
+///
+/// # Errors
+/// A run that is no language model, a prompt with unknown characters, numbers out of range, the device's.
+pub fn generate(session: &mut Session, options: &GenerateOptions, on_text: &mut dyn FnMut(&str)) -> Result<Map<String, Value>> {
+    let DataSpec::Text(vocab) = session.spec.clone() else {
+        bail!("this run forecasts a series and has no text to say: use `carrousel forecast`");
+    };
+    let temperature = options.temperature;
+    ensure!(temperature.is_finite() && temperature >= 0.0, "--temperature {temperature} is not a number from 0");
+    ensure!(options.top_k != Some(0), "--top-k 0 leaves no token to draw: give a number from 1");
+    let mut random = Stream::new(StepKey::new(options.seed, 0), Purpose::Sample, 0, 0);
+    let mut tokens = vocab.encode_prompt(&options.prompt)?;
+    let prompted = !tokens.is_empty();
+    if !prompted {
+        // Without a prompt the text begins after a line's end, or anywhere.
+        let newline = vocab.eos().or_else(|| vocab.encode_prompt("\n").ok().and_then(|t| t.first().copied()));
+        tokens.push(newline.unwrap_or_else(|| random.below(vocab.size() as u32)));
+    }
+    let mut shown = if prompted { vocab.decode(&tokens) } else { String::new() };
+    on_text(&shown);
+    let start = if prompted { 0 } else { tokens.len() };
+    let mut state = Vec::new();
+    let mut logits = session.feed(&tokens, &mut state)?;
+    for drawn in 0..options.length {
+        let next = draw(&mut logits, temperature, options.top_k, &mut random);
+        tokens.push(next);
+        // Decoded as a whole, since a character may take several bytes and a word a blank before it; only what no longer changes is shown.
+        let text = vocab.decode(&tokens[start..]);
+        let stable = if drawn + 1 == options.length { text.len() } else { text.trim_end_matches('\u{fffd}').len() };
+        if let Some(new) = text.get(shown.len()..stable).filter(|_| text.starts_with(&shown)) {
+            on_text(new);
+            shown.push_str(new);
+        }
+        logits = session.feed(&[next], &mut state)?;
+    }
+    let text = vocab.decode(&tokens[start..]);
+    Ok(Map::from_iter([("text".to_owned(), json!(text)), ("tokens".to_owned(), json!(options.length))]))
+}
+
+/// Draws a token by its logits.
+fn draw(logits: &mut [f32], temperature: f64, top_k: Option<usize>, random: &mut Stream) -> u32 {
+    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
+    if temperature == 0.0 {
+        return order[0];
+    }
+    order.truncate(top_k.unwrap_or(logits.len()).max(1));
+    let max = f64::from(logits[order[0] as usize]);
+    let weights: Vec<f64> = order.iter().map(|&t| ((f64::from(logits[t as usize]) - max) / temperature).exp()).collect();
+    let mut left = random.uniform_f64() * weights.iter().sum::<f64>();
+    for (&token, weight) in order.iter().zip(&weights) {
+        left -= weight;
+        if left < 0.0 {
+            return token;
+        }
+    }
+    order[order.len() - 1]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn draws_follow_the_softmax_and_top_k_cuts_the_rest() {
+        let mut random = Stream::new(StepKey::new(1, 0), Purpose::Sample, 0, 0);
+        let mut counts = [0; 3];
+        for _ in 0..10_000 {
+            counts[draw(&mut [0.0, 2f32.ln(), f32::MIN], 1.0, None, &mut random) as usize] += 1;
+        }
+        assert!((6400..6900).contains(&counts[1]) && counts[2] == 0, "{counts:?}");
+        assert!((0..100).all(|_| draw(&mut [0.0, 0.1, 0.0], 5.0, Some(1), &mut random) == 1));
+        assert_eq!(draw(&mut [0.0, 3.0, 3.0], 0.0, None, &mut random), 1);
+    }
+}

@@ -1,0 +1,174 @@
+//! A trained model from a run folder, on one device.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::evaluate::Forward;
+use super::task::{DATA_FILE, DataSpec, model_config};
+use crate::backend::{Backend, read_now};
+use crate::data::{Batch, Input, Target};
+use crate::model::state::Carried;
+use crate::model::{Model, Pass, Share, Words};
+use crate::store::config::RunConfig;
+use crate::store::run_folder::{CONFIG, RunFolder, Which};
+
+/// How long a device may take for one pass.
+const DEADLINE: Duration = Duration::from_secs(300);
+
+/// A model that is ready to be asked.
+pub struct Session {
+    pub config: RunConfig,
+    pub spec: DataSpec,
+    /// The checkpoint's step.
+    pub step: u64,
+    backend: Box<dyn Backend>,
+    model: Model,
+}
+
+/// Reads the configuration of a run folder.
+///
+/// # Errors
+/// No such folder; a file that is missing or damaged.
+pub fn read_config(folder: &RunFolder) -> Result<RunConfig> {
+    let text =
+        String::from_utf8(folder.read_file(CONFIG)?).with_context(|| format!("{CONFIG} of {} is not text", folder.path().display()))?;
+    toml::from_str(&text).with_context(|| format!("{CONFIG} of {} is not a configuration of this version", folder.path().display()))
+}
+
+/// Reads what a run folder says of its data.
+///
+/// # Errors
+/// A file that is missing or damaged.
+pub fn read_spec(folder: &RunFolder) -> Result<DataSpec> {
+    serde_json::from_slice(&folder.read_file(DATA_FILE)?).with_context(|| format!("{DATA_FILE} of {} is damaged", folder.path().display()))
+}
+
+impl Session {
+    /// Loads the checkpoint that `which` names onto `backend`.
+    ///
+    /// # Errors
+    /// No such run or checkpoint, a damaged file, a model that does not fit the device.
+    pub fn open(run: &Path, which: Which, mut backend: Box<dyn Backend>) -> Result<Self> {
+        let folder = RunFolder::read(run)?;
+        let (config, spec) = (read_config(&folder)?, read_spec(&folder)?);
+        let mut checkpoint = folder.load(which)?;
+        let mut model = Model::new(model_config(&config, &spec), backend.as_mut())?;
+        let params = model.table().tensors().iter().map(|t| checkpoint.take(&t.name, &t.shape)).collect::<Result<Vec<_>, _>>()?;
+        model.write_params(backend.as_mut(), &params)?;
+        Ok(Self { config, spec, step: checkpoint.step()?, backend, model })
+    }
+
+    /// The device's name.
+    pub fn device(&self) -> &str {
+        &self.backend.info().spec
+    }
+
+    /// Feeds tokens of one stream, carrying its state, and gives the logits after the last of them.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn feed(&mut self, tokens: &[u32], state: &mut Vec<f32>) -> Result<Vec<f32>> {
+        let (n_steps, n_outputs) = (tokens.len(), self.model.config().n_outputs());
+        let backend = self.backend.as_mut();
+        let share = Share {
+            n_steps,
+            n_rows: 1,
+            input: Words::Tokens(tokens),
+            targets: None,
+            weights: &[],
+            streams: &[0],
+            state: (!state.is_empty()).then_some(state.as_slice()),
+            scale: 0.0,
+        };
+        self.model.run(backend, &share, Pass { dropout: None, gradients: false, part: 0 }, &mut |_, _, _| Ok(()))?;
+        let (span, stride) = self.model.outputs(n_steps, 1);
+        let last = span.part((n_steps - 1) * stride, n_outputs);
+        let mut spans = vec![last];
+        spans.extend(self.model.final_state(n_steps, 1));
+        let mut words = backend.read(&spans, Vec::new())?.wait(DEADLINE)?;
+        *state = words.split_off(n_outputs);
+        Ok(words)
+    }
+}
+
+/// What a forward pass over a batch gives.
+pub struct Passed {
+    /// Summed over terms.
+    pub loss: f64,
+    /// A pre-activation or an output was not finite.
+    pub non_finite: bool,
+    /// The final state of the rows, where it was wanted.
+    pub state: Vec<f32>,
+    /// `[rows, columns]`, where they were wanted.
+    pub outputs: Vec<f32>,
+}
+
+/// A forward pass over a batch from `state` (zero if there is none).
+///
+/// # Errors
+/// The device's.
+pub fn pass_forward(
+    backend: &mut dyn Backend,
+    model: &mut Model,
+    batch: &Batch,
+    state: Option<&[f32]>,
+    [wants_state, wants_outputs]: [bool; 2],
+) -> Result<Passed> {
+    model.lower_flags(backend)?;
+    let pass = Pass { dropout: None, gradients: false, part: 0 };
+    model.run(backend, &share_of(batch, state, 0.0), pass, &mut |_, _, _| Ok(()))?;
+    let mut spans = vec![model.loss(1), model.flag()];
+    if wants_state {
+        spans.extend(model.final_state(batch.n_steps, batch.n_rows));
+    }
+    let mut words = backend.read(&spans, Vec::new())?.wait(DEADLINE)?;
+    let state = words.split_off(2);
+    let mut outputs = Vec::new();
+    if wants_outputs {
+        let (span, stride) = model.outputs(batch.n_steps, batch.n_rows);
+        let padded = read_now(backend, span, DEADLINE)?;
+        let n = model.config().n_outputs();
+        outputs.extend(padded.chunks_exact(stride).flat_map(|row| row[..n].iter().copied()));
+    }
+    Ok(Passed { loss: f64::from(words[0]), non_finite: words[1].to_bits() != 0, state, outputs })
+}
+
+/// A batch as the model takes it.
+pub fn share_of<'a>(batch: &'a Batch, state: Option<&'a [f32]>, scale: f32) -> Share<'a> {
+    Share {
+        n_steps: batch.n_steps,
+        n_rows: batch.n_rows,
+        input: match &batch.input {
+            Input::Tokens(tokens) => Words::Tokens(tokens),
+            Input::Values { values, .. } => Words::Values(values),
+        },
+        targets: Some(match &batch.target {
+            Target::Tokens(tokens) => Words::Tokens(tokens),
+            Target::Values { values, .. } => Words::Values(values),
+        }),
+        weights: &batch.weights,
+        streams: &batch.streams,
+        state,
+        scale,
+    }
+}
+
+impl Forward for Session {
+    fn forward(&mut self, batch: &Arc<Batch>, carried: Option<&mut Carried>, wants_outputs: bool) -> Result<(f64, Vec<f32>)> {
+        let rows = 0..batch.n_rows;
+        let state = carried.as_ref().map(|c| c.rows(rows.clone()));
+        let passed = pass_forward(self.backend.as_mut(), &mut self.model, batch, state.as_deref(), [carried.is_some(), wants_outputs])?;
+        ensure!(!passed.non_finite, "the model's outputs are not finite: its parameters are spoilt, or the data holds extreme values");
+        if let Some(carried) = carried {
+            carried.put(rows, &passed.state);
+        }
+        Ok((passed.loss, passed.outputs))
+    }
+
+    fn carried(&self, n_streams: usize) -> Carried {
+        Carried::new(self.config.layers, self.model.state_len(), n_streams)
+    }
+}

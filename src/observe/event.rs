@@ -1,0 +1,39 @@
+//! The closed list of things a run reports. Field names are a contract with the programs that read the JSON lines.
+
+use serde::Serialize;
+
+/// Which rule kept or made a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CheckpointKind {
+    /// Written every so many steps or at the end of an epoch.
+    Periodic,
+    /// The best validation loss so far.
+    Best,
+    /// The last of the run, also of an interrupted one.
+    Final,
+}
+
+/// One event. As JSON it is an object whose field `event` is the variant's name in lower case; a number that is not finite is null.
+///
+/// Losses are means over terms, without penalties. Steps and epochs count from 1.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "lowercase")]
+pub enum Event {
+    /// One training step, sent every `--log-every` steps. `loss` is the loss of that step alone.
+    Step { step: u64, epoch: u64, loss: f64, lr: f64, tokens_per_second: f64, grad_norm: f64 },
+    /// The end of an epoch; `step` is its last step, `train_loss` the mean over the epoch's terms.
+    Epoch { epoch: u64, step: u64, train_loss: f64, valid_loss: Option<f64>, seconds: f64 },
+    /// An evaluation on the validation part within an epoch (`--eval-every`).
+    Eval { step: u64, valid_loss: f64 },
+    /// A checkpoint that is completely written.
+    Checkpoint { step: u64, path: String, kind: CheckpointKind },
+    /// One worker since its last such event. `share` is its fraction of the global batch; `loss` is not finite where the share was empty.
+    Device { step: u64, rank: u64, name: String, share: f64, loss: f64, tokens_per_second: f64, waited_seconds: f64, bytes_sent: u64 },
+    /// Something that the person should know and that does not stop the run.
+    Warning { message: String },
+    /// Why the command failed: its last event. The console shows it, so nobody else prints it.
+    Error { message: String },
+    /// The result of the command: its last event. Fields differ by command, `status` among them; a field named `event` is not allowed.
+    Summary(serde_json::Map<String, serde_json::Value>),
+}

@@ -1,0 +1,156 @@
+//! `metrics.jsonl` in the run folder: every event, one JSON object a line, through all starts of the run.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use serde_json::Value;
+
+use crate::observe::{Event, Sink};
+
+/// The file's name within a run folder.
+pub const METRICS_FILE: &str = "metrics.jsonl";
+
+/// Appends events to the metrics file. Call [`truncate_to`] first where a run is resumed.
+pub struct Metrics {
+    path: PathBuf,
+    file: File,
+}
+
+impl Metrics {
+    /// Opens or creates `path` for appending; a last line that a kill left half written is cut off.
+    ///
+    /// # Errors
+    /// The file cannot be opened, read or cut.
+    pub fn open(path: &Path) -> anyhow::Result<Self> {
+        let mut file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .read(true)
+            .open(path)
+            .with_context(|| format!("cannot open {}", path.display()))?;
+        cut_torn_line(&mut file).with_context(|| format!("cannot repair {}", path.display()))?;
+        Ok(Self { path: path.to_owned(), file })
+    }
+}
+
+impl Sink for Metrics {
+    fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    fn event(&mut self, event: &Event) -> anyhow::Result<()> {
+        // Unbuffered and in one write: what was reported before a kill is in the file.
+        let mut line = serde_json::to_vec(event)?;
+        line.push(b'\n');
+        Ok(self.file.write_all(&line)?)
+    }
+}
+
+fn cut_torn_line(file: &mut File) -> io::Result<()> {
+    let end = file.seek(SeekFrom::End(0))?;
+    let mut keep = end;
+    let mut chunk = [0_u8; 4096];
+    // Backwards, since the file may be long and the torn line is short.
+    while keep > 0 {
+        let n = keep.min(chunk.len() as u64) as usize;
+        file.seek(SeekFrom::Start(keep - n as u64))?;
+        file.read_exact(&mut chunk[..n])?;
+        if let Some(at) = chunk[..n].iter().rposition(|&byte| byte == b'\n') {
+            keep = keep - n as u64 + at as u64 + 1;
+            break;
+        }
+        keep -= n as u64;
+    }
+    if keep < end { file.set_len(keep) } else { Ok(()) }
+}
+
+/// Cuts the metrics file back to what was reported up to and including `step`, for a run that goes on from the checkpoint of that step.
+///
+/// Events with a step stay where it is at most `step`; events without one stay where they stand before the first later step. A summary or an
+/// error goes, since the run is no longer over, and so does a line that is no JSON object. A missing file is fine. The new file replaces
+/// the old one in one rename.
+///
+/// # Errors
+/// The file cannot be read or replaced.
+pub fn truncate_to(path: &Path, step: u64) -> anyhow::Result<()> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).with_context(|| format!("cannot open {}", path.display())),
+    };
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".tmp");
+    let temporary = PathBuf::from(temporary);
+    let written = (|| -> io::Result<()> {
+        let mut out = BufWriter::new(File::create(&temporary)?);
+        let mut beyond = false;
+        for_each_object(file, |line, object| {
+            let at = object.get("step").and_then(Value::as_u64);
+            beyond |= at.is_some_and(|at| at > step);
+            let over = matches!(object.get("event").and_then(Value::as_str), Some("summary" | "error"));
+            let keep = match at {
+                Some(at) => at <= step,
+                None => !beyond,
+            };
+            if keep && !over { out.write_all(line).and_then(|()| out.write_all(b"\n")) } else { Ok(()) }
+        })?;
+        out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
+    })();
+    if let Err(error) = written.and_then(|()| fs::rename(&temporary, path)) {
+        // The old file is whole; what is left of the new one is of no use to anybody.
+        let _ = fs::remove_file(&temporary);
+        return Err(error).with_context(|| format!("cannot cut {} back to step {step}", path.display()));
+    }
+    Ok(())
+}
+
+/// What a metrics file says of losses, as points (step, loss).
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Losses {
+    /// Of single training steps.
+    pub train: Vec<(f64, f64)>,
+    /// On the validation part, at the ends of epochs and between.
+    pub valid: Vec<(f64, f64)>,
+}
+
+/// Reads the losses of a metrics file, for the curve of the whole run through all its starts. Null losses are left out.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn losses(path: &Path) -> anyhow::Result<Losses> {
+    let mut losses = Losses::default();
+    let read = File::open(path).and_then(|file| {
+        for_each_object(file, |_, object| {
+            let number = |field: &str| object.get(field).and_then(Value::as_f64);
+            let (points, field) = match object.get("event").and_then(Value::as_str) {
+                Some("step") => (&mut losses.train, "loss"),
+                Some("epoch" | "eval") => (&mut losses.valid, "valid_loss"),
+                _ => return Ok(()),
+            };
+            if let (Some(step), Some(loss)) = (number("step"), number(field)) {
+                points.push((step, loss));
+            }
+            Ok(())
+        })
+    });
+    read.with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(losses)
+}
+
+/// Calls `take` with every line that is a JSON object, without its end of line. Bytes, since a torn line may end within a character.
+fn for_each_object(file: File, mut take: impl FnMut(&[u8], &serde_json::Map<String, Value>) -> io::Result<()>) -> io::Result<()> {
+    let mut reader = BufReader::new(file);
+    let mut line = Vec::new();
+    while reader.read_until(b'\n', &mut line)? > 0 {
+        // A line without its end may be a whole object by chance (a number cut short is one as well), so it does not count.
+        if line.pop() == Some(b'\n')
+            && let Ok(Value::Object(object)) = serde_json::from_slice(&line)
+        {
+            take(&line, &object)?;
+        }
+        line.clear();
+    }
+    Ok(())
+}

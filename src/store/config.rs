@@ -1,0 +1,106 @@
+//! A run's configuration, resolved: what `config.toml` in the run folder holds. Keys are the flags' names with underscores.
+
+use serde::{Deserialize, Serialize};
+
+use super::run_folder::Select;
+use crate::data::series::{Missing, Relative};
+use crate::data::split::Split;
+use crate::data::text::Encoding;
+use crate::data::vocab::Level;
+use crate::model::init::Init;
+use crate::optim::OptimizerConfig;
+use crate::optim::schedule::ScheduleKind;
+
+/// What is learnt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Task {
+    /// The next token of a text.
+    Lm,
+    /// The next values of a series.
+    Forecast,
+}
+
+impl Task {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Lm => "lm",
+            Self::Forecast => "forecast",
+        }
+    }
+}
+
+/// How a loss over time is divided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LossReduction {
+    /// By the number of terms.
+    Mean,
+    /// By the number of sequences: the sum over the window, averaged over the batch (Zaremba et al. 2014).
+    SumOverTime,
+}
+
+/// Everything a run depends on. Only devices, balance, epochs, max_steps, log_every, eval_every and checkpoint_every may differ on resume.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    pub task: Task,
+    /// Files, globs, folders or `-`; empty: the built-in example.
+    pub data: Vec<String>,
+    pub encoding: Encoding,
+    pub split: Split,
+    pub level: Level,
+    /// Most words kept at word level.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vocab: Option<usize>,
+    /// Columns to forecast and columns to read; empty: found by themselves.
+    pub target: Vec<String>,
+    pub features: Vec<String>,
+    pub missing: Missing,
+    pub relative: Relative,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub season: Option<usize>,
+    /// Adds sine and cosine of the season's phase to the inputs.
+    pub calendar: bool,
+    pub layers: usize,
+    pub hidden: usize,
+    /// Columns of the embedding, for tokens.
+    pub embedding: usize,
+    pub tied: bool,
+    pub dropout: f64,
+    pub no_bias: bool,
+    pub init: Init,
+    /// Starting biases of the gates i, f, g, o.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gate_bias: Option<[f64; 4]>,
+    pub seq_len: usize,
+    pub horizon: usize,
+    /// Global batch: streams of a text, windows of a series.
+    pub batch_size: usize,
+    pub eval_batch_size: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_steps: Option<u64>,
+    #[serde(flatten)]
+    pub optimizer: OptimizerConfig,
+    pub schedule: ScheduleKind,
+    pub warmup_steps: u64,
+    pub loss_reduction: LossReduction,
+    pub seed: u64,
+    pub devices: String,
+    /// `equal`, `auto` or `W1:W2:...`.
+    pub balance: String,
+    /// Parts that each share is cut into.
+    pub accumulate: usize,
+    pub select: Select,
+    /// Steps between evaluations; 0: once an epoch.
+    pub eval_every: u64,
+    pub log_every: u64,
+    /// Steps between checkpoints; 0: once an epoch.
+    pub checkpoint_every: u64,
+    pub keep: usize,
+    /// Steps between comparisons of the replicas' hashes.
+    pub hash_every: u64,
+}

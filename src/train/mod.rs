@@ -1,0 +1,15 @@
+//! The training loop: the one place where all parts meet.
+//!
+//! A coordinator (the caller's thread) draws global batches, cuts them into shares and drives the [`group`] of workers; each [`worker`] owns a
+//! device, and beside it a [`ring`] thread carries its gradients. A step is [`commit`]ted on all ranks or on none.
+
+pub mod balance;
+pub mod commit;
+pub mod devices;
+pub mod group;
+pub mod profile;
+pub mod ring;
+pub mod run;
+pub mod worker;
+
+pub use run::{Outcome, RunOptions, run};

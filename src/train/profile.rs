@@ -1,0 +1,172 @@
+//! `profile step`: what a training step costs, on synthetic data of the size that was asked for.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use serde_json::{Map, Value, json};
+
+use super::group::{Group, GroupSpec, StepNumbers};
+use super::run::settle;
+use crate::data::{Batch, Input, Target};
+use crate::model::config::{self, ModelConfig};
+use crate::model::init::{Init, initial};
+use crate::model::state::Carried;
+use crate::optim::{OptimizerConfig, Rule};
+use crate::rng::{Purpose, StepKey, Stream};
+use crate::shape::pad_units;
+
+/// Steps before the clock starts: pipelines are built, memory is touched.
+const WARM_UP: usize = 3;
+
+/// A model with the batch that a step of it takes.
+#[derive(Clone, Debug)]
+pub struct Workload {
+    pub model: ModelConfig,
+    pub optimizer: OptimizerConfig,
+    /// T.
+    pub n_steps: usize,
+    /// B.
+    pub n_rows: usize,
+    /// The state is carried from step to step.
+    pub carries: bool,
+}
+
+fn optimizer(rule: Rule, lr: f64, clip_norm: f64) -> OptimizerConfig {
+    OptimizerConfig { rule, lr, momentum: 0.0, nesterov: false, weight_decay: 0.0, l1: 0.0, clip_norm, clip_value: 0.0 }
+}
+
+impl Workload {
+    /// One of the fixed workloads that tools are compared by: A series, B char-lm, C ptb-small, D large.
+    pub fn named(name: &str) -> Option<Self> {
+        let tokens = |vocabulary, width, hidden| ModelConfig {
+            input: config::Input::Tokens { vocabulary, width },
+            output: config::Output::Classes { n_classes: vocabulary },
+            n_layers: 2,
+            hidden,
+            dropout: 0.0,
+            bias: true,
+            tied: false,
+        };
+        let series = |n_features, n_layers, hidden| ModelConfig {
+            input: config::Input::Values { n_features },
+            output: config::Output::Values { n_outputs: 1 },
+            n_layers,
+            hidden,
+            dropout: 0.0,
+            bias: true,
+            tied: false,
+        };
+        let adam = optimizer(Rule::Adam, 1e-3, 0.0);
+        Some(match name {
+            "A" => Self { model: series(8, 1, 64), optimizer: adam, n_steps: 48, n_rows: 64, carries: false },
+            "B" => Self { model: tokens(96, 128, 256), optimizer: adam, n_steps: 100, n_rows: 50, carries: false },
+            "C" => {
+                Self { model: tokens(10_000, 200, 200), optimizer: optimizer(Rule::Sgd, 0.1, 5.0), n_steps: 20, n_rows: 20, carries: true }
+            }
+            "D" => Self { model: series(512, 2, 1024), optimizer: adam, n_steps: 64, n_rows: 64, carries: false },
+            _ => return None,
+        })
+    }
+
+    /// Random data of this size.
+    fn batch(&self, seed: u64) -> Batch {
+        let mut random = Stream::new(StepKey::new(seed, 0), Purpose::Test, 0, 0);
+        let (t, b) = (self.n_steps, self.n_rows);
+        let mut numbers = |n: usize| -> Vec<f32> { (0..n).map(|_| 2.0 * random.uniform() - 1.0).collect() };
+        let (input, target, n_terms) = match (self.model.input, self.model.output) {
+            (config::Input::Tokens { vocabulary, .. }, _) => {
+                let tokens: Vec<u32> = numbers((t + 1) * b)
+                    .iter()
+                    .map(|u| (((u + 1.0) / 2.0 * vocabulary as f32) as u32).min(vocabulary as u32 - 1))
+                    .collect();
+                (Input::Tokens(tokens[..t * b].to_vec()), Target::Tokens(tokens[b..].to_vec()), t * b)
+            }
+            (config::Input::Values { n_features }, output) => {
+                let n_outputs = match output {
+                    config::Output::Values { n_outputs } => n_outputs,
+                    config::Output::Classes { n_classes } => n_classes,
+                };
+                let values = numbers(t * b * n_features);
+                (Input::Values { values, n_features }, Target::Values { values: numbers(b * n_outputs), n_outputs }, b * n_outputs)
+            }
+        };
+        Batch {
+            n_steps: t,
+            n_rows: b,
+            input,
+            target,
+            weights: vec![1.0; n_terms],
+            streams: (0..b as u32).collect(),
+            resets: false,
+            carries: self.carries,
+            weight: n_terms as f64,
+            n_tokens: (t * b) as u64,
+        }
+    }
+}
+
+/// Measures `steps` training steps.
+///
+/// # Errors
+/// Devices that do not exist, a model that does not fit.
+pub fn profile_step(workload: &Workload, devices: &str, balance: &str, accumulate: usize, steps: usize) -> Result<Map<String, Value>> {
+    ensure!(steps > 0, "--steps 0 measures nothing: give a number from 1");
+    let (devices, mut balance, _) = settle(devices, balance)?;
+    let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate };
+    let mut group = Group::start(spec, &devices, None)?;
+    let params = initial(&workload.model, group.table(), Init::Uniform(0.1), None, 1);
+    let zeros: Vec<Vec<f32>> = params.iter().map(|p| vec![0.0; p.len()]).collect();
+    group.load(params, vec![zeros; workload.optimizer.states().len()])?;
+    let batch = Arc::new(workload.batch(1));
+    let model = &workload.model;
+    let mut carried = workload.carries.then(|| Carried::new(model.n_layers, model.n_layers * 2 * pad_units(model.hidden), batch.n_rows));
+    let mut times = Vec::with_capacity(steps);
+    let (mut waited, mut ring, mut sent, mut loss) = (Duration::ZERO, Duration::ZERO, 0, 0.0);
+    for step in 0..steps + WARM_UP {
+        let shares = balance.shares(batch.n_rows);
+        let numbers =
+            StepNumbers { step: step as u64 + 1, lr: workload.optimizer.lr, key: StepKey::new(1, step as u64), divisor: batch.weight };
+        let start = Instant::now();
+        let stepped = group.step(&batch, &shares, carried.as_mut(), numbers)?;
+        let time = start.elapsed();
+        let busy: Vec<Duration> = stepped.ranks.iter().map(|r| r.compute).collect();
+        balance.observe(&shares, &busy);
+        let most: u64 = stepped.ranks.iter().map(|r| r.bytes_sent).max().unwrap_or(0);
+        if step >= WARM_UP {
+            times.push(time.as_secs_f64());
+            waited += stepped.ranks.iter().map(|r| r.waited).sum::<Duration>();
+            ring += stepped.ranks.iter().map(|r| r.ring_time).sum::<Duration>();
+            loss = stepped.loss / batch.weight;
+        }
+        if step + 1 == WARM_UP {
+            sent = most;
+        }
+        if step + 1 == steps + WARM_UP {
+            sent = (most - sent) / steps as u64;
+        }
+    }
+    times.sort_by(f64::total_cmp);
+    let median = if steps % 2 == 1 { times[steps / 2] } else { (times[steps / 2 - 1] + times[steps / 2]) / 2.0 };
+    let wait_share = if ring.is_zero() { 0.0 } else { waited.as_secs_f64() / ring.as_secs_f64() };
+    let mut summary = Map::new();
+    summary.insert("status".into(), json!("finished"));
+    summary.insert("ms_per_step".into(), json!(median * 1e3));
+    summary.insert("tokens_per_second".into(), json!(batch.n_tokens as f64 / median));
+    summary.insert("peak_rss_bytes".into(), json!(peak_rss_bytes()));
+    summary.insert("bytes_sent_per_step".into(), json!(sent));
+    summary.insert("ring_wait_share".into(), json!(wait_share));
+    let names: Vec<Value> =
+        group.devices().map(|(name, info)| json!({ "device": name, "name": info.name, "driver": info.driver })).collect();
+    summary.insert("devices".into(), json!(names));
+    summary.insert("parameters".into(), json!(group.table().n_parameters()));
+    summary.insert("loss".into(), json!(loss));
+    Ok(summary)
+}
+
+/// The process's largest resident memory so far, where the system tells it.
+fn peak_rss_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+}

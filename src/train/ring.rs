@@ -1,0 +1,241 @@
+//! The thread beside a worker that carries its gradients round the ring while the worker computes.
+//!
+//! It owns the rank's [`Communicator`] and takes jobs in order; each bucket arrives as a readback that it waits for itself.
+
+use std::ops::Range;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use crossbeam::channel::{Receiver, Sender, bounded};
+
+use crate::backend::Readback;
+use crate::comm::Communicator;
+use crate::comm::plan::owned_segment;
+use crate::kernels::reduce::block_squares;
+use crate::pool::CpuContext;
+use crate::shape::BLOCK;
+
+/// Who updates which part of the parameters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Update {
+    /// All replicas compute the same bits: each has the whole sum and updates everything.
+    Everywhere,
+    /// Devices differ in the last bit: the rank that holds a segment's sum updates it and the others take the result.
+    ByOwner,
+}
+
+enum Job {
+    /// Sum a bucket's gradient over the ranks.
+    Reduce { bucket: usize, words: Box<dyn Readback> },
+    /// All buckets of the step are under way: exchange what each rank tells the others.
+    Exchange { header: Vec<u8> },
+    /// Spread a bucket's new parameters from their owners; the own segment comes from the device.
+    Spread { bucket: usize, words: Vec<f32>, own: Box<dyn Readback> },
+}
+
+/// A bucket back from the ring.
+pub struct Returned {
+    pub bucket: usize,
+    pub words: Vec<f32>,
+}
+
+/// A step's sums.
+pub struct Sums {
+    pub buckets: Vec<Returned>,
+    /// Of the whole summed gradient.
+    pub norm: f64,
+    /// What each rank told, in rank order.
+    pub headers: Vec<Vec<u8>>,
+    /// Time in the ring.
+    pub ring_time: Duration,
+    pub bytes_sent: u64,
+}
+
+enum Done {
+    Sums(Result<Sums>),
+    Spread(Result<Returned>),
+}
+
+/// The worker's end.
+pub struct Ring {
+    jobs: Option<Sender<Job>>,
+    done: Receiver<Done>,
+    deadline: Duration,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Ring {
+    /// Starts the thread. At most `n_buckets` jobs of a kind are under way.
+    ///
+    /// # Errors
+    /// When the operating system starts no more threads.
+    pub fn start(comm: Communicator, update: Update, n_buckets: usize, deadline: Duration) -> Result<Self> {
+        let (jobs, inbox) = bounded(2 * n_buckets + 2);
+        let (outbox, done) = bounded(n_buckets + 2);
+        let name = format!("carrousel-ring-{}", comm.rank());
+        let ctx = CpuContext::new(1)?;
+        let worker = RingThread { comm, update, ctx, deadline, sums: Vec::new(), squares: Vec::new(), time: Duration::ZERO };
+        let thread =
+            std::thread::Builder::new().name(name).spawn(move || worker.serve(&inbox, &outbox)).context("cannot start a ring thread")?;
+        Ok(Self { jobs: Some(jobs), done, deadline, thread: Some(thread) })
+    }
+
+    fn give(&self, job: Job) -> Result<()> {
+        self.jobs.as_ref().and_then(|jobs| jobs.send_timeout(job, self.deadline).ok()).context("the ring thread is gone")
+    }
+
+    /// Sends a bucket's gradient round.
+    ///
+    /// # Errors
+    /// The ring thread is gone; its own error comes with [`Self::exchange`].
+    pub fn reduce(&self, bucket: usize, words: Box<dyn Readback>) -> Result<()> {
+        self.give(Job::Reduce { bucket, words })
+    }
+
+    /// Exchanges headers and waits for all buckets of the step.
+    ///
+    /// # Errors
+    /// A readback's, the ring's, or the deadline.
+    pub fn exchange(&self, header: Vec<u8>) -> Result<Sums> {
+        self.give(Job::Exchange { header })?;
+        match self.done.recv_timeout(self.deadline).context("the ring thread did not answer in time")? {
+            Done::Sums(sums) => sums,
+            Done::Spread(_) => anyhow::bail!("the ring thread answered out of order"),
+        }
+    }
+
+    /// Sends a bucket's new parameters round; [`Self::spread_bucket`] waits for it.
+    ///
+    /// # Errors
+    /// The ring thread is gone.
+    pub fn spread(&self, bucket: usize, words: Vec<f32>, own: Box<dyn Readback>) -> Result<()> {
+        self.give(Job::Spread { bucket, words, own })
+    }
+
+    /// The next bucket of new parameters.
+    ///
+    /// # Errors
+    /// As [`Self::exchange`].
+    pub fn spread_bucket(&self) -> Result<Returned> {
+        match self.done.recv_timeout(self.deadline).context("the ring thread did not answer in time")? {
+            Done::Spread(returned) => returned,
+            Done::Sums(_) => anyhow::bail!("the ring thread answered out of order"),
+        }
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            // Ends with its inbox; a panic there has been reported as a missing answer.
+            let _ = thread.join();
+        }
+    }
+}
+
+struct RingThread {
+    comm: Communicator,
+    update: Update,
+    ctx: CpuContext,
+    deadline: Duration,
+    sums: Vec<Result<Returned>>,
+    /// Sums of squares of blocks: (bucket, first block, sums).
+    squares: Vec<(usize, usize, Vec<f32>)>,
+    time: Duration,
+}
+
+impl RingThread {
+    fn serve(mut self, inbox: &Receiver<Job>, outbox: &Sender<Done>) {
+        for job in inbox {
+            let done = match job {
+                Job::Reduce { bucket, words } => {
+                    // After an error the communicator repeats it, so the first is what `exchange` reports.
+                    let sum = self.reduce(bucket, words);
+                    self.sums.push(sum);
+                    continue;
+                }
+                Job::Exchange { header } => Done::Sums(self.exchange(header)),
+                Job::Spread { bucket, words, own } => Done::Spread(self.spread(bucket, words, own)),
+            };
+            if outbox.send_timeout(done, self.deadline).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Whether the segments of a message are whole blocks, so that owners can sum the squares of theirs.
+    fn whole_blocks(&self, len: usize) -> bool {
+        len.div_ceil(BLOCK) >= self.comm.world()
+    }
+
+    fn squares_of(&mut self, bucket: usize, words: &[f32], range: Range<usize>) {
+        let mut squares = vec![0.0; range.len().div_ceil(BLOCK)];
+        block_squares(&self.ctx, &words[range.clone()], &mut squares);
+        self.squares.push((bucket, range.start / BLOCK, squares));
+    }
+
+    fn reduce(&mut self, bucket: usize, words: Box<dyn Readback>) -> Result<Returned> {
+        let mut words = words.wait(self.deadline)?;
+        let start = Instant::now();
+        let len = words.len();
+        if self.update == Update::Everywhere || !self.whole_blocks(len) {
+            self.comm.all_reduce(&mut words)?;
+            // Each block is told by one rank, so that the sum over ranks is the sum over blocks.
+            if self.comm.rank() == 0 {
+                self.squares_of(bucket, &words, 0..len);
+            }
+        } else {
+            let own = self.comm.reduce_scatter(&mut words)?;
+            self.squares_of(bucket, &words, own);
+        }
+        self.time += start.elapsed();
+        Ok(Returned { bucket, words })
+    }
+
+    fn exchange(&mut self, header: Vec<u8>) -> Result<Sums> {
+        let buckets: Vec<Returned> = self.sums.drain(..).collect::<Result<_>>()?;
+        let start = Instant::now();
+        let mut told = (header.len() as u64).to_le_bytes().to_vec();
+        told.extend_from_slice(&header);
+        for (bucket, first, squares) in self.squares.drain(..) {
+            for (i, square) in squares.iter().enumerate() {
+                told.extend_from_slice(&(bucket as u32).to_le_bytes());
+                told.extend_from_slice(&((first + i) as u32).to_le_bytes());
+                told.extend_from_slice(&square.to_le_bytes());
+            }
+        }
+        let mut headers = Vec::new();
+        let mut blocks = Vec::new();
+        for told in self.comm.all_gather_bytes(&told)? {
+            let word = |at: usize| told.get(at..at + 4).and_then(|b| b.try_into().ok()).unwrap_or([0; 4]);
+            let header_len = u32::from_le_bytes(word(0)) as usize;
+            headers.push(told.get(8..8 + header_len).context("a rank told less than its header")?.to_vec());
+            let numbers = (8 + header_len..told.len()).step_by(12);
+            blocks.extend(
+                numbers.map(|at| (u32::from_le_bytes(word(at)), u32::from_le_bytes(word(at + 4)), f32::from_le_bytes(word(at + 8)))),
+            );
+        }
+        // In the order of the address space, whoever summed them.
+        blocks.sort_unstable_by_key(|&(bucket, block, _)| (bucket, block));
+        let norm = norm_of(blocks.iter().map(|&(.., square)| square));
+        let ring_time = std::mem::take(&mut self.time) + start.elapsed();
+        Ok(Sums { buckets, norm, headers, ring_time, bytes_sent: self.comm.bytes_sent() })
+    }
+
+    fn spread(&mut self, bucket: usize, mut words: Vec<f32>, own: Box<dyn Readback>) -> Result<Returned> {
+        let own = own.wait(self.deadline)?;
+        let start = Instant::now();
+        let range = owned_segment(self.comm.world(), self.comm.rank(), words.len());
+        words[range].copy_from_slice(&own);
+        self.comm.all_gather(&mut words)?;
+        self.time += start.elapsed();
+        Ok(Returned { bucket, words })
+    }
+}
+
+/// The norm from the sums of squares of all blocks, in order.
+pub fn norm_of(squares: impl Iterator<Item = f32>) -> f64 {
+    squares.map(f64::from).sum::<f64>().sqrt()
+}

@@ -1,0 +1,686 @@
+//! A run from configuration to trained model: epochs, evaluations, checkpoints, resume.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::balance::Balance;
+use super::devices::{self, Resolved};
+use super::group::{Group, GroupSpec, NonFinite, RankStep, StepNumbers, Tensors, Wrap};
+use super::ring::Update;
+use crate::data::Batch;
+use crate::data::prefetch::Prefetch;
+use crate::data::series::Part;
+use crate::infer::evaluate::{Evaluation, Forward, evaluate, truth_at_end};
+use crate::infer::session::{read_config, read_spec};
+use crate::infer::task::{Corpus, DATA_FILE, EvalSet, model_config};
+use crate::model::init::initial;
+use crate::model::state::Carried;
+use crate::observe::plot::{self, ForecastPlot, Series as Curve, Times};
+use crate::observe::sinks::{Metrics, losses, truncate_to};
+
+use crate::observe::{Bus, CheckpointKind, Event, Level, RunInfo, Table, format};
+use crate::optim::schedule::{Plateau, Schedule, ScheduleKind};
+use crate::rng::StepKey;
+use crate::shape::pad_units;
+use crate::store::checkpoint::{Checkpoint, NamedTensor};
+use crate::store::config::{LossReduction, RunConfig, Task};
+use crate::store::run_folder::{CONFIG, METRICS, RunFolder, Select, Which};
+
+/// What is not part of a run's configuration.
+pub struct RunOptions {
+    pub out: PathBuf,
+    /// Continue what is there; start where there is nothing yet.
+    pub resume: bool,
+    /// Replaces backends, for tests.
+    pub wrap: Option<Wrap>,
+}
+
+/// How a run ended.
+pub struct Outcome {
+    /// By a signal, after a checkpoint.
+    pub interrupted: bool,
+    pub summary: Map<String, Value>,
+    pub tables: Vec<Table>,
+}
+
+/// What a step depends on beside parameters, optimizer and carried state; the JSON of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Position {
+    /// Steps done.
+    step: u64,
+    /// The next batch.
+    epoch: u64,
+    batch: u64,
+    tokens: u64,
+    schedule: Schedule,
+    plateau: Plateau,
+    balance: Balance,
+    /// Sums over the epoch so far.
+    epoch_loss: f64,
+    epoch_weight: f64,
+    /// The devices and the kinds that give the same bits.
+    devices: Vec<String>,
+    kinds: Vec<String>,
+    /// The last loss of a step, and of an epoch.
+    last_loss: Option<f64>,
+    train_loss: Option<f64>,
+    valid_loss: Option<f64>,
+    /// Nothing is left to do.
+    finished: bool,
+}
+
+/// The workers as evaluation sees them.
+struct Together<'g> {
+    group: &'g mut Group,
+    balance: &'g Balance,
+}
+
+impl Forward for Together<'_> {
+    fn forward(&mut self, batch: &Arc<Batch>, carried: Option<&mut Carried>, wants_outputs: bool) -> Result<(f64, Vec<f32>)> {
+        let shares = self.balance.shares(batch.n_rows);
+        self.group.evaluate(batch, &shares, carried, wants_outputs)
+    }
+
+    fn carried(&self, n_streams: usize) -> Carried {
+        carried(&self.group.spec().model, n_streams)
+    }
+}
+
+fn carried(model: &crate::model::config::ModelConfig, n_streams: usize) -> Carried {
+    Carried::new(model.n_layers, model.n_layers * 2 * pad_units(model.hidden), n_streams)
+}
+
+/// Settles `--devices` and `--balance` on this machine. Lines tell what was chosen and why.
+///
+/// # Errors
+/// A device that does not exist; weights that do not match the workers.
+pub fn settle(devices: &str, balance: &str) -> Result<(Vec<Resolved>, Balance, Vec<String>)> {
+    let parsed = devices::parse(devices)?;
+    let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let (devices, mut reasons) = devices::resolve(&parsed, devices::adapters, n_cores)?;
+    let world = devices.len();
+    let alike = devices.windows(2).all(|w| w[0].spec == w[1].spec);
+    let balance = match devices::parse_balance(balance, Some(world))? {
+        devices::Balance::Equal => Balance::fixed(vec![1.0; world]),
+        devices::Balance::Default if alike => Balance::fixed(vec![1.0; world]),
+        devices::Balance::Weights(weights) => Balance::fixed(weights),
+        devices::Balance::Default | devices::Balance::Auto => {
+            reasons.push("shares follow measured speed (--balance equal fixes them)".to_owned());
+            Balance::measured(world)
+        }
+    };
+    Ok((devices, balance, reasons))
+}
+
+/// Trains.
+///
+/// # Errors
+/// What is wrong with configuration, data, devices or the run folder; a run that turned non-finite (the last good checkpoint stays).
+pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicBool) -> Result<Outcome> {
+    let mut folder = if options.resume { RunFolder::open_or_create(&options.out)? } else { RunFolder::create(&options.out)? };
+    let resumed = options.resume && folder.has_checkpoints();
+    for warning in folder.take_warnings() {
+        bus.warn(warning);
+    }
+    let mut config = config;
+    let mut found = None;
+    if resumed {
+        let recorded = read_config(&folder)?;
+        config = continued(config, recorded)?;
+        let (checkpoint, warnings) = folder.load_newest()?;
+        warnings.into_iter().for_each(|w| bus.warn(w));
+        found = Some(checkpoint);
+    }
+    let spec = if resumed { Some(read_spec(&folder)?) } else { None };
+    let corpus = Corpus::load(&config, spec.as_ref())?;
+    corpus.warnings().into_iter().for_each(|w| bus.warn(w));
+    let (batches, notes) = corpus.train_batches(&config)?;
+    notes.iter().for_each(|note| bus.log(Level::Info, note));
+    let spec = corpus.spec();
+    let model = model_config(&config, &spec);
+    model.check()?;
+
+    let (devices, balance, reasons) = settle(&config.devices, &config.balance)?;
+    reasons.iter().for_each(|reason| bus.log(Level::Info, reason));
+    let group_spec = GroupSpec { model: model.clone(), optimizer: config.optimizer, accumulate: config.accumulate };
+    let mut group = Group::start(group_spec, &devices, options.wrap.as_ref())?;
+    let kinds: Vec<String> = group.devices().map(|(_, info)| info.kind.clone()).collect();
+    if group.update() == Update::ByOwner {
+        bus.log(Level::Detail, "devices differ in kind: the owner of each segment updates it");
+    }
+    bus.log(Level::Info, &format!("{} parameters on {}", format::count(group.table().n_parameters() as u64), describe(&group)));
+
+    let n_batches = batches.n_batches();
+    let end = End { epochs: config.epochs, steps: config.max_steps };
+    let total = end.total_steps(n_batches);
+    let mut position = Position {
+        step: 0,
+        epoch: 0,
+        batch: 0,
+        tokens: 0,
+        schedule: Schedule { kind: config.schedule, warmup_steps: config.warmup_steps, horizon: total.unwrap_or(u64::MAX) },
+        plateau: Plateau::default(),
+        balance,
+        epoch_loss: 0.0,
+        epoch_weight: 0.0,
+        devices: devices.iter().map(|d| d.spec.clone()).collect(),
+        kinds: kinds.clone(),
+        last_loss: None,
+        train_loss: None,
+        valid_loss: None,
+        finished: false,
+    };
+    let mut state = (corpus.n_streams(&config) > 0).then(|| carried(&model, corpus.n_streams(&config)));
+    match found {
+        Some(checkpoint) => {
+            let (params, states) = restore(checkpoint, &mut position, state.as_mut(), &group, &config, bus)?;
+            group.load(params, states)?;
+        }
+        None => {
+            folder
+                .write_file(CONFIG, toml::to_string_pretty(&config).context("the configuration cannot be written as TOML")?.as_bytes())?;
+            folder.write_file(DATA_FILE, serde_json::to_string(&spec)?.as_bytes())?;
+            let params = initial(&model, group.table(), config.init, config.gate_bias, config.seed);
+            let zeros: Tensors = group.table().tensors().iter().map(|t| vec![0.0; t.layout.torch_len()]).collect();
+            group.load(params, vec![zeros; config.optimizer.states().len()])?;
+        }
+    }
+    if resumed {
+        folder.write_file(CONFIG, toml::to_string_pretty(&config).context("the configuration cannot be written as TOML")?.as_bytes())?;
+    }
+    truncate_to(&folder.file_path(METRICS)?, position.step)?;
+    bus.add(Box::new(Metrics::open(&folder.file_path(METRICS)?)?));
+    let perplexity = config.task == Task::Lm;
+    bus.begin(&RunInfo { first_step: position.step, total_steps: total, total_epochs: config.epochs, perplexity });
+    let valid = corpus.eval_set(&config, Part::Valid)?;
+    let mut trainer = Trainer {
+        config: &config,
+        folder,
+        group,
+        position,
+        state,
+        valid,
+        bus,
+        n_batches,
+        end,
+        start: Instant::now(),
+        tokens_before: 0,
+        meter: Meter::new(),
+        ranks: Vec::new(),
+        data_wait: Duration::ZERO,
+    };
+    trainer.tokens_before = trainer.position.tokens;
+    let interrupted = trainer.train(batches, stop)?;
+    trainer.finish(&corpus, interrupted)
+}
+
+/// `cpu:2 (AMD EPYC)`, ...
+fn describe(group: &Group) -> String {
+    group.devices().map(|(name, info)| format!("{name} ({})", info.name)).collect::<Vec<_>>().join(", ")
+}
+
+/// The configuration of a resumed run: the recorded one, with what may differ taken from what is asked now.
+fn continued(asked: RunConfig, recorded: RunConfig) -> Result<RunConfig> {
+    let mut merged = asked.clone();
+    let RunConfig { devices, balance, epochs, max_steps, log_every, eval_every, checkpoint_every, .. } = asked;
+    let recorded_total = (recorded.epochs, recorded.max_steps);
+    let mut kept = recorded;
+    (kept.devices, kept.balance, kept.epochs, kept.max_steps) = (devices, balance, epochs, max_steps);
+    (kept.log_every, kept.eval_every, kept.checkpoint_every) = (log_every, eval_every, checkpoint_every);
+    // What the command line leaves at its default is not a difference.
+    merged.keep = kept.keep;
+    if merged != kept {
+        let (a, b) = (serde_json::to_value(&merged)?, serde_json::to_value(&kept)?);
+        let keys = a.as_object().into_iter().flatten().filter(|(k, v)| b.get(k.as_str()) != Some(*v));
+        let list: Vec<String> =
+            keys.map(|(k, v)| format!("--{} {v} (recorded: {})", k.replace('_', "-"), b.get(k).unwrap_or(&Value::Null))).collect();
+        if !list.is_empty() {
+            return Err(UsageError(format!(
+                "a resumed run keeps its configuration, but {} differ: leave them out, or start another run with another --out",
+                list.join(", ")
+            ))
+            .into());
+        }
+    }
+    let _ = recorded_total;
+    Ok(kept)
+}
+
+/// What was asked for makes no sense; exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(pub String);
+
+/// When a run is over.
+#[derive(Clone, Copy, Debug)]
+struct End {
+    epochs: Option<u64>,
+    steps: Option<u64>,
+}
+
+impl End {
+    fn total_steps(self, n_batches: u64) -> Option<u64> {
+        let by_epochs = self.epochs.map(|e| e * n_batches);
+        match (by_epochs, self.steps) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
+    }
+
+    fn reached(self, position: &Position) -> bool {
+        self.epochs.is_some_and(|e| position.epoch >= e) || self.steps.is_some_and(|s| position.step >= s)
+    }
+}
+
+/// Takes a checkpoint apart: the position, parameters, optimizer state, carried state.
+fn restore(
+    mut checkpoint: Checkpoint,
+    position: &mut Position,
+    state: Option<&mut Carried>,
+    group: &Group,
+    config: &RunConfig,
+    bus: &mut Bus,
+) -> Result<(Tensors, Vec<Tensors>)> {
+    let recorded: Position =
+        serde_json::from_value(checkpoint.meta["position"].clone()).context("the checkpoint's position is not of this version")?;
+    let fresh = std::mem::replace(position, recorded);
+    if position.devices == fresh.devices && position.kinds != fresh.kinds {
+        bus.warn(
+            "an adapter, a driver or an instruction set has changed since the checkpoint: the run goes on, but not with the same bits",
+        );
+    }
+    if position.devices != fresh.devices || position.balance.follows() != fresh.balance.follows() || !fresh.balance.follows() {
+        position.balance = fresh.balance;
+    }
+    (position.devices, position.kinds) = (fresh.devices, fresh.kinds);
+    position.finished = false;
+    let tensors = group.table().tensors();
+    let mut take =
+        |prefix: &str| tensors.iter().map(|t| checkpoint.take(&format!("{prefix}{}", t.name), &t.shape)).collect::<Result<Tensors, _>>();
+    let params = take("")?;
+    let names = config.optimizer.states();
+    let states = names.iter().map(|name| take(&format!("optimizer.{name}."))).collect::<Result<Vec<_>, _>>()?;
+    if let Some(state) = state {
+        let units = config.hidden;
+        let shape = [config.layers, state.n_streams(), units];
+        for (which, name) in ["state.h", "state.c"].into_iter().enumerate() {
+            state.set_unpadded(which, units, &checkpoint.take(name, &shape)?);
+        }
+    }
+    Ok((params, states))
+}
+
+/// Tokens a second over the last seconds.
+struct Meter {
+    since: Instant,
+    tokens: u64,
+    last: f64,
+}
+
+impl Meter {
+    fn new() -> Self {
+        Self { since: Instant::now(), tokens: 0, last: 0.0 }
+    }
+
+    fn rate(&mut self) -> f64 {
+        let seconds = self.since.elapsed().as_secs_f64();
+        if self.tokens > 0 && seconds > 0.0 {
+            self.last = self.tokens as f64 / seconds;
+            (self.since, self.tokens) = (Instant::now(), 0);
+        }
+        self.last
+    }
+}
+
+struct Trainer<'a> {
+    config: &'a RunConfig,
+    folder: RunFolder,
+    group: Group,
+    position: Position,
+    state: Option<Carried>,
+    valid: Option<EvalSet>,
+    bus: &'a mut Bus,
+    n_batches: u64,
+    end: End,
+    start: Instant,
+    tokens_before: u64,
+    meter: Meter,
+    /// Totals of the ranks over this process's steps.
+    ranks: Vec<RankTotal>,
+    data_wait: Duration,
+}
+
+#[derive(Clone, Copy, Default)]
+struct RankTotal {
+    rows: u64,
+    last: RankStep,
+    compute: Duration,
+    waited: Duration,
+    ring_time: Duration,
+}
+
+impl Trainer<'_> {
+    /// Steps until the end or a signal; true after a signal.
+    fn train(&mut self, batches: Arc<dyn crate::data::Batches>, stop: &AtomicBool) -> Result<bool> {
+        if self.end.reached(&self.position) {
+            return Ok(false);
+        }
+        let end_epoch = self.config.epochs.unwrap_or(u64::MAX);
+        let mut prefetch = Prefetch::new(batches, self.position.epoch, self.position.batch, 3, end_epoch)?;
+        while !self.end.reached(&self.position) {
+            if stop.load(Ordering::Relaxed) {
+                self.checkpoint(CheckpointKind::Periodic, None)?;
+                return Ok(true);
+            }
+            let Some(next) = prefetch.next() else { break };
+            let (epoch, idx, batch) = next?;
+            ensure!((epoch, idx) == (self.position.epoch, self.position.batch), "the data came out of order: {epoch}/{idx}");
+            if let Err(e) = self.step(Arc::new(batch)) {
+                return Err(self.explain(e));
+            }
+        }
+        self.data_wait = prefetch.waited();
+        Ok(false)
+    }
+
+    /// A loss that is not finite says which checkpoint is good.
+    fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+        if !error.is::<NonFinite>() {
+            return error;
+        }
+        match self.folder.last() {
+            Some(entry) => error.context(format!(
+                "training stopped; the last good checkpoint is {}",
+                self.folder.path().join("checkpoints").join(&entry.file).display()
+            )),
+            None => error.context("training stopped before the first checkpoint"),
+        }
+    }
+
+    fn step(&mut self, batch: Arc<Batch>) -> Result<()> {
+        if let Some(state) = self.state.as_mut().filter(|_| batch.resets) {
+            state.reset();
+        }
+        let position = &self.position;
+        let lr = self.config.optimizer.lr * position.schedule.factor(position.step, &position.plateau);
+        let shares = position.balance.shares(batch.n_rows);
+        let divisor = match self.config.loss_reduction {
+            LossReduction::Mean => batch.weight.max(1.0),
+            LossReduction::SumOverTime => batch.n_rows as f64,
+        };
+        let numbers = StepNumbers { step: position.step + 1, lr, key: StepKey::new(self.config.seed, position.step + 1), divisor };
+        let stepped = self.group.step(&batch, &shares, self.state.as_mut(), numbers)?;
+        let loss = stepped.loss / batch.weight.max(1.0);
+        let position = &mut self.position;
+        position.step += 1;
+        position.batch += 1;
+        position.tokens += batch.n_tokens;
+        position.epoch_loss += stepped.loss;
+        position.epoch_weight += batch.weight;
+        position.last_loss = Some(loss);
+        self.meter.tokens += batch.n_tokens;
+        let times: Vec<Duration> = stepped.ranks.iter().map(|r| r.compute).collect();
+        self.ranks.resize(stepped.ranks.len(), RankTotal::default());
+        for ((total, rank), rows) in self.ranks.iter_mut().zip(&stepped.ranks).zip(&shares) {
+            total.rows += rows.len() as u64;
+            total.last = *rank;
+            total.compute += rank.compute;
+            total.waited += rank.waited;
+            total.ring_time += rank.ring_time;
+        }
+        if position.balance.observe(&shares, &times) {
+            let shares: Vec<String> = position.balance.shares(self.config.batch_size).iter().map(|s| s.len().to_string()).collect();
+            let (step, text) = (position.step, shares.join(":"));
+            self.bus.log(Level::Info, &format!("step {step}: shares of the batch now {text}"));
+        }
+        let (step, epoch) = (position.step, position.epoch);
+        let over = position.batch == self.n_batches;
+        if step % self.config.log_every.max(1) == 0 {
+            let tokens_per_second = self.meter.rate();
+            self.bus.send(&Event::Step { step, epoch: epoch + 1, loss, lr, tokens_per_second, grad_norm: stepped.norm });
+        }
+        if over {
+            position.train_loss = Some(position.epoch_loss / position.epoch_weight.max(1.0));
+            (position.epoch_loss, position.epoch_weight) = (0.0, 0.0);
+            (position.epoch, position.batch) = (epoch + 1, 0);
+        }
+        let done = self.end.reached(&self.position);
+        let every = |n: u64| if n == 0 { over } else { step % n == 0 };
+        if self.config.hash_every > 0 && self.group.world() > 1 && (step % self.config.hash_every == 0 || done) {
+            self.group.compare_replicas(step)?;
+        }
+        let evaluated = if every(self.config.eval_every) || over || done { self.evaluate_valid()? } else { None };
+        if over {
+            let train_loss = self.position.train_loss.unwrap_or(f64::NAN);
+            let seconds = self.start.elapsed().as_secs_f64();
+            self.bus.send(&Event::Epoch { epoch: epoch + 1, step, train_loss, valid_loss: evaluated, seconds });
+        } else if let Some(valid_loss) = evaluated {
+            self.bus.send(&Event::Eval { step, valid_loss });
+        }
+        if done {
+            self.position.finished = true;
+            self.checkpoint(CheckpointKind::Final, evaluated)?;
+        } else if every(self.config.checkpoint_every) || evaluated.is_some_and(|loss| self.is_best(loss)) {
+            self.checkpoint(CheckpointKind::Periodic, evaluated)?;
+        }
+        Ok(())
+    }
+
+    fn is_best(&self, loss: f64) -> bool {
+        self.config.select == Select::Best && self.folder.best().and_then(|b| b.valid_loss).is_none_or(|best| loss < best)
+    }
+
+    fn evaluate_valid(&mut self) -> Result<Option<f64>> {
+        let Some(valid) = &self.valid else { return Ok(None) };
+        let mut together = Together { group: &mut self.group, balance: &self.position.balance };
+        let loss = evaluate(valid, &mut together)?.loss;
+        self.position.valid_loss = Some(loss);
+        if self.config.schedule == ScheduleKind::Plateau {
+            self.position.plateau.observe(loss);
+        }
+        // Evaluation is not training's speed.
+        self.meter.since = Instant::now();
+        self.meter.tokens = 0;
+        Ok(Some(loss))
+    }
+
+    fn checkpoint(&mut self, kind: CheckpointKind, valid_loss: Option<f64>) -> Result<()> {
+        if self.folder.last().is_some_and(|last| last.step == self.position.step) {
+            return Ok(());
+        }
+        let (params, states) = (self.group.params_of(0)?, self.group.states()?);
+        let table = self.group.table();
+        let mut tensors = Vec::new();
+        let mut add = |prefix: &str, values: Tensors| {
+            for (tensor, data) in table.tensors().iter().zip(values) {
+                tensors.push(NamedTensor { name: format!("{prefix}{}", tensor.name), shape: tensor.shape.clone(), data });
+            }
+        };
+        if self.config.tied {
+            let embedding = table.tensors().iter().position(|t| t.name == "embedding.weight");
+            if let Some(at) = embedding {
+                let (shape, data) = (table.tensors()[at].shape.clone(), params[at].clone());
+                add("", params);
+                tensors.push(NamedTensor { name: "head.weight".to_owned(), shape, data });
+            }
+        } else {
+            add("", params);
+        }
+        for (name, values) in self.config.optimizer.states().iter().zip(states) {
+            for (tensor, data) in table.tensors().iter().zip(values) {
+                tensors.push(NamedTensor { name: format!("optimizer.{name}.{}", tensor.name), shape: tensor.shape.clone(), data });
+            }
+        }
+        if let Some(state) = &self.state {
+            let units = self.config.hidden;
+            let shape = vec![self.config.layers, state.n_streams(), units];
+            for (which, name) in ["state.h", "state.c"].into_iter().enumerate() {
+                tensors.push(NamedTensor { name: name.to_owned(), shape: shape.clone(), data: state.unpadded(which, units) });
+            }
+        }
+        let meta = json!({ "step": self.position.step, "position": self.position });
+        let saved = self.folder.save(&Checkpoint { meta, tensors }, valid_loss, self.config.keep, self.config.select)?;
+        saved.warnings.into_iter().for_each(|w| self.bus.warn(w));
+        let kind = if saved.is_best && kind != CheckpointKind::Final { CheckpointKind::Best } else { kind };
+        self.bus.send(&Event::Checkpoint { step: self.position.step, path: saved.path.display().to_string(), kind });
+        Ok(())
+    }
+
+    /// The selected checkpoint's test, plots, summary and tables.
+    fn finish(mut self, corpus: &Corpus, interrupted: bool) -> Result<Outcome> {
+        let seconds = self.start.elapsed().as_secs_f64();
+        let position = self.position.clone();
+        let tokens = position.tokens - self.tokens_before;
+        let rate = tokens as f64 / seconds.max(1e-9);
+        let mut evaluation = None;
+        if !interrupted {
+            let selected = self.folder.load(Which::Selected)?;
+            if selected.step()? != position.step || tokens == 0 {
+                self.load_params(selected)?;
+            }
+            if let Some(test) = corpus.eval_set(self.config, Part::Test)? {
+                let mut together = Together { group: &mut self.group, balance: &position.balance };
+                evaluation = Some(evaluate(&test, &mut together)?);
+            }
+        }
+        let selected = self.folder.selected().cloned();
+        let valid_loss = selected.as_ref().and_then(|s| s.valid_loss).or(position.valid_loss);
+        let train_loss = position.train_loss.or(position.last_loss);
+        let mut summary = Map::new();
+        let status = if interrupted { "interrupted" } else { "finished" };
+        summary.insert("status".into(), json!(status));
+        summary.insert("task".into(), json!(self.config.task.name()));
+        summary.insert("steps".into(), json!(position.step));
+        summary.insert("epochs".into(), json!(position.epoch));
+        summary.insert("tokens".into(), json!(position.tokens));
+        summary.insert("seconds".into(), json!(seconds));
+        summary.insert("tokens_per_second".into(), json!(rate));
+        summary.insert("train_loss".into(), json!(train_loss));
+        summary.insert("valid_loss".into(), json!(valid_loss));
+        summary.insert("test_loss".into(), json!(evaluation.as_ref().map(|e| e.loss)));
+        summary.insert("devices".into(), json!(position.devices));
+        summary.insert("parameters".into(), json!(self.group.table().n_parameters()));
+        summary.insert("selected_step".into(), json!(selected.as_ref().map(|s| s.step)));
+        summary.insert("run".into(), json!(self.folder.path()));
+        if let Some(evaluation) = &evaluation {
+            summary.extend(evaluation.scores());
+        }
+        self.device_events(rate);
+        let plots = self.plots(corpus, evaluation.as_ref());
+        let table = self.table(&summary, evaluation.as_ref(), seconds, &plots);
+        Ok(Outcome { interrupted, summary, tables: vec![table] })
+    }
+
+    fn load_params(&mut self, mut checkpoint: Checkpoint) -> Result<()> {
+        let tensors = self.group.table().tensors();
+        let params = tensors.iter().map(|t| checkpoint.take(&t.name, &t.shape)).collect::<Result<Tensors, _>>()?;
+        let zeros: Tensors = tensors.iter().map(|t| vec![0.0; t.layout.torch_len()]).collect();
+        // Nothing is trained after this, so the optimizer's state does not matter.
+        self.group.load(params, vec![zeros; self.config.optimizer.states().len()])
+    }
+
+    fn device_events(&mut self, rate: f64) {
+        let all: u64 = self.ranks.iter().map(|r| r.rows).sum();
+        let names: Vec<String> = self.group.devices().map(|(name, _)| name.to_owned()).collect();
+        for (rank, (total, name)) in self.ranks.iter().zip(names).enumerate() {
+            let share = total.rows as f64 / all.max(1) as f64;
+            self.bus.send(&Event::Device {
+                step: self.position.step,
+                rank: rank as u64,
+                name,
+                share,
+                loss: total.last.loss,
+                tokens_per_second: rate * share,
+                waited_seconds: total.waited.as_secs_f64(),
+                bytes_sent: total.last.bytes_sent,
+            });
+        }
+    }
+
+    /// Draws what there is to draw; a picture that cannot be written is a warning.
+    fn plots(&mut self, corpus: &Corpus, evaluation: Option<&Evaluation>) -> Vec<String> {
+        let mut drawn = Vec::new();
+        let dir = self.folder.path().to_owned();
+        let curve = losses(&dir.join(METRICS)).and_then(|losses| {
+            let series =
+                [Curve { name: "training".into(), points: losses.train }, Curve { name: "validation".into(), points: losses.valid }];
+            let label = if self.config.task == Task::Lm { "loss, nats a token" } else { "squared error, normalised" };
+            plot::loss_curve(&dir.join("loss"), &series, "Loss", label)
+        });
+        match curve {
+            Ok(()) => drawn.push("loss.png".to_owned()),
+            Err(e) => self.bus.warn(format!("the loss curve was not drawn: {e:#}")),
+        }
+        if let (Corpus::Series(series), Some(forecast)) = (corpus, evaluation.and_then(|e| e.forecast.as_ref())) {
+            let horizon = series.spec().horizon;
+            let n_targets = series.spec().targets.len();
+            let last = (horizon - 1) * n_targets;
+            let name = series.spec().target_columns().next().map_or_else(String::new, |c| c.name.clone());
+            let times = forecast.origins.iter().map(|&o| series.time_at(o as usize + horizon)).collect();
+            let truth = forecast.origins.iter().map(|&o| truth_at_end(series, o).unwrap_or(f64::NAN)).collect();
+            let plot = ForecastPlot {
+                title: format!("{name}: held-out values and forecasts {horizon} steps ahead"),
+                unit: name,
+                times: Times::Text(times),
+                truth,
+                forecast: forecast.values.iter().map(|v| v[last]).collect(),
+                baseline: None,
+            };
+            match plot::forecast(&dir.join("forecast"), &plot) {
+                Ok(()) => drawn.push("forecast.png".to_owned()),
+                Err(e) => self.bus.warn(format!("the forecast was not drawn: {e:#}")),
+            }
+        }
+        drawn
+    }
+
+    fn table(&self, summary: &Map<String, Value>, evaluation: Option<&Evaluation>, seconds: f64, plots: &[String]) -> Table {
+        let number = |key: &str| summary.get(key).and_then(Value::as_f64).map_or_else(|| "-".to_owned(), |v| format::number(v, 4));
+        let mut losses = vec![("train", number("train_loss")), ("validation", number("valid_loss")), ("test", number("test_loss"))];
+        if let Some(perplexity) = summary.get("perplexity").and_then(Value::as_f64) {
+            losses.push(("test perplexity", format::number(perplexity, 4)));
+        }
+        let unit = if self.config.task == Task::Lm { "Loss, nats a token" } else { "Loss, squared error on the normalised scale" };
+        let mut table = Table::new(format!("Run {}", summary["status"].as_str().unwrap_or(""))).pairs(unit, losses);
+        if let Some(evaluation) = evaluation.filter(|e| e.forecast.is_some()) {
+            let rows = evaluation.rmse().into_iter().map(|(name, rmse)| vec![name, format::number(rmse, 4)]).collect();
+            table = table.columns(
+                format!("Error on the test part, {} steps ahead", self.config.horizon),
+                &["forecast", "RMSE, the data's unit"],
+                rows,
+            );
+        }
+        let rate = summary["tokens_per_second"].as_f64().unwrap_or(0.0);
+        let all: u64 = self.ranks.iter().map(|r| r.rows).sum();
+        let rows = self.group.devices().zip(&self.ranks).map(|((name, info), total)| {
+            let share = total.rows as f64 / all.max(1) as f64;
+            vec![
+                name.to_owned(),
+                info.name.clone(),
+                format!("{:.1} %", 100.0 * share),
+                format!("{}/s", format::rate(rate * share)),
+                format!("{:.1} %", 100.0 * total.waited.as_secs_f64() / seconds.max(1e-9)),
+                format::bytes(total.last.bytes_sent),
+            ]
+        });
+        let rows = rows.collect();
+        table = table.columns("Devices", &["device", "name", "share", "tokens", "waiting", "sent"], rows);
+        let wait = 100.0 * self.data_wait.as_secs_f64() / seconds.max(1e-9);
+        let mut last = vec![
+            ("time", format::duration(seconds)),
+            ("tokens", format!("{} ({}/s)", format::count(self.position.tokens), format::rate(rate))),
+            ("waiting for data", format!("{wait:.1} %")),
+            ("run folder", self.folder.path().display().to_string()),
+        ];
+        if !plots.is_empty() {
+            last.push(("pictures", plots.join(", ")));
+        }
+        table.pairs("Run", last)
+    }
+}

@@ -1,0 +1,414 @@
+//! One worker: a thread that owns a device's backend and a replica, and answers the coordinator's commands.
+//!
+//! A step is computed, exchanged and held until the coordinator says that every rank has what the update needs ([`Command::Commit`]);
+//! before that nothing of the replica changes.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use crossbeam::channel::{Receiver, Sender};
+
+use super::ring::{Ring, Sums, Update, norm_of};
+use crate::backend::{Backend, BufferId, DeviceInfo, Span};
+use crate::comm::plan::owned_segment;
+use crate::data::Batch;
+use crate::infer::session::{pass_forward, share_of};
+use crate::kernels::reduce::BlockSquares;
+use crate::model::config::ModelConfig;
+use crate::model::state::Carried;
+use crate::model::{MAX_PARTS, Model, Pass, read_buckets, write_buckets};
+use crate::optim::OptimizerConfig;
+use crate::rng::StepKey;
+use crate::shape::{ALIGN, BLOCK, round_up, split_even};
+
+/// What the coordinator asks of a worker. Every command but [`Command::Commit`] and [`Command::Abort`] is answered.
+pub enum Command {
+    /// Set parameters and optimizer state (tensors in the table's order, each in PyTorch's).
+    Load { params: Arc<Vec<Vec<f32>>>, states: Arc<Vec<Vec<Vec<f32>>>> },
+    /// Compute and exchange a training step.
+    Step(StepWork),
+    /// All ranks hold what step's update needs: apply it.
+    Commit,
+    /// Forget the step.
+    Abort,
+    /// Forward only.
+    Evaluate(EvaluateWork),
+    /// Read parameters back.
+    ReadParams,
+    /// Read optimizer state back, whole buckets; only the own segments count where owners update.
+    ReadStates,
+}
+
+/// A rank's part of a training step.
+pub struct StepWork {
+    pub batch: Arc<Batch>,
+    /// Rows of the batch that are this rank's.
+    pub rows: Range<usize>,
+    /// Their carried state; none: zero.
+    pub state: Option<Vec<f32>>,
+    pub wants_state: bool,
+    /// Multiplies the gradient: 1 over the global weight.
+    pub scale: f32,
+    /// Dropout's key.
+    pub key: StepKey,
+    /// Counted from 1.
+    pub step: u64,
+    pub lr: f64,
+}
+
+/// A rank's part of an evaluation.
+pub struct EvaluateWork {
+    pub batch: Arc<Batch>,
+    pub rows: Range<usize>,
+    pub state: Option<Vec<f32>>,
+    pub wants_state: bool,
+    pub wants_outputs: bool,
+}
+
+/// What a worker answers.
+pub enum Answer {
+    /// The device is open.
+    Open(DeviceInfo),
+    /// The replica stands.
+    Ready,
+    Loaded,
+    Step(StepAnswer),
+    Evaluated(EvaluateAnswer),
+    Params(Vec<Vec<f32>>),
+    /// By state, by tensor of the table, in PyTorch's order, each with the ranges that this rank owns.
+    States(Vec<Vec<Vec<f32>>>),
+}
+
+/// A rank's view of a step that waits for its commit.
+pub struct StepAnswer {
+    /// Sum over the rank's terms.
+    pub loss: f64,
+    /// Something was not finite: on this rank, or in the sums.
+    pub non_finite: bool,
+    /// Of the summed gradient, before clipping; the same on all ranks.
+    pub norm: f64,
+    pub state: Vec<f32>,
+    /// Time until the rank's own gradients were under way.
+    pub compute: Duration,
+    /// Time that the rank waited for the ring, and that its ring took.
+    pub waited: Duration,
+    pub ring_time: Duration,
+    /// Since the start.
+    pub bytes_sent: u64,
+}
+
+/// A rank's part of an evaluation, done.
+pub struct EvaluateAnswer {
+    pub loss: f64,
+    pub non_finite: bool,
+    pub state: Vec<f32>,
+    /// `[rows, columns]` without padding.
+    pub outputs: Vec<f32>,
+}
+
+/// What a worker is made of.
+pub struct WorkerSpec {
+    pub model: ModelConfig,
+    pub optimizer: OptimizerConfig,
+    pub update: Update,
+    pub rank: usize,
+    pub world: usize,
+    /// Parts that each share is cut into.
+    pub accumulate: usize,
+    pub deadline: Duration,
+}
+
+/// A step that is computed and exchanged, and changes nothing until the commit.
+enum Pending {
+    /// Complete sums lie in the gradient buckets.
+    Sums { step: u64, lr: f64, factor: f64 },
+    /// New parameters lie in the gradient buckets, new state of the own segments in the second buffers.
+    NewParams,
+}
+
+/// Second buffers of one bucket's own segment, where owners update.
+struct Segment {
+    range: Range<usize>,
+    param: BufferId,
+    states: Vec<BufferId>,
+}
+
+struct Worker {
+    spec: WorkerSpec,
+    backend: Box<dyn Backend>,
+    model: Model,
+    ring: Option<Ring>,
+    /// By state, by bucket.
+    states: Vec<Vec<BufferId>>,
+    /// By bucket; only where owners update.
+    segments: Vec<Segment>,
+    /// Sums of squares, where there is no ring.
+    squares: Option<BufferId>,
+    /// Stands in for state that a rule does not have.
+    spare: BufferId,
+    pending: Option<Pending>,
+    /// Memory that travelled round the ring.
+    memory: Vec<Vec<f32>>,
+    tail: Vec<f32>,
+}
+
+/// Runs a worker until its commands end. The first answer is [`Answer::Ready`]; an error ends the worker after it is told.
+pub fn serve(
+    spec: WorkerSpec,
+    backend: Box<dyn Backend>,
+    ring: Option<Ring>,
+    commands: &Receiver<Command>,
+    answers: &Sender<Result<Answer>>,
+) {
+    let mut worker = match Worker::new(spec, backend, ring) {
+        Ok(worker) => worker,
+        Err(e) => {
+            // Nobody listens only where the coordinator itself is gone.
+            let _ = answers.send(Err(e));
+            return;
+        }
+    };
+    if answers.send(Ok(Answer::Ready)).is_err() {
+        return;
+    }
+    for command in commands {
+        let answer = worker.obey(command);
+        let failed = answer.is_err();
+        let told = match answer.transpose() {
+            Some(answer) => answers.send(answer).is_ok(),
+            None => true,
+        };
+        if failed || !told {
+            return;
+        }
+    }
+}
+
+impl Worker {
+    fn new(spec: WorkerSpec, mut backend: Box<dyn Backend>, ring: Option<Ring>) -> Result<Self> {
+        ensure!((1..=MAX_PARTS).contains(&spec.accumulate), "--accumulate {} is not in 1..={MAX_PARTS}", spec.accumulate);
+        let backend_ref = backend.as_mut();
+        let model = Model::new(spec.model.clone(), backend_ref)?;
+        let buckets = model.table().buckets().to_vec();
+        let names = spec.optimizer.states();
+        let mut states = Vec::with_capacity(names.len());
+        for name in names {
+            let of_bucket = |b: &crate::params::Bucket| backend_ref.alloc(&format!("optimizer {name}"), b.range.len());
+            states.push(buckets.iter().map(of_bucket).collect::<Result<Vec<_>>>()?);
+        }
+        let mut segments = Vec::new();
+        if ring.is_some() && spec.update == Update::ByOwner {
+            for bucket in &buckets {
+                let range = owned_segment(spec.world, spec.rank, bucket.range.len());
+                let len = range.len().max(ALIGN);
+                let param = backend_ref.alloc("new parameters", len)?;
+                let states = names.iter().map(|_| backend_ref.alloc("new optimizer state", len)).collect::<Result<_>>()?;
+                segments.push(Segment { range, param, states });
+            }
+        }
+        let n_blocks: usize = buckets.iter().map(|b| round_up(b.range.len().div_ceil(BLOCK), ALIGN)).sum();
+        let squares = if ring.is_none() { Some(backend_ref.alloc("squares", n_blocks)?) } else { None };
+        let longest = buckets.iter().map(|b| b.range.len()).max().unwrap_or(ALIGN);
+        // A rule without momentum still has its binding; a state that is never touched needs no memory of its own.
+        let spare = backend_ref.alloc("no state", if names.len() < 2 { longest } else { ALIGN })?;
+        Ok(Self { spec, backend, model, ring, states, segments, squares, spare, pending: None, memory: Vec::new(), tail: Vec::new() })
+    }
+
+    fn obey(&mut self, command: Command) -> Result<Option<Answer>> {
+        let deadline = self.spec.deadline;
+        Ok(match command {
+            Command::Load { params, states } => {
+                self.model.write_params(self.backend.as_mut(), &params)?;
+                for (buckets, values) in self.states.iter().zip(states.iter()) {
+                    write_buckets(self.model.table(), self.backend.as_mut(), buckets, values)?;
+                }
+                Some(Answer::Loaded)
+            }
+            Command::Step(work) => Some(Answer::Step(self.step(&work)?)),
+            Command::Commit => {
+                self.commit()?;
+                None
+            }
+            Command::Abort => {
+                self.pending = None;
+                None
+            }
+            Command::Evaluate(work) => Some(Answer::Evaluated(self.evaluate(&work)?)),
+            Command::ReadParams => Some(Answer::Params(self.model.read_params(self.backend.as_mut(), deadline)?)),
+            Command::ReadStates => {
+                let (table, backend) = (self.model.table(), self.backend.as_mut());
+                let states = self.states.iter().map(|buckets| read_buckets(table, &mut *backend, buckets, deadline));
+                Some(Answer::States(states.collect::<Result<_>>()?))
+            }
+        })
+    }
+
+    fn step(&mut self, work: &StepWork) -> Result<StepAnswer> {
+        ensure!(self.pending.is_none(), "a step was begun before the one before was committed");
+        let start = Instant::now();
+        let parts = split_even(work.rows.len(), self.spec.accumulate);
+        let parts: Vec<Range<usize>> = parts.into_iter().filter(|p| !p.is_empty()).collect();
+        let n_parts = parts.len().max(1);
+        let backend = self.backend.as_mut();
+        self.model.lower_flags(backend)?;
+        let (n_layers, state_len, n_rows) = (self.spec.model.n_layers, self.model.state_len(), work.rows.len());
+        let given = work.state.as_ref().map(|rows| Carried::from_rows(n_layers, n_rows, rows.clone()));
+        let mut left = Carried::new(n_layers, state_len, n_rows);
+        for part in 0..n_parts {
+            let rows = parts.get(part).cloned().unwrap_or(0..0);
+            let batch = work.batch.rows(work.rows.start + rows.start..work.rows.start + rows.end);
+            let part_state = given.as_ref().map(|g| g.rows(rows.clone()));
+            let share = share_of(&batch, part_state.as_deref(), work.scale);
+            let pass = Pass { dropout: (self.spec.model.dropout > 0.0).then_some(work.key), gradients: true, part };
+            let (ring, memory) = (self.ring.as_ref(), &mut self.memory);
+            let is_last = part + 1 == n_parts;
+            self.model.run(backend, &share, pass, &mut |backend, bucket, span| match ring {
+                Some(ring) if is_last => ring.reduce(bucket, backend.read(&[span], memory.pop().unwrap_or_default())?),
+                _ => Ok(()),
+            })?;
+            if work.wants_state && n_parts > 1 {
+                let spans = self.model.final_state(batch.n_steps, batch.n_rows);
+                left.put(rows, &backend.read(&spans, Vec::new())?.wait(self.spec.deadline)?);
+            }
+        }
+        let mut spans = vec![self.model.loss(n_parts), self.model.flag()];
+        if let Some(squares) = self.squares {
+            let mut at = 0;
+            for (bucket, &grads) in self.model.table().buckets().iter().zip(self.model.grads()) {
+                let (len, n_blocks) = (bucket.range.len(), bucket.range.len().div_ceil(BLOCK));
+                let to = Span { buffer: squares, offset: at, len: n_blocks };
+                backend.launch(&BlockSquares { len: len as u32, out: 0 }, &[backend.whole(grads), to])?;
+                spans.push(to);
+                at += round_up(n_blocks, ALIGN);
+            }
+        }
+        if work.wants_state && n_parts == 1 && !work.rows.is_empty() {
+            spans.extend(self.model.final_state(work.batch.n_steps, work.rows.len()));
+        }
+        let n_squares: usize =
+            if self.squares.is_some() { spans[2..].iter().take(self.model.grads().len()).map(|s| s.len).sum() } else { 0 };
+        let tail = backend.read(&spans, std::mem::take(&mut self.tail))?;
+        backend.submit()?;
+        let words = tail.wait(self.spec.deadline)?;
+        let compute = start.elapsed();
+        let loss: f64 = words[..n_parts].iter().map(|&l| f64::from(l)).sum();
+        let mut non_finite = words[n_parts].to_bits() != 0 || !loss.is_finite();
+        let squares = &words[n_parts + 1..][..n_squares];
+        let mut norm = norm_of(squares.iter().copied());
+        if n_parts == 1 && work.wants_state && n_rows > 0 {
+            left.put(0..n_rows, &words[n_parts + 1 + n_squares..]);
+        }
+        let state = if work.wants_state { left.into_rows() } else { Vec::new() };
+        self.tail = words;
+        let (mut waited, mut ring_time, mut bytes_sent) = (Duration::ZERO, Duration::ZERO, 0);
+        if let Some(ring) = &self.ring {
+            let sums = ring.exchange(vec![u8::from(non_finite)])?;
+            waited = start.elapsed() - compute;
+            (norm, ring_time, bytes_sent) = (sums.norm, sums.ring_time, sums.bytes_sent);
+            non_finite |= sums.headers.iter().any(|h| h.first() != Some(&0)) || !norm.is_finite();
+            self.receive(sums, work, norm, non_finite)?;
+        } else {
+            non_finite |= !norm.is_finite();
+            let factor = self.spec.optimizer.clip_factor(norm);
+            self.pending = Some(Pending::Sums { step: work.step, lr: work.lr, factor });
+        }
+        if non_finite {
+            self.pending = None;
+        }
+        Ok(StepAnswer { loss, non_finite, norm, state, compute, waited, ring_time, bytes_sent })
+    }
+
+    /// Puts what came from the ring where the update will find it.
+    fn receive(&mut self, sums: Sums, work: &StepWork, norm: f64, non_finite: bool) -> Result<()> {
+        let (ring, backend) = (self.ring.as_ref().context("sums come from a ring")?, self.backend.as_mut());
+        let factor = self.spec.optimizer.clip_factor(norm);
+        if non_finite {
+            self.memory.extend(sums.buckets.into_iter().map(|b| b.words));
+            return Ok(());
+        }
+        if self.spec.update == Update::Everywhere {
+            for returned in sums.buckets {
+                backend.write(backend.whole(self.model.grads()[returned.bucket]), &returned.words)?;
+                self.memory.push(returned.words);
+            }
+            self.pending = Some(Pending::Sums { step: work.step, lr: work.lr, factor });
+            return Ok(());
+        }
+        let n_buckets = sums.buckets.len();
+        for returned in sums.buckets {
+            let (bucket, segment) = (returned.bucket, &self.segments[returned.bucket]);
+            let len = segment.range.len();
+            let new = Span { buffer: segment.param, offset: 0, len };
+            if len > 0 {
+                let of = |buffer: BufferId| Span { buffer, offset: segment.range.start, len };
+                let (param, grad) = (of(self.model.params()[bucket]), of(self.model.grads()[bucket]));
+                backend.write(grad, &returned.words[segment.range.clone()])?;
+                backend.copy(param, new)?;
+                let mut states = Vec::with_capacity(2);
+                for (state, &second) in self.states.iter().zip(&segment.states) {
+                    let second = Span { buffer: second, offset: 0, len };
+                    backend.copy(of(state[bucket]), second)?;
+                    states.push(second);
+                }
+                let states = with_spare(&states, Span { buffer: self.spare, offset: 0, len });
+                self.spec.optimizer.update(backend, new, grad, states, work.step, work.lr, factor)?;
+            }
+            ring.spread(bucket, returned.words, backend.read(&[new], Vec::new())?)?;
+        }
+        for _ in 0..n_buckets {
+            let returned = ring.spread_bucket()?;
+            backend.write(backend.whole(self.model.grads()[returned.bucket]), &returned.words)?;
+            self.memory.push(returned.words);
+        }
+        self.pending = Some(Pending::NewParams);
+        Ok(())
+    }
+
+    fn commit(&mut self) -> Result<()> {
+        let backend = self.backend.as_mut();
+        match self.pending.take().context("a commit without a step")? {
+            Pending::Sums { step, lr, factor } => {
+                for (bucket, b) in self.model.table().buckets().iter().enumerate() {
+                    let whole = |buffer| Span { buffer, offset: 0, len: b.range.len() };
+                    let states: Vec<Span> = self.states.iter().map(|s| whole(s[bucket])).collect();
+                    let states = with_spare(&states, whole(self.spare));
+                    let (param, grad) = (whole(self.model.params()[bucket]), whole(self.model.grads()[bucket]));
+                    self.spec.optimizer.update(backend, param, grad, states, step, lr, factor)?;
+                }
+            }
+            Pending::NewParams => {
+                for (bucket, segment) in self.segments.iter().enumerate() {
+                    let len = segment.range.len();
+                    self.model.swap_bucket(bucket);
+                    for (state, &second) in self.states.iter().zip(&segment.states).filter(|_| len > 0) {
+                        let to = Span { buffer: state[bucket], offset: segment.range.start, len };
+                        backend.copy(Span { buffer: second, offset: 0, len }, to)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn evaluate(&mut self, work: &EvaluateWork) -> Result<EvaluateAnswer> {
+        let backend = self.backend.as_mut();
+        if work.rows.is_empty() {
+            return Ok(EvaluateAnswer { loss: 0.0, non_finite: false, state: Vec::new(), outputs: Vec::new() });
+        }
+        let batch = work.batch.rows(work.rows.clone());
+        let wants = [work.wants_state, work.wants_outputs];
+        let passed = pass_forward(backend, &mut self.model, &batch, work.state.as_deref(), wants)?;
+        Ok(EvaluateAnswer { loss: passed.loss, non_finite: passed.non_finite, state: passed.state, outputs: passed.outputs })
+    }
+}
+
+/// A rule with less state than its kernel has bindings gets the spare in front: only momenta are ever missing.
+fn with_spare(states: &[Span], spare: Span) -> [Span; 2] {
+    match *states {
+        [m, v] => [m, v],
+        [v] => [spare, v],
+        _ => [spare, spare],
+    }
+}

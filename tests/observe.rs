@@ -1,0 +1,503 @@
+//! What a run tells the outside: the names in the JSON lines, the metrics file through a resume, the table, the plots.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use carrousel::observe::plot::{self, ForecastPlot, Series, Times};
+use carrousel::observe::sinks::{Console, Json, Losses, METRICS_FILE, Metrics, Verbosity, losses, truncate_to};
+use carrousel::observe::{Bus, CheckpointKind, Event, Level, RunInfo, Sink, Table, Throughput, format};
+use serde_json::{Map, Value, json};
+
+fn step(step: u64, loss: f64) -> Event {
+    Event::Step { step, epoch: 1, loss, lr: 0.002, tokens_per_second: 41_234.5, grad_norm: 0.5 }
+}
+
+fn to_json(event: &Event) -> Value {
+    serde_json::to_value(event).expect("an event is JSON")
+}
+
+/// A writer that several owners can read back.
+#[derive(Clone, Default)]
+struct Shared(Arc<Mutex<Vec<u8>>>);
+
+impl Shared {
+    fn text(&self) -> String {
+        String::from_utf8(self.0.lock().expect("no test panicked while writing").clone()).expect("sinks write UTF-8")
+    }
+}
+
+impl Write for Shared {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().expect("no test panicked while writing").extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A pipe whose reader has gone.
+struct Broken;
+
+impl Write for Broken {
+    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::BrokenPipe.into())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Err(io::ErrorKind::BrokenPipe.into())
+    }
+}
+
+#[test]
+fn every_event_is_written_under_the_names_of_the_contract() {
+    let summary: Map<String, Value> =
+        [("status".to_owned(), json!("finished")), ("train_loss".to_owned(), json!(f64::NAN))].into_iter().collect();
+    let cases = [
+        (
+            step(7, 1.5),
+            json!({"event": "step", "step": 7, "epoch": 1, "loss": 1.5, "lr": 0.002, "tokens_per_second": 41_234.5, "grad_norm": 0.5}),
+        ),
+        (
+            Event::Epoch { epoch: 2, step: 20, train_loss: 1.25, valid_loss: Some(1.75), seconds: 3.5 },
+            json!({"event": "epoch", "epoch": 2, "step": 20, "train_loss": 1.25, "valid_loss": 1.75, "seconds": 3.5}),
+        ),
+        (
+            Event::Epoch { epoch: 2, step: 20, train_loss: 1.25, valid_loss: None, seconds: 3.5 },
+            json!({"event": "epoch", "epoch": 2, "step": 20, "train_loss": 1.25, "valid_loss": null, "seconds": 3.5}),
+        ),
+        (Event::Eval { step: 5, valid_loss: 1.0 }, json!({"event": "eval", "step": 5, "valid_loss": 1.0})),
+        (
+            Event::Checkpoint { step: 20, path: "a/b".into(), kind: CheckpointKind::Best },
+            json!({"event": "checkpoint", "step": 20, "path": "a/b", "kind": "best"}),
+        ),
+        (
+            Event::Device {
+                step: 20,
+                rank: 1,
+                name: "cpu:2".into(),
+                share: 0.25,
+                loss: 1.5,
+                tokens_per_second: 10.0,
+                waited_seconds: 0.5,
+                bytes_sent: 4096,
+            },
+            json!({"event": "device", "step": 20, "rank": 1, "name": "cpu:2", "share": 0.25, "loss": 1.5, "tokens_per_second": 10.0,
+                "waited_seconds": 0.5, "bytes_sent": 4096}),
+        ),
+        (Event::Warning { message: "w".into() }, json!({"event": "warning", "message": "w"})),
+        (Event::Error { message: "e".into() }, json!({"event": "error", "message": "e"})),
+        (Event::Summary(summary), json!({"event": "summary", "status": "finished", "train_loss": null})),
+    ];
+    for (event, expected) in cases {
+        assert_eq!(to_json(&event), expected, "{event:?}");
+    }
+    for (kind, name) in [(CheckpointKind::Periodic, "periodic"), (CheckpointKind::Best, "best"), (CheckpointKind::Final, "final")] {
+        assert_eq!(serde_json::to_value(kind).unwrap(), json!(name));
+    }
+}
+
+#[test]
+fn a_number_that_is_not_finite_is_null_in_the_text_itself() {
+    for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        let text =
+            serde_json::to_string(&Event::Epoch { epoch: 1, step: 1, train_loss: bad, valid_loss: Some(bad), seconds: 1.0 }).unwrap();
+        assert_eq!(text, r#"{"event":"epoch","epoch":1,"step":1,"train_loss":null,"valid_loss":null,"seconds":1.0}"#);
+    }
+}
+
+#[test]
+fn json_lines_hold_one_object_a_line_also_where_a_message_has_several() {
+    let out = Shared::default();
+    let mut json = Json::to(Box::new(out.clone()));
+    json.event(&step(1, 2.0)).unwrap();
+    json.event(&Event::Warning { message: "two\nlines".into() }).unwrap();
+    let text = out.text();
+    let names: Vec<Value> = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["event"].clone()).collect();
+    assert_eq!(names, ["step", "warning"]);
+    assert!(text.ends_with('\n'));
+}
+
+#[test]
+fn a_sink_that_fails_is_reported_once_and_the_others_go_on() {
+    let out = Shared::default();
+    let console = Console::lines(Verbosity::Quiet, Box::new(out.clone()));
+    let mut bus = Bus::new(vec![Box::new(Json::to(Box::new(Broken))), Box::new(console)]);
+    for i in 1..=3 {
+        bus.send(&step(i, 1.0));
+    }
+    bus.warn("still here");
+    bus.finish();
+    let text = out.text();
+    assert_eq!(text.matches("cannot write to standard output").count(), 1, "{text}");
+    assert!(text.ends_with("warning: still here\n"), "{text}");
+}
+
+#[test]
+fn a_bus_whose_sinks_all_fail_goes_on_in_silence() {
+    let mut bus = Bus::default();
+    bus.add(Box::new(Json::to(Box::new(Broken))));
+    bus.add(Box::new(Console::lines(Verbosity::Verbose, Box::new(Broken))));
+    bus.begin(&RunInfo::default());
+    bus.send(&step(1, 1.0));
+    bus.log(Level::Info, "nobody reads this");
+    bus.finish();
+}
+
+#[test]
+fn the_console_shows_what_was_asked_for() {
+    let told = |verbosity| {
+        let out = Shared::default();
+        let mut bus = Bus::new(vec![Box::new(Console::lines(verbosity, Box::new(out.clone())).line_every(Duration::MAX))]);
+        bus.begin(&RunInfo { first_step: 0, total_steps: Some(2000), total_epochs: Some(4), perplexity: true });
+        bus.log(Level::Info, "chose cpu");
+        bus.log(Level::Detail, "variant avx2");
+        for i in 1..=50 {
+            bus.send(&step(i, 2.0));
+        }
+        bus.send(&Event::Epoch { epoch: 1, step: 50, train_loss: 2.0, valid_loss: Some(1.0), seconds: 12.34 });
+        bus.send(&Event::Checkpoint { step: 50, path: "somewhere".into(), kind: CheckpointKind::Periodic });
+        bus.warn("careful");
+        bus.finish();
+        out.text()
+    };
+    assert_eq!(told(Verbosity::Quiet), "warning: careful\n");
+    let normal = told(Verbosity::Normal);
+    let lines: Vec<&str> = normal.lines().collect();
+    assert_eq!(lines.len(), 4, "one line for the first step, none for the 49 after it: {normal}");
+    assert_eq!(lines[0], "chose cpu");
+    assert!(lines[1].starts_with("step 1/2,000  epoch 1/4  loss 2.000  ppl 7.389  lr 0.002  41.2k tokens/s"), "{}", lines[1]);
+    assert_eq!(lines[2], "epoch 1/4  step 50/2,000  train 2.000  valid 1.000  ppl 2.718  12.3 s");
+    assert_eq!(lines[3], "warning: careful");
+    let verbose = told(Verbosity::Verbose);
+    assert!(verbose.contains("variant avx2\n") && verbose.contains("wrote somewhere\n"), "{verbose}");
+}
+
+#[test]
+fn without_a_limit_each_step_has_its_line() {
+    let out = Shared::default();
+    let mut console = Console::lines(Verbosity::Normal, Box::new(out.clone())).line_every(Duration::ZERO);
+    console.begin(&RunInfo::default()).unwrap();
+    for i in 1..=5 {
+        console.event(&step(i, f64::NAN)).unwrap();
+    }
+    assert_eq!(out.text().lines().filter(|line| line.contains("loss nan")).count(), 5);
+}
+
+fn metrics_with(events: &[Event], tail: &[u8]) -> (tempfile::TempDir, std::path::PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(METRICS_FILE);
+    let mut metrics = Metrics::open(&path).unwrap();
+    for event in events {
+        metrics.event(event).unwrap();
+    }
+    drop(metrics);
+    fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(tail).unwrap();
+    (folder, path)
+}
+
+fn run_of_four_steps() -> Vec<Event> {
+    vec![
+        Event::Warning { message: "early".into() },
+        step(1, 4.0),
+        step(2, 3.0),
+        Event::Epoch { epoch: 1, step: 2, train_loss: 3.5, valid_loss: Some(3.25), seconds: 1.0 },
+        Event::Summary([("steps".to_owned(), json!(2))].into_iter().collect()),
+        step(3, 2.0),
+        Event::Warning { message: "late".into() },
+        step(4, 1.0),
+    ]
+}
+
+fn lines_of(path: &Path) -> Vec<String> {
+    let text = fs::read_to_string(path).unwrap();
+    assert!(text.is_empty() || text.ends_with('\n'), "{text:?}");
+    text.lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn metrics_are_cut_back_to_a_step_whatever_the_last_line_looks_like() {
+    // Half a line; half a character; a line that would be whole but for its end; nothing.
+    for tail in [&b"{\"event\":\"step\",\"st"[..], b"{\"event\":\"\xC3", b"{\"event\":\"step\",\"step\":2,\"loss\":1}", b""] {
+        let (_folder, path) = metrics_with(&run_of_four_steps(), tail);
+        truncate_to(&path, 2).unwrap();
+        let events: Vec<Value> = lines_of(&path).iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let expected: Vec<Value> = run_of_four_steps()[..4].iter().map(to_json).collect();
+        assert_eq!(events, expected, "tail {tail:?}");
+    }
+}
+
+#[test]
+fn metrics_cut_back_to_step_zero_hold_only_what_came_before_the_first_step() {
+    let (folder, path) = metrics_with(&run_of_four_steps(), b"");
+    truncate_to(&path, 0).unwrap();
+    assert_eq!(lines_of(&path), [r#"{"event":"warning","message":"early"}"#]);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file stays");
+}
+
+#[test]
+fn cutting_back_metrics_that_do_not_exist_is_fine() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(METRICS_FILE);
+    truncate_to(&path, 3).unwrap();
+    assert!(!path.exists());
+}
+
+#[test]
+fn appending_to_metrics_cuts_off_a_torn_line_and_nothing_else() {
+    let long = [b"{\"event\":\"warning\",\"message\":\"".as_slice(), &[b'x'; 10_000]].concat();
+    for tail in [&b"{\"ev"[..], &long, b""] {
+        let (_folder, path) = metrics_with(&[step(1, 4.0), step(2, 3.0)], tail);
+        Metrics::open(&path).unwrap().event(&step(3, 2.0)).unwrap();
+        let steps: Vec<Value> = lines_of(&path).iter().map(|line| serde_json::from_str::<Value>(line).unwrap()["step"].clone()).collect();
+        assert_eq!(steps, [1, 2, 3]);
+    }
+    // A file that is one torn line from its beginning.
+    let (_folder, path) = metrics_with(&[], b"{\"ev");
+    Metrics::open(&path).unwrap().event(&step(1, 4.0)).unwrap();
+    assert_eq!(lines_of(&path).len(), 1);
+}
+
+#[test]
+fn metrics_in_a_folder_that_is_missing_are_an_error_that_names_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("gone").join(METRICS_FILE);
+    let error = Metrics::open(&path).err().expect("the folder is missing");
+    assert!(format!("{error:#}").contains(&path.display().to_string()), "{error:#}");
+}
+
+#[test]
+fn losses_are_read_back_from_metrics_without_those_that_are_null() {
+    let mut events = run_of_four_steps();
+    events.push(step(5, f64::NAN));
+    events.push(Event::Eval { step: 5, valid_loss: 2.5 });
+    let (_folder, path) = metrics_with(&events, b"{\"event\":\"step\",\"step\":6,\"loss\":1}");
+    let Losses { train, valid } = losses(&path).unwrap();
+    assert_eq!(train, [(1.0, 4.0), (2.0, 3.0), (3.0, 2.0), (4.0, 1.0)]);
+    assert_eq!(valid, [(2.0, 3.25), (5.0, 2.5)]);
+}
+
+#[test]
+fn the_table_is_aligned_and_numbers_stand_to_the_right() {
+    let row = |cells: [&str; 4]| cells.map(str::to_owned).to_vec();
+    let table = Table::new("finished")
+        .pairs("losses", [("train", "1.412"), ("validation", "1.580")])
+        .pairs("nothing", Vec::<(String, String)>::new())
+        .columns(
+            "devices",
+            &["worker", "device", "tokens/s", "waited"],
+            vec![row(["0", "gpu:0 Größe", "41.2k", "0.10 s"]), row(["10", "cpu", "812", "-"]), vec!["11".into()]],
+        )
+        .pairs("files", [("run", "/tmp/run\u{1b}[2J")]);
+    let expected = "\
+finished
+
+losses
+  train       1.412
+  validation  1.580
+
+devices
+  worker  device       tokens/s  waited
+       0  gpu:0 Größe     41.2k  0.10 s
+      10  cpu               812       -
+      11
+
+files
+  run         /tmp/run [2J
+";
+    assert_eq!(table.to_string(), expected);
+}
+
+#[test]
+fn numbers_are_written_as_people_read_them() {
+    let cases = [
+        (format::count(0), "0"),
+        (format::count(999), "999"),
+        (format::count(1_234_567), "1,234,567"),
+        (format::number(1.62345, 4), "1.623"),
+        (format::number(412.06, 4), "412.1"),
+        (format::number(0.00001234, 3), "1.23e-5"),
+        (format::number(f64::NAN, 3), "nan"),
+        (format::number(f64::NEG_INFINITY, 3), "-inf"),
+        (format::setting(0.002), "0.002"),
+        (format::setting(1.5e-6), "1.5e-6"),
+        (format::setting(1.0), "1"),
+        (format::setting(100.0), "100"),
+        (format::rate(41_234.5), "41.2k"),
+        (format::rate(999.7), "1.00k"),
+        (format::rate(812.4), "812"),
+        (format::rate(3_050_000.0), "3.05M"),
+        (format::rate(f64::NAN), "-"),
+        (format::bytes(812), "812 B"),
+        (format::bytes(4 << 20), "4.00 MiB"),
+        (format::duration(0.42), "0.42 s"),
+        (format::duration(59.97), "1 min 00 s"),
+        (format::duration(130.0), "2 min 10 s"),
+        (format::duration(3_599.9), "1 h 00 min"),
+        (format::duration(11_100.0), "3 h 05 min"),
+        (format::duration(f64::INFINITY), "-"),
+    ];
+    for (text, expected) in cases {
+        assert_eq!(text, expected);
+    }
+}
+
+#[test]
+fn throughput_forgets_what_lies_before_its_window() {
+    let start = Instant::now();
+    let at = |seconds: f64| start + Duration::from_secs_f64(seconds);
+    let mut meter = Throughput::new(Duration::from_secs(10), start);
+    assert_eq!(meter.per_second(), None);
+    assert_eq!(meter.seconds_for(5), None);
+    for i in 1..=1000 {
+        meter.add(at(f64::from(i) * 0.1), 10);
+    }
+    let rate = meter.per_second().unwrap();
+    assert!((rate - 100.0).abs() < 1e-6, "{rate}");
+    for i in 1..=300 {
+        meter.add(at(100.0 + f64::from(i) * 0.1), 30);
+    }
+    let rate = meter.per_second().unwrap();
+    assert!((rate - 300.0).abs() < 1e-6, "{rate}");
+    let left = meter.seconds_for(3000).unwrap();
+    assert!((left - 10.0).abs() < 1e-6, "{left}");
+}
+
+#[test]
+fn throughput_of_steps_slower_than_the_window_is_that_of_the_last_one() {
+    let start = Instant::now();
+    let mut meter = Throughput::new(Duration::from_secs(10), start);
+    for i in 1..=3_u64 {
+        meter.add(start + Duration::from_secs(60 * i), 120 * i);
+    }
+    let rate = meter.per_second().unwrap();
+    assert!((rate - 6.0).abs() < 1e-9, "{rate}");
+}
+
+/// Checks that a plot has left exactly its two files, and hands back the SVG's text.
+fn plot_files(folder: &Path, stem: &str, title: &str) -> String {
+    let mut names: Vec<String> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.trim_start_matches(".").starts_with(&format!("{stem}.")))
+        .collect();
+    names.sort();
+    assert_eq!(names, [format!("{stem}.png"), format!("{stem}.svg")]);
+    let png = fs::read(folder.join(format!("{stem}.png"))).unwrap();
+    assert_eq!(png[..8], *b"\x89PNG\r\n\x1a\n", "{stem}");
+    assert_eq!(png[12..24], *b"IHDR\x00\x00\x04\xB0\x00\x00\x02\xBC", "{stem}: 1200 x 700");
+    assert_eq!(png[png.len() - 8..png.len() - 4], *b"IEND", "{stem}");
+    let svg = fs::read_to_string(folder.join(format!("{stem}.svg"))).unwrap();
+    assert!(svg.starts_with("<svg ") && svg.trim_end().ends_with("</svg>"), "{stem}");
+    assert!(svg.contains(title), "{stem}: no {title:?}");
+    assert!(!svg.contains("NaN") && !svg.contains("inf\""), "{stem}");
+    svg
+}
+
+type Points = Vec<(f64, f64)>;
+
+#[test]
+fn a_loss_curve_is_drawn_of_whatever_there_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let points = |values: &[f64]| -> Points { values.iter().enumerate().map(|(i, &v)| ((i + 1) as f64, v)).collect() };
+    let huge: Vec<f64> = (0..5000).map(|i| 5.0 / (1.0 + f64::from(i))).collect();
+    let cases: Vec<(&str, Vec<Points>)> = vec![
+        ("none", vec![]),
+        ("empty", vec![vec![]]),
+        ("one", vec![vec![(300.0, 1.5)]]),
+        ("two-equal-steps", vec![vec![(3.0, 1.5), (3.0, 1.6)]]),
+        ("constant", vec![points(&[2.0; 10])]),
+        ("zero", vec![points(&[0.0; 10])]),
+        ("negative", vec![points(&[-1.0, -2.0, 5.0])]),
+        ("not-finite", vec![points(&[4.0, f64::NAN, 3.0, f64::INFINITY, 2.0, f64::NEG_INFINITY])]),
+        ("all-nan", vec![points(&[f64::NAN; 100])]),
+        ("nan-step", vec![vec![(f64::NAN, 1.0), (2.0, 1.0)]]),
+        ("log", vec![points(&huge), points(&[3.0, 0.01])]),
+        ("extreme", vec![points(&[1e-300, 1e90, -1e90, f64::MAX, f64::MIN])]),
+        ("extreme-log", vec![points(&[f64::MIN_POSITIVE, 1e99])]),
+        ("close", vec![points(&[1.0, 1.0 + f64::EPSILON])]),
+        ("a.b", vec![points(&[2.0, 1.0])]),
+    ];
+    for (stem, series) in cases {
+        let has_points = series.iter().flatten().any(|(x, y)| x.is_finite() && y.is_finite());
+        let series: Vec<Series> = series.into_iter().map(|points| Series { name: format!("{stem} series"), points }).collect();
+        plot::loss_curve(&folder.path().join(stem), &series, "Loss <of> a run", "nats a token")
+            .unwrap_or_else(|error| panic!("{stem}: {error:#}"));
+        let svg = plot_files(folder.path(), stem, "Loss &lt;of&gt; a run").replace("\n", "");
+        assert_eq!(svg.contains(&format!("{stem} series")), has_points, "{stem}: a legend where there is a curve");
+        assert_eq!(svg.contains("no data"), !has_points, "{stem}");
+    }
+}
+
+#[test]
+fn a_curve_over_a_wide_range_gets_decades_and_one_over_a_narrow_range_does_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let draw = |stem: &str, last: f64| {
+        let series = [Series { name: "train".into(), points: vec![(1.0, 10.0), (2.0, last)] }];
+        plot::loss_curve(&folder.path().join(stem), &series, "t", "y").unwrap();
+        plot_files(folder.path(), stem, "t")
+    };
+    let has = |svg: &str, label: &str| svg.lines().any(|line| line == label);
+    let wide = draw("wide", 0.001);
+    for label in ["0.001", "0.01", "0.1", "1", "10"] {
+        assert!(has(&wide, label), "{label}");
+    }
+    let narrow = draw("narrow", 1.0);
+    assert!(has(&narrow, "2") && has(&narrow, "4") && has(&narrow, "8"));
+}
+
+#[test]
+fn a_forecast_is_drawn_of_whatever_there_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let texts = |times: &[&str]| Times::Text(times.iter().map(|&time| time.to_owned()).collect());
+    let nan = f64::NAN;
+    let cases = [
+        ("dates", texts(&["2020-01-05", "2020-01-12", "2020-01-19"]), vec![1.0, 2.0, 3.0], vec![nan, 2.5, nan], "2020-01-05"),
+        ("years", texts(&["1990-01-01", "2000-01-01", "2010-01-01"]), vec![1.0, 2.0, 3.0], vec![1.0, 2.5, 3.0], "2000"),
+        ("months", texts(&["2020-01", "2020-02", "2020-09"]), vec![1.0, 2.0, 3.0], vec![1.0, 2.5, 3.0], "2020-05"),
+        ("hours", texts(&["2020-01-05 00:00", "2020-01-05T12:00:00"]), vec![1.0, 2.0], vec![1.0, 2.5], "01-05 06:00"),
+        ("words", texts(&["spring", "summer", "autumn"]), vec![1.0, 2.0, 3.0], vec![1.0, 2.5, 3.0], "summer"),
+        ("decimal-years", Times::Numbers(vec![1999.5, 2000.0, 2000.5]), vec![1.0, 2.0, 3.0], vec![1.0, 2.5, 3.0], "2000.0"),
+        ("no-times", texts(&[]), vec![1.0], vec![1.0], "no data"),
+        ("one", texts(&["2020-01-05"]), vec![370.0], vec![371.0], "truth"),
+        ("one-number", Times::Numbers(vec![0.0]), vec![0.0], vec![0.0], "truth"),
+        ("all-nan", Times::Numbers(vec![1.0, 2.0]), vec![nan, nan], vec![f64::INFINITY, nan], "no data"),
+        ("nan-times", Times::Numbers(vec![nan, f64::INFINITY]), vec![1.0, 2.0], vec![1.0, 2.0], "no data"),
+        ("shorter", Times::Numbers(vec![1.0, 2.0, 3.0]), vec![1.0], vec![], "truth"),
+        ("same-time", Times::Numbers(vec![2.0, 2.0]), vec![1.0, 1.0], vec![2.0, 1.0], "forecast"),
+    ];
+    for (stem, times, truth, forecast, expected) in cases {
+        let plot = ForecastPlot {
+            title: "CO₂ & more\u{0}".into(),
+            unit: "ppm".into(),
+            times,
+            truth,
+            forecast,
+            baseline: Some(("last value".into(), vec![1.0, nan])),
+        };
+        plot::forecast(&folder.path().join(stem), &plot).unwrap_or_else(|error| panic!("{stem}: {error:#}"));
+        let svg = plot_files(folder.path(), stem, "CO₂ &amp; more");
+        // The naive forecast has a value wherever the first time is one, so "no data" is only there without any time.
+        let expected = if stem == "all-nan" { "last value" } else { expected };
+        assert!(svg.lines().any(|line| line == expected), "{stem}: no {expected:?}");
+    }
+}
+
+#[test]
+fn a_plot_in_a_folder_that_is_missing_is_an_error_that_names_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let stem = folder.path().join("gone").join("loss");
+    let error = plot::loss_curve(&stem, &[], "t", "y").expect_err("the folder is missing");
+    assert!(format!("{error:#}").contains("loss.svg"), "{error:#}");
+}
+
+#[test]
+fn a_plot_replaces_the_one_before() {
+    let folder = tempfile::tempdir().unwrap();
+    for title in ["first title", "second title"] {
+        plot::loss_curve(&folder.path().join("loss"), &[], title, "y").unwrap();
+    }
+    assert!(!plot_files(folder.path(), "loss", "second title").contains("first title"));
+}
