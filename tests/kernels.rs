@@ -1,7 +1,9 @@
 //! Every kernel of the catalogue, every case, every device, judged by the oracle; and what the catalogue itself must keep to.
 
 use carrousel::backend::Backend;
-use carrousel::kernels::{ALL, Access, AdapterClass, Case, CaseOperand, Entry, Fill, MAX_WORKGROUPS, Operand};
+use carrousel::kernels::{
+    ALL, Access, AdapterClass, Binding, Case, CaseOperand, Dispatch, Entry, Fill, Kernel, MAX_WORKGROUPS, Operand, ShapeError,
+};
 use carrousel::pool::{CpuContext, Isa};
 use carrousel::rng::{Purpose, StepKey, Stream};
 
@@ -25,13 +27,55 @@ fn words_of(operand: &CaseOperand, seed: u64, idx: usize) -> Vec<u32> {
     words
 }
 
-/// Launches a case and gives back each operand's words.
-fn launch(backend: &mut dyn Backend, device: Device, case: &Case, inputs: &[Vec<u32>], what: &What<'_>) -> Result<Vec<Vec<u32>>, String> {
-    let bindings = case.kernel.bindings();
+/// A kernel as it runs on adapters of another class than the one at hand, so that a software driver judges the variants for hardware too.
+struct As<'k> {
+    kernel: &'k dyn Kernel,
+    class: AdapterClass,
+}
+
+impl Kernel for As<'_> {
+    fn name(&self) -> &'static str {
+        self.kernel.name()
+    }
+    fn bindings(&self) -> &'static [Binding] {
+        self.kernel.bindings()
+    }
+    fn params(&self) -> &[u8] {
+        self.kernel.params()
+    }
+    fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
+        self.kernel.check(lens)
+    }
+    fn dispatch(&self, _: AdapterClass) -> Dispatch {
+        self.kernel.dispatch(self.class)
+    }
+    fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
+        self.kernel.run(ctx, operands);
+    }
+}
+
+/// The classes of adapters for which a device must run a kernel: one of each that launches something else on a GPU; any one on a CPU.
+fn classes(device: Device, kernel: &dyn Kernel) -> Vec<AdapterClass> {
+    let differ = kernel.dispatch(AdapterClass::Software) != kernel.dispatch(AdapterClass::Hardware);
+    match device {
+        Device::Gpu(_) if differ => vec![AdapterClass::Software, AdapterClass::Hardware],
+        Device::Gpu(_) | Device::Cpu(_) => vec![AdapterClass::Hardware],
+    }
+}
+
+/// Launches a kernel and gives back each operand's words.
+fn launch(
+    backend: &mut dyn Backend,
+    device: Device,
+    kernel: &dyn Kernel,
+    inputs: &[Vec<u32>],
+    what: &What<'_>,
+) -> Result<Vec<Vec<u32>>, String> {
+    let bindings = kernel.bindings();
     let operands: Vec<Guarded> =
         bindings.iter().zip(inputs).map(|(binding, words)| Guarded::upload(backend, binding.name, words)).collect();
     let spans: Vec<_> = operands.iter().map(|operand| operand.span).collect();
-    backend.launch(&*case.kernel, &spans).map_err(|e| format!("{what}: launch on {device}: {e:#}"))?;
+    backend.launch(kernel, &spans).map_err(|e| format!("{what}: launch on {device}: {e:#}"))?;
     let results = bindings
         .iter()
         .zip(&operands)
@@ -106,7 +150,13 @@ fn judge(name: &str) {
         let wants = oracle::judge(name, case.kernel.params(), &inputs).unwrap_or_else(|| panic!("{name} has no oracle"));
         let mut first: Option<Outcome<Vec<Vec<u32>>>> = None;
         for (device, backend) in &mut backends {
-            let judged = launch(&mut **backend, *device, case, &inputs, &what).and_then(|results| {
+            let runs = classes(*device, &*case.kernel);
+            let judged = runs.into_iter().try_for_each(|class| {
+                let kernel = As { kernel: &*case.kernel, class };
+                let shader = case.kernel.dispatch(class).shader.name;
+                let label = format!("{} as {shader}", case.label);
+                let what = What { case: &label, ..what };
+                let results = launch(&mut **backend, *device, &kernel, &inputs, &what)?;
                 if judge_device(entry, case, &what, &wants, &inputs, *device, &results)? == 0 {
                     return Err(format!("{what}: nothing was compared on {device}"));
                 }
@@ -179,7 +229,7 @@ fn dropout_drops_the_same_elements_everywhere_and_the_share_it_was_told() {
     let what = What { kernel: "dropout", case: &case.label, seed: 3000, operand: "" };
     let mut first: Option<Vec<bool>> = None;
     for device in devices() {
-        let results = launch(&mut *device.open(), device, &case, &inputs, &what).unwrap_or_else(|e| panic!("{e}"));
+        let results = launch(&mut *device.open(), device, &*case.kernel, &inputs, &what).unwrap_or_else(|e| panic!("{e}"));
         let written = results[2].iter().filter(|word| **word != POISON_WORD);
         let is_zero: Vec<bool> = written.map(|word| *word == 0).collect();
         let share = is_zero.iter().filter(|zero| **zero).count() as f64 / is_zero.len() as f64;

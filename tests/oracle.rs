@@ -250,7 +250,7 @@ fn dropout(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
                 let at = (t * k.n_rows as usize + row) * k.width as usize + unit;
                 let words = philox([unit as u32 / 4, t as u32, x.u(0, row) as u32, k.tag], [k.key0, k.key1]);
                 let is_dropped = words[unit % 4] < k.threshold;
-                to[k.to as usize + at] = if is_dropped { 0.0 } else { x.f(1, k.from as usize + at) * f64::from(k.scale) };
+                to[k.to as usize + at] = if is_dropped { 0.0 } else { x.f(1, k.start as usize + at) * f64::from(k.scale) };
             }
         }
     }

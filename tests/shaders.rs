@@ -41,7 +41,7 @@ fn rust_layout(kernel: &str) -> (usize, Vec<Field>) {
         "lstm_step_backward" => layout!(
             LstmStepBackward: n_rows, hidden, weight_hh, gates, dz_after, c_prev, c, dh_out, carry, t, last, use_lengths
         ),
-        "dropout" => layout!(Dropout: n_steps, n_rows, width, from, to, key0, key1, tag, threshold, scale),
+        "dropout" => layout!(Dropout: n_steps, n_rows, width, start, to, key0, key1, tag, threshold, scale),
         "softmax_cross_entropy" => layout!(SoftmaxCrossEntropy: n_rows, n_classes, row_stride, scale, gradient),
         "squared_error" => layout!(SquaredError: n_rows, n_outputs, row_stride, scale, gradient),
         "column_sums" => layout!(ColumnSums: n_rows, n_cols, row_stride, offset, out, second_out, accumulate),
@@ -232,10 +232,15 @@ fn numbers_that_stand_in_wgsl_and_in_rust_are_the_same() {
                 same("units of its invocations", 4 * x, PANEL_UNITS as u32);
                 same("floats of a panel's row", 4 * get("PANEL_VECTORS"), PANEL as u32);
             }
-            "gemm_tiled" | "gemm_direct" => {
-                let [rows, cols] = if shader.name == "gemm_tiled" { TILED_BLOCK } else { DIRECT_BLOCK };
-                same("rows a workgroup", get("BLOCK_ROWS"), rows);
-                same("columns a workgroup", get("BLOCK_COLS"), cols);
+            "gemm_tiled" => {
+                same("sides of a block", get("BLOCK"), TILED_BLOCK[0]);
+                same("rows and columns", TILED_BLOCK[0], TILED_BLOCK[1]);
+                same("sides of its invocations' tiles", 4 * get("SIDE"), get("BLOCK"));
+                same("invocations", invocations, get("SIDE") * get("SIDE"));
+            }
+            "gemm_direct" => {
+                same("rows a workgroup", get("TILE_ROWS"), DIRECT_BLOCK[0]);
+                same("columns a workgroup", invocations * get("TILE_COLS"), DIRECT_BLOCK[1]);
             }
             other => panic!("{other}: which numbers does it share with Rust?"),
         }

@@ -5,8 +5,8 @@
 
 use std::ops::Range;
 
-use carrousel::backend::Backend;
-use carrousel::kernels::{Span, Tolerance};
+use carrousel::backend::{Backend, Span};
+use carrousel::kernels::Tolerance;
 use carrousel::kernels::lstm::{FLAG_NON_FINITE, Lane, LaneGradients, LaneTensors, NONE, SweepArgs};
 use carrousel::rng::{Purpose, StepKey, Stream};
 use carrousel::shape::{ALIGN, pad_inner, pad_units, round_up};
@@ -289,6 +289,17 @@ impl Bucket {
         Self { n_inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, len: next }
     }
 
+    /// The tensors within `span`; some by a part of it that begins elsewhere, as tensors of several buckets do.
+    fn tensors(&self, span: Span) -> LaneTensors {
+        let from = |at: usize| span.part(at - ALIGN, span.len - (at - ALIGN));
+        let biases = match (self.bias_ih, self.bias_hh) {
+            (Some(ih), Some(hh)) => Some((from(ih), ALIGN as u32, (hh - ih + ALIGN) as u32)),
+            (Some(only), None) | (None, Some(only)) => Some((from(only), ALIGN as u32, NONE)),
+            (None, None) => None,
+        };
+        LaneTensors { weight_ih: (span, self.weight_ih as u32), weight_hh: (from(self.weight_hh), ALIGN as u32), biases }
+    }
+
     /// Puts `[4H, K]` of torch's order into panels at `at`.
     fn put_weight(&self, words: &mut [f32], at: usize, k_padded: usize, weight: &[f32], p: &Problem) {
         words[at..at + 4 * self.hidden * k_padded].fill(0.0);
@@ -316,21 +327,29 @@ impl Bucket {
         words
     }
 
-    /// Reads `[4H, K]` back, and checks that nothing came to lie in the padding.
-    fn take_weight(&self, words: &[f32], at: usize, k_padded: usize, n: usize, p: &Problem, base: f32, name: &str) -> Vec<f32> {
+    /// Reads `[4H, K]` back, and checks that what lies in the padding is `base`, as before.
+    fn take(&self, words: &[f32], tensor: &Tensor, p: &Problem, base: f32) -> Vec<f32> {
+        let value = |k: usize, unit: usize, gate: usize| words[tensor.at + weight_at(tensor.padded, k, unit, gate)];
         for unit in 0..self.hidden {
-            for gate in 0..4 {
-                for k in 0..k_padded {
-                    let value = words[at + weight_at(k_padded, k, unit, gate)];
-                    assert!(unit < p.hidden && k < n || value == base, "{name}: {value} in the padding, unit {unit}, input {k}");
+            for k in (0..tensor.padded).filter(|&k| unit >= p.hidden || k >= tensor.n_inputs) {
+                for gate in 0..4 {
+                    let found = value(k, unit, gate);
+                    assert!(found == base, "{}: {found} in the padding, unit {unit}, input {k}", tensor.name);
                 }
             }
         }
-        (0..4 * p.hidden)
-            .flat_map(|row| (0..n).map(move |k| (row, k)))
-            .map(|(row, k)| words[at + weight_at(k_padded, k, row % p.hidden, row / p.hidden)])
-            .collect()
+        let rows = (0..4 * p.hidden).flat_map(|row| (0..tensor.n_inputs).map(move |k| (row, k)));
+        rows.map(|(row, k)| value(k, row % p.hidden, row / p.hidden)).collect()
     }
+}
+
+/// A tensor `[4H, K]` in a bucket; a bias has K = 1.
+struct Tensor {
+    name: &'static str,
+    at: usize,
+    /// K and K padded.
+    n_inputs: usize,
+    padded: usize,
 }
 
 /// How a sweep is done.
@@ -346,7 +365,7 @@ struct Manner {
 
 impl Manner {
     fn whole(p: &Problem) -> Self {
-        Self { chunks: Vec::from([0..p.n_steps as u32]), hidden: 0, accumulate_onto: None }
+        Self { chunks: std::iter::once(0..p.n_steps as u32).collect(), hidden: 0, accumulate_onto: None }
     }
 }
 
@@ -426,18 +445,11 @@ impl<'p> Placed<'p> {
     }
 
     fn lane(&self, range: Range<u32>, accumulate: bool, gradients: bool) -> Lane {
-        let mut biases = [self.bucket.bias_ih, self.bucket.bias_hh].into_iter().flatten().map(|at| at as u32);
-        let (first, second) = (biases.next(), biases.next().unwrap_or(NONE));
-        let tensors = |bucket: Span| LaneTensors {
-            weight_ih: (bucket, self.bucket.weight_ih as u32),
-            weight_hh: (bucket, self.bucket.weight_hh as u32),
-            biases: first.map(|first| (bucket, first, second)),
-        };
         Lane {
             inputs: self.bucket.n_inputs as u32,
             hidden: self.bucket.hidden as u32,
             reverse: self.problem.reverse,
-            tensors: tensors(self.params.span),
+            tensors: self.bucket.tensors(self.params.span),
             x: (self.x.span, X_OFFSET as u32),
             gates: self.gates.span,
             h: self.h.span,
@@ -447,7 +459,7 @@ impl<'p> Placed<'p> {
             backward: gradients.then(|| LaneGradients {
                 dh_out: self.dh_out.as_ref().map(|d| (d.span, DH_OFFSET as u32)),
                 carry: self.carry.span,
-                tensors: tensors(self.grads.span),
+                tensors: self.bucket.tensors(self.grads.span),
                 accumulate,
                 dx: Some(self.dx.span),
             }),
@@ -517,9 +529,9 @@ impl<'p> Placed<'p> {
         let (dh0, dc0) = carry.split_at(state);
         let grads = floats(self.words(backend, &self.grads, "grads"));
         let base = self.manner.accumulate_onto.unwrap_or(0.0);
-        let dweight_ih = bucket.take_weight(&grads, bucket.weight_ih, bucket.n_inputs, p.n_inputs, p, base, "gradient of weight_ih");
-        let dweight_hh = bucket.take_weight(&grads, bucket.weight_hh, hidden, p.hidden, p, base, "gradient of weight_hh");
-        let of_bias = |at: usize| bucket.take_weight(&grads, at, 1, 1, p, base, "gradient of a bias");
+        let weight_ih = Tensor { name: "gradient of weight_ih", at: bucket.weight_ih, n_inputs: p.n_inputs, padded: bucket.n_inputs };
+        let weight_hh = Tensor { name: "gradient of weight_hh", at: bucket.weight_hh, n_inputs: p.hidden, padded: hidden };
+        let of_bias = |at: usize| bucket.take(&grads, &Tensor { name: "gradient of a bias", at, n_inputs: 1, padded: 1 }, p, base);
         let biases: Vec<Vec<f32>> = [bucket.bias_ih, bucket.bias_hh].into_iter().flatten().map(of_bias).collect();
         if let [ih, hh] = &biases[..] {
             assert_eq!(ih, hh, "both biases have the same gradient");
@@ -541,8 +553,8 @@ impl<'p> Placed<'p> {
             h_last,
             c_last,
             dx: narrow(&dx, bucket.n_inputs, p.n_inputs, "dx"),
-            dweight_ih,
-            dweight_hh,
+            dweight_ih: bucket.take(&grads, &weight_ih, p, base),
+            dweight_hh: bucket.take(&grads, &weight_hh, p, base),
             dbias: biases.into_iter().next().unwrap_or_default(),
             dh0: narrow(dh0, hidden, p.hidden, "gradient of the initial h"),
             dc0: narrow(dc0, hidden, p.hidden, "gradient of the initial c"),
@@ -587,7 +599,8 @@ fn agree<W: crate::compare::Number, G: crate::compare::Number>(
 /// Fails where two results of one device are further apart than sums cut elsewhere may be.
 fn near(name: &str, a: &[f32], b: &[f32]) {
     assert_eq!(a.len(), b.len(), "{name}");
-    let is_far = |a: f32, b: f32| a.is_nan() || b.is_nan() || f64::from(a - b).abs() > ROUNDING.absolute + ROUNDING.relative * f64::from(a.abs());
+    let is_far =
+        |a: f32, b: f32| a.is_nan() || b.is_nan() || f64::from(a - b).abs() > ROUNDING.absolute + ROUNDING.relative * f64::from(a.abs());
     if let Some(i) = (0..a.len()).find(|&i| is_far(a[i], b[i])) {
         panic!("{name}[{i}]: {:e} and {:e}", a[i], b[i]);
     }
@@ -880,7 +893,8 @@ fn one_non_finite_input_raises_the_flag_at_its_step() {
 #[test]
 fn one_non_finite_parameter_or_state_raises_the_flag_at_the_first_step() {
     let p = Problem::new(95, [2, 3, 3, 17]);
-    let places: [(&str, fn(&mut Problem) -> &mut f32); 6] = [
+    type Place = fn(&mut Problem) -> &mut f32;
+    let places: [(&str, Place); 6] = [
         ("weight_ih", |p| &mut p.weight_ih[4 * 17 * 3 - 1]),
         ("weight_hh", |p| &mut p.weight_hh[2 * 17 * 17 + 5]),
         ("bias_ih", |p| &mut p.bias_ih.as_mut().expect("drawn")[20]),
