@@ -52,7 +52,9 @@ fn finish(row: u32, panel: u32, quad: u32, from_after: vec4<f32>) {
     let dc_at = carry_at + p.n_rows * (p.hidden / 4u);
     var dh = from_after;
     if (is_final) {
+        // Taken: what is left there belongs to rows that ended before this sweep.
         dh = carry[carry_at];
+        carry[carry_at] = vec4<f32>();
     }
     if (p.dh_out != NONE) {
         dh += dh_out[units_of(p.dh_out, row, p.hidden, panel, quad)];

@@ -25,7 +25,7 @@ struct Params {
 @group(0) @binding(4) var<storage, read_write> c: array<vec4<f32>>;         // [B, H] twice
 @group(0) @binding(5) var<storage, read> lengths: array<u32>;               // [B]
 @group(0) @binding(6) var<storage, read_write> flags: array<atomic<u32>>;   // [0]: raised by a pre-activation that is not finite
-@group(0) @binding(7) var<storage, read> bias: array<vec4<f32>>;            // [4H] twice, or what is not read
+@group(0) @binding(7) var<storage, read> bias: array<vec4<f32>>;            // b_ih and b_hh, [4H] each
 
 const NONE: u32 = 0xffffffffu;
 const STEP_ROWS: u32 = 32u;
@@ -150,15 +150,15 @@ fn lstm_step_forward(
         w_at += 4u * PANEL_VECTORS;
     }
 
-    let bias = biases(panel, quad);
-    finish(row, panel, quad, z0 + bias);
+    let added = biases(panel, quad);
+    finish(row, panel, quad, z0 + added);
     if (row + 1u < p.n_rows) {
-        finish(row + 1u, panel, quad, z1 + bias);
+        finish(row + 1u, panel, quad, z1 + added);
     }
     if (row + 2u < p.n_rows) {
-        finish(row + 2u, panel, quad, z2 + bias);
+        finish(row + 2u, panel, quad, z2 + added);
     }
     if (row + 3u < p.n_rows) {
-        finish(row + 3u, panel, quad, z3 + bias);
+        finish(row + 3u, panel, quad, z3 + added);
     }
 }

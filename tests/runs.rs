@@ -1,7 +1,7 @@
 //! What tests of whole runs share: small configurations, text, a bus that keeps events.
 
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use carrousel::data::series::{Missing, Relative};
@@ -71,7 +71,11 @@ pub fn config(task: Task, data: &[&Path]) -> RunConfig {
     }
 }
 
-struct Keep(Arc<Mutex<Vec<Event>>>);
+/// Keeps events; asks for a stop after a step.
+struct Keep {
+    events: Arc<Mutex<Vec<Event>>>,
+    stop_after: Option<(u64, Arc<AtomicBool>)>,
+}
 
 impl Sink for Keep {
     fn name(&self) -> String {
@@ -79,7 +83,10 @@ impl Sink for Keep {
     }
 
     fn event(&mut self, event: &Event) -> anyhow::Result<()> {
-        self.0.lock().unwrap().push(event.clone());
+        self.events.lock().unwrap().push(event.clone());
+        if let (Event::Step { step, .. }, Some((last, stop))) = (event, &self.stop_after) {
+            stop.store(step >= last, Ordering::Relaxed);
+        }
         Ok(())
     }
 }
@@ -93,14 +100,15 @@ pub struct Ran {
 
 /// Runs in `out`, starting or resuming.
 pub fn train(config: &RunConfig, out: &Path, resume: bool) -> Ran {
-    train_with(config, RunOptions { out: out.to_owned(), resume, wrap: None }, &AtomicBool::new(false))
+    train_with(config, RunOptions { out: out.to_owned(), resume, wrap: None }, None)
 }
 
-/// Runs with everything given.
-pub fn train_with(config: &RunConfig, options: RunOptions, stop: &AtomicBool) -> Ran {
-    let events = Arc::new(Mutex::new(Vec::new()));
-    let mut bus = Bus::new(vec![Box::new(Keep(Arc::clone(&events)))]);
-    let outcome = run(config.clone(), options, &mut bus, stop);
+/// Runs with everything given; stops as a signal would after step `stop_after`.
+pub fn train_with(config: &RunConfig, options: RunOptions, stop_after: Option<u64>) -> Ran {
+    let (events, stop) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicBool::new(false)));
+    let stop_after = stop_after.map(|step| (step, Arc::clone(&stop)));
+    let mut bus = Bus::new(vec![Box::new(Keep { events: Arc::clone(&events), stop_after })]);
+    let outcome = run(config.clone(), options, &mut bus, &stop);
     drop(bus);
     let events = std::mem::take(&mut *events.lock().unwrap());
     let losses = events.iter().filter_map(|e| if let Event::Step { loss, .. } = e { Some(*loss) } else { None }).collect();

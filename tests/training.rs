@@ -1,15 +1,135 @@
 //! Whole runs: what is learnt, on which devices, with which bits.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
-use carrousel::store::config::Task;
+use anyhow::Result;
+use carrousel::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span};
+use carrousel::kernels::Kernel;
+use carrousel::observe::Event;
+use carrousel::optim::Rule;
+use carrousel::store::checkpoint::Checkpoint;
+use carrousel::store::config::{LossReduction, RunConfig, Task};
+use carrousel::store::run_folder::{RunFolder, Which};
+use carrousel::train::RunOptions;
+use carrousel::train::group::Wrap;
 
-use crate::runs::{config, text, train};
+use crate::adapters;
+use crate::runs::{Ran, config, text, train, train_with};
 
-fn text_file(dir: &std::path::Path, n: usize) -> PathBuf {
+fn text_file(dir: &Path, n: usize) -> PathBuf {
     let path = dir.join("text.txt");
     std::fs::write(&path, text(n)).unwrap();
     path
+}
+
+fn last_checkpoint(run: &Path) -> Checkpoint {
+    RunFolder::read(run).unwrap().load(Which::Last).unwrap()
+}
+
+/// Every tensor of the last checkpoint, bit for bit.
+fn bits(run: &Path) -> Vec<(String, Vec<u32>)> {
+    let tensors = last_checkpoint(run).tensors;
+    tensors.into_iter().map(|t| (t.name, t.data.into_iter().map(f32::to_bits).collect())).collect()
+}
+
+fn options(out: &Path, wrap: Option<Wrap>) -> RunOptions {
+    RunOptions { out: out.to_owned(), resume: false, wrap }
+}
+
+fn assert_close(what: &str, a: &[f64], b: &[f64], relative: f64) {
+    assert_eq!(a.len(), b.len(), "{what}: steps");
+    for (step, (a, b)) in a.iter().zip(b).enumerate() {
+        assert!((a - b).abs() <= relative * b.abs(), "{what}, step {}: {a} against {b}", step + 1);
+    }
+}
+
+/// A backend that passes everything on but what a test changes.
+struct Changed {
+    inner: Box<dyn Backend>,
+    info: DeviceInfo,
+    /// After each launch: the kernel's name and its operands.
+    after: fn(&mut dyn Backend, &'static str, &[Span]) -> Result<()>,
+}
+
+impl Backend for Changed {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+    fn limits(&self) -> Limits {
+        self.inner.limits()
+    }
+    fn alloc(&mut self, label: &str, len: usize) -> Result<BufferId> {
+        self.inner.alloc(label, len)
+    }
+    fn free(&mut self, buffer: BufferId) {
+        self.inner.free(buffer);
+    }
+    fn len(&self, buffer: BufferId) -> usize {
+        self.inner.len(buffer)
+    }
+    fn write(&mut self, to: Span, words: &[f32]) -> Result<()> {
+        self.inner.write(to, words)
+    }
+    fn copy(&mut self, from: Span, to: Span) -> Result<()> {
+        self.inner.copy(from, to)
+    }
+    fn clear(&mut self, span: Span) -> Result<()> {
+        self.inner.clear(span)
+    }
+    fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> Result<()> {
+        self.inner.launch(kernel, operands)?;
+        (self.after)(self.inner.as_mut(), kernel.name(), operands)
+    }
+    fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>> {
+        self.inner.read(spans, memory)
+    }
+    fn submit(&mut self) -> Result<()> {
+        self.inner.submit()
+    }
+    fn wait(&mut self, deadline: Duration) -> Result<()> {
+        self.inner.wait(deadline)
+    }
+}
+
+fn nothing(_: &mut dyn Backend, _: &'static str, _: &[Span]) -> Result<()> {
+    Ok(())
+}
+
+/// Shifts what an update wrote by one unit in the last place.
+fn shift_updates(backend: &mut dyn Backend, kernel: &'static str, operands: &[Span]) -> Result<()> {
+    if kernel == "adam" {
+        let words = carrousel::backend::read_now(backend, operands[0], Duration::from_secs(60))?;
+        let shifted: Vec<f32> = words.iter().map(|w| if *w == 0.0 { 0.0 } else { f32::from_bits(w.to_bits() + 1) }).collect();
+        backend.write(operands[0], &shifted)?;
+    }
+    Ok(())
+}
+
+/// All ranks seem to be of different kinds; `after` is done on rank 1 alone.
+fn unlike(after: fn(&mut dyn Backend, &'static str, &[Span]) -> Result<()>) -> Wrap {
+    Arc::new(move |rank, inner: Box<dyn Backend>| {
+        let mut info = inner.info().clone();
+        info.kind = format!("kind {rank}");
+        let after = if rank == 1 { after } else { nothing };
+        Box::new(Changed { inner, info, after })
+    })
+}
+
+fn alike(after: fn(&mut dyn Backend, &'static str, &[Span]) -> Result<()>) -> Wrap {
+    Arc::new(move |rank, inner: Box<dyn Backend>| {
+        let info = inner.info().clone();
+        let after = if rank == 1 { after } else { nothing };
+        Box::new(Changed { inner, info, after })
+    })
+}
+
+fn small(dir: &Path) -> RunConfig {
+    let file = text_file(dir, 4000);
+    let mut config = config(Task::Lm, &[&file]);
+    (config.layers, config.dropout, config.batch_size, config.max_steps) = (2, 0.2, 13, Some(12));
+    config
 }
 
 #[test]
@@ -24,4 +144,212 @@ fn a_language_model_learns_a_small_text() {
     assert!(first > 2.5 && last < 1.0, "{first} -> {last}");
     let test = outcome.summary["test_loss"].as_f64().unwrap();
     assert!(test < 1.1, "{test}");
+    for name in ["config.toml", "data.json", "metrics.jsonl", "checkpoints.json", "loss.svg", "loss.png"] {
+        assert!(dir.path().join("run").join(name).is_file(), "{name}");
+    }
+    let steps = ran.events.iter().filter(|e| matches!(e, Event::Step { .. })).count();
+    assert_eq!(steps, 200);
+}
+
+#[test]
+fn every_mixture_of_devices_takes_the_same_steps() {
+    let mut mixtures = vec!["cpu:2", "cpu:1*2", "cpu:1*4"];
+    let gpus = adapters::gpus();
+    if !gpus.is_empty() {
+        mixtures.extend(["gpu:0", "gpu:0,cpu:1"]);
+    }
+    if gpus.len() > 1 {
+        mixtures.push("gpu:0,gpu:1");
+    }
+    for (batch, n_steps) in [(13, 60), (12, 8)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = small(dir.path());
+        (config.batch_size, config.max_steps, config.layers, config.balance) = (batch, Some(n_steps), 1, "equal".into());
+        (config.hidden, config.seq_len) = (16, 6);
+        let one = train(&config, &dir.path().join("one"), false);
+        one.outcome.unwrap();
+        for devices in &mixtures {
+            config.devices = (*devices).into();
+            let ran = train(&config, &dir.path().join(devices.replace([':', '*', ','], "-")), false);
+            ran.outcome.unwrap_or_else(|e| panic!("{devices}: {e:#}"));
+            assert_close(&format!("{devices}, batch {batch}"), &ran.losses, &one.losses, 1e-4);
+        }
+    }
+}
+
+#[test]
+fn uneven_shares_and_dropout_give_the_result_of_one_worker() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = small(dir.path());
+    config.dropout = 0.5;
+    let one = train(&config, &dir.path().join("one"), false);
+    one.outcome.unwrap();
+    for (devices, balance) in [("cpu:1*3", "7:2:1"), ("cpu:1*3", "0:1:0"), ("cpu:1*2,cpu:2", "1:5:1")] {
+        (config.devices, config.balance) = (devices.into(), balance.into());
+        let ran = train(&config, &dir.path().join(balance.replace(':', "-")), false);
+        ran.outcome.unwrap();
+        assert_close(balance, &ran.losses, &one.losses, 1e-5);
+    }
+}
+
+#[test]
+fn parts_of_a_share_add_up_to_the_share() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = small(dir.path());
+    let whole = train(&config, &dir.path().join("whole"), false);
+    (config.accumulate, config.devices) = (4, "cpu:1*2".into());
+    let parts = train(&config, &dir.path().join("parts"), false);
+    whole.outcome.unwrap();
+    parts.outcome.unwrap();
+    assert_close("four parts on two workers", &parts.losses, &whole.losses, 1e-5);
+}
+
+#[test]
+fn owners_update_to_the_same_bits_as_everyone() {
+    let dir = tempfile::tempdir().unwrap();
+    for (rule, momentum) in [(Rule::Adam, 0.0), (Rule::Sgd, 0.9), (Rule::Rmsprop, 0.0)] {
+        let mut config = small(dir.path());
+        (config.devices, config.optimizer.rule, config.optimizer.momentum) = ("cpu:1*3".into(), rule, momentum);
+        let (everywhere, by_owner) = (dir.path().join(format!("{rule:?}-all")), dir.path().join(format!("{rule:?}-owners")));
+        train(&config, &everywhere, false).outcome.unwrap();
+        train_with(&config, options(&by_owner, Some(unlike(nothing))), None).outcome.unwrap();
+        assert_eq!(bits(&everywhere), bits(&by_owner), "{rule:?}");
+    }
+}
+
+#[test]
+fn a_replica_that_updates_differently_is_found_and_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = small(dir.path());
+    config.devices = "cpu:1*2".into();
+    let ran = train_with(&config, options(&dir.path().join("alike"), Some(alike(shift_updates))), None);
+    let error = format!("{:#}", ran.outcome.err().expect("replicas differ"));
+    assert!(error.contains("step 5") && error.contains("rank 1") && error.contains("rank 0"), "{error}");
+    // Where owners update, a device with its own rounding does no harm.
+    train_with(&config, options(&dir.path().join("owners"), Some(unlike(shift_updates))), None).outcome.unwrap();
+}
+
+fn stopped_and_resumed_equals_undisturbed(devices: &str, wrap: Option<&Wrap>) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = small(dir.path());
+    (config.devices, config.balance) = (devices.into(), "equal".into());
+    config.schedule = carrousel::optim::schedule::ScheduleKind::Cosine;
+    let whole = dir.path().join("whole");
+    let undisturbed = train_with(&config, options(&whole, wrap.cloned()), None);
+    undisturbed.outcome.unwrap();
+    for stop_after in [1, 5, 11] {
+        let out = dir.path().join(format!("stopped-{stop_after}"));
+        let first = train_with(&config, options(&out, wrap.cloned()), Some(stop_after));
+        assert!(first.outcome.unwrap().interrupted);
+        assert_eq!(first.losses.len() as u64, stop_after);
+        let rest = train_with(&config, RunOptions { out: out.clone(), resume: true, wrap: wrap.cloned() }, None);
+        assert!(!rest.outcome.unwrap().interrupted);
+        let losses: Vec<f64> = first.losses.iter().chain(&rest.losses).copied().collect();
+        assert_eq!(losses, undisturbed.losses, "{devices} stopped after {stop_after}");
+        assert_eq!(bits(&out), bits(&whole), "{devices} stopped after {stop_after}");
+    }
+}
+
+#[test]
+fn a_run_stopped_and_resumed_has_the_bits_of_an_undisturbed_one() {
+    stopped_and_resumed_equals_undisturbed("cpu:1", None);
+    stopped_and_resumed_equals_undisturbed("cpu:1*3", None);
+    stopped_and_resumed_equals_undisturbed("cpu:1*3", Some(&unlike(nothing)));
+    if !adapters::gpus().is_empty() {
+        stopped_and_resumed_equals_undisturbed("gpu:0,cpu:1", None);
+    }
+}
+
+#[test]
+fn a_finished_run_resumes_to_its_summary_and_more_steps_continue_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = small(dir.path());
+    let out = dir.path().join("run");
+    let first = train(&config, &out, false).outcome.unwrap();
+    let again = train(&config, &out, true);
+    assert!(again.losses.is_empty());
+    let again = again.outcome.unwrap();
+    for key in ["status", "steps", "test_loss", "train_loss", "valid_loss", "perplexity"] {
+        assert_eq!(again.summary[key], first.summary[key], "{key}");
+    }
+    config.max_steps = Some(15);
+    assert_eq!(train(&config, &out, true).losses.len(), 3);
+    config.hidden = 32;
+    let error = format!("{:#}", train(&config, &out, true).outcome.err().expect("another model"));
+    assert!(error.contains("--hidden 32") && error.contains("16"), "{error}");
+}
+
+#[test]
+fn a_run_folder_is_not_started_twice() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = small(dir.path());
+    let out = dir.path().join("run");
+    train(&config, &out, false).outcome.unwrap();
+    let before = bits(&out);
+    let error = format!("{:#}", train(&config, &out, false).outcome.err().expect("the folder is taken"));
+    assert!(error.contains("--resume") && error.contains("--out"), "{error}");
+    assert_eq!(bits(&out), before);
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint() {
+    for devices in ["cpu:1", "cpu:1*3"] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = small(dir.path());
+        (config.devices, config.checkpoint_every, config.hash_every) = (devices.into(), 1, 0);
+        (config.optimizer.rule, config.optimizer.lr, config.optimizer.clip_norm) = (Rule::Sgd, 1e36, 0.0);
+        let out = dir.path().join("run");
+        let ran = train(&config, &out, false);
+        let error = format!("{:#}", ran.outcome.err().expect("no rate that high goes well"));
+        assert!(error.contains("not finite") && error.contains("--lr") && error.contains("checkpoint"), "{error}");
+        let last = last_checkpoint(&out);
+        assert_eq!(last.step().unwrap(), ran.losses.len() as u64);
+        assert!(last.tensors.iter().all(|t| t.data.iter().all(|v| v.is_finite())));
+    }
+}
+
+#[test]
+fn a_sum_over_time_is_a_mean_with_a_higher_rate() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = small(dir.path());
+    (config.optimizer.rule, config.optimizer.lr, config.optimizer.clip_norm, config.max_steps) = (Rule::Sgd, 0.12, 0.0, Some(8));
+    let mean = train(&config, &dir.path().join("mean"), false);
+    (config.loss_reduction, config.optimizer.lr) = (LossReduction::SumOverTime, 0.12 / config.seq_len as f64);
+    let sum = train(&config, &dir.path().join("sum"), false);
+    mean.outcome.unwrap();
+    sum.outcome.unwrap();
+    assert_close("sum over time", &sum.losses, &mean.losses, 1e-5);
+}
+
+#[test]
+fn a_worker_that_fails_is_named_and_the_others_do_not_hang() {
+    fn fail(_: &mut dyn Backend, kernel: &'static str, _: &[Span]) -> Result<()> {
+        anyhow::ensure!(kernel != "softmax_cross_entropy", "the device has gone up in smoke");
+        Ok(())
+    }
+    fn panics(_: &mut dyn Backend, kernel: &'static str, _: &[Span]) -> Result<()> {
+        assert_ne!(kernel, "softmax_cross_entropy", "a planted panic");
+        Ok(())
+    }
+    for (after, says) in [(fail as fn(&mut dyn Backend, &'static str, &[Span]) -> Result<()>, "smoke"), (panics, "planted panic")] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = small(dir.path());
+        config.devices = "cpu:1*3".into();
+        let ran: Ran = train_with(&config, options(&dir.path().join("run"), Some(alike(after))), None);
+        let error = format!("{:#}", ran.outcome.err().expect("one worker fails"));
+        assert!(error.contains(says) && error.contains("cpu:1"), "{error}");
+    }
+}
+
+#[test]
+fn the_built_in_series_is_forecast_better_than_its_last_value_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(Task::Forecast, &[]);
+    (config.split, config.seq_len, config.horizon) = (carrousel::data::builtin::co2_split(), 52, 26);
+    (config.hidden, config.batch_size, config.max_steps) = (16, 32, Some(60));
+    let outcome = train(&config, &dir.path().join("run"), false).outcome.unwrap();
+    let rmse = &outcome.summary["rmse"];
+    assert!(rmse["model"].as_f64().unwrap() < rmse["last"].as_f64().unwrap(), "{rmse}");
+    assert!((rmse["last"].as_f64().unwrap() - 4.30).abs() < 0.01, "{rmse}");
+    assert!(dir.path().join("run/forecast.png").is_file());
 }

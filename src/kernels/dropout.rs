@@ -22,7 +22,7 @@ pub static DROPOUT: Shader = Shader { name: "dropout", source: include_str!("../
 /// Vectors of four floats that one workgroup covers.
 pub const DROPOUT_VECTORS: u32 = 64;
 
-/// `to[t, b, u] = from[t, b, u] * scale` where kept, else 0, over `[n_steps, n_rows, width]`.
+/// `destination[to + (t, b, u)] = source[start + (t, b, u)] * scale` where kept, else 0, over `[n_steps, n_rows, width]`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 pub struct Dropout {
@@ -30,7 +30,7 @@ pub struct Dropout {
     pub n_rows: u32,
     /// Units, padded to a multiple of 4.
     pub width: u32,
-    pub from: u32,
+    pub start: u32,
     pub to: u32,
     /// The step's key.
     pub key0: u32,
@@ -44,10 +44,10 @@ pub struct Dropout {
 
 impl Dropout {
     /// Drops with probability `p` in `0..1`.
-    pub fn new(p: f64, key: StepKey, layer: u32, [n_steps, n_rows, width]: [u32; 3], from: u32, to: u32) -> Self {
+    pub fn new(p: f64, key: StepKey, layer: u32, [n_steps, n_rows, width]: [u32; 3], start: u32, to: u32) -> Self {
         let threshold = (p * 4_294_967_296.0).round().min(f64::from(u32::MAX)) as u32;
         let scale = (1.0 / (1.0 - p)) as f32;
-        Self { n_steps, n_rows, width, from, to, key0: key.0[0], key1: key.0[1], tag: tag(Purpose::Dropout, layer), threshold, scale }
+        Self { n_steps, n_rows, width, start, to, key0: key.0[0], key1: key.0[1], tag: tag(Purpose::Dropout, layer), threshold, scale }
     }
 }
 
@@ -56,11 +56,11 @@ impl Kernel for Dropout {
 
     fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
         multiple_of("dropout", "width", self.width, 4)?;
-        multiple_of("dropout", "an offset", self.from, 4)?;
+        multiple_of("dropout", "an offset", self.start, 4)?;
         multiple_of("dropout", "an offset", self.to, 4)?;
         let len = self.n_steps as usize * self.n_rows as usize * self.width as usize;
         at_least("dropout", "streams", lens[0], self.n_rows as usize)?;
-        at_least("dropout", "source", lens[1], self.from as usize + len)?;
+        at_least("dropout", "source", lens[1], self.start as usize + len)?;
         at_least("dropout", "destination", lens[2], self.to as usize + len)
     }
 
@@ -73,7 +73,7 @@ impl Kernel for Dropout {
         let [streams, source, target] = operands else { unreachable!("three operands") };
         let (n_rows, width) = (self.n_rows as usize, self.width as usize);
         let len = self.n_steps as usize * n_rows * width;
-        let (streams, source) = (streams.as_indices(), &source.as_slice()[self.from as usize..][..len]);
+        let (streams, source) = (streams.as_indices(), &source.as_slice()[self.start as usize..][..len]);
         let target = &mut target.as_mut()[self.to as usize..][..len];
         let isa = ctx.isa;
         let min_rows = 4096usize.div_ceil(width.max(1));

@@ -226,7 +226,7 @@ fn gradient_case(n_tokens: u32, width: u32, n_classes: u32) -> Case {
     let width = pad_units(width as usize) as u32;
     let mut index = TokenIndex::default();
     // The last class stays without a token: its row must not change.
-    let tokens: Vec<u32> = (0..n_tokens).map(|n| (n.wrapping_mul(n) + n / 3) % n_classes.max(2).saturating_sub(1)).collect();
+    let tokens: Vec<u32> = (0..n_tokens).map(|n| n.wrapping_mul(n).wrapping_add(n / 3) % n_classes.max(2).saturating_sub(1)).collect();
     index.rebuild(&tokens, n_classes as usize);
     let limit = EmbeddingGradient::LIMIT;
     let kernel = EmbeddingGradient {

@@ -188,8 +188,10 @@ fn view<'a>(data: &'a [f32], m: Matrix, rows: u32, cols: std::ops::Range<usize>)
     let (panel, first) = if m.is_panels() { (cols.start / m.panel as usize, cols.start % m.panel as usize) } else { (0, cols.start) };
     let start = m.offset as usize + panel * m.panel_stride as usize + first;
     let (rows, n) = (rows as usize, cols.len());
-    let len = if rows == 0 || n == 0 { 0 } else { (rows - 1) * m.row_stride as usize + n };
-    let data = if len == 0 { &data[..0] } else { &data[start..start + len] };
+    if rows == 0 || n == 0 {
+        return ArrayView2::from_shape((rows, n), &[]).expect("nothing has any shape");
+    }
+    let data = &data[start..start + (rows - 1) * m.row_stride as usize + n];
     ArrayView2::from_shape((rows, n).strides((m.row_stride as usize, 1)), data).expect("the check has compared lengths")
 }
 
@@ -325,6 +327,7 @@ fn cases() -> Vec<Case> {
         cases.push(case(m, n, k, (1, 0), 1, 0, (false, false, true)));
         cases.push(case(m, k, n, (0, 1), 0, 0, (false, true, false)));
     }
+    cases.push(case(33, 17, 65, (1, 1), 0, 1, (false, false, false)));
     cases.push(case(1, 7, 300, (0, 0), 0, 1, (false, false, false)));
     // More blocks of rows than one dimension of a dispatch holds.
     cases.push(case(65_536 * DIRECT_BLOCK[0] + 5, 3, 1, (0, 0), 0, 0, (false, false, false)));

@@ -223,7 +223,8 @@ fn gate_forward(z: &mut [f32], c_prev: &[f32], h: &mut [f32], c: &mut [f32], non
 
 /// One step backward: dh = output gradient + dz of the step after times W_hh, then the gates' derivatives; gates become dz.
 ///
-/// `carry` `[2, B, H]` holds the gradient of the final h, then dc on its way from step to step.
+/// `carry` `[2, B, H]` holds the gradient of the final h, then dc on its way from step to step. A row takes the former at the last step it has in
+/// this sweep and leaves zero there; a row that ended before this sweep leaves it for the next one.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct LstmStepBackward {
@@ -299,21 +300,19 @@ impl Kernel for LstmStepBackward {
             (here, after)
         };
         let (dh_last, dc) = carry.as_mut()[self.carry as usize..][..2 * rows * hidden].split_at_mut(rows * hidden);
-        let dh_last = &*dh_last;
         let isa = ctx.isa;
         // The sum over gates and panels needs somewhere to lie.
         let dh = ctx.scratch.take(rows * hidden);
-        let work = (Rows { data: gates, width }, Rows { data: dc, width: hidden }, Rows { data: dh, width: hidden });
+        let state = |data| Rows { data, width: hidden };
+        let work = (Rows { data: gates, width }, state(dc), (state(dh_last), state(dh)));
         let min_rows = (1usize << 17).div_ceil(hidden * width).max(1);
-        ctx.pool.run(work, rows, min_rows, &|(gates, dc, dh): (Rows<'_>, Rows<'_>, Rows<'_>), range: Range<usize>| {
+        ctx.pool.run(work, rows, min_rows, &|(gates, dc, (dh_last, dh)): (Rows<'_>, Rows<'_>, (Rows<'_>, Rows<'_>)),
+                                             range: Range<usize>| {
             let n = range.len();
             if n == 0 {
                 return;
             }
-            let states = range.start * hidden..range.end * hidden;
-            if self.last == 1 {
-                dh.data.copy_from_slice(&dh_last[states.clone()]);
-            } else {
+            if self.last == 0 {
                 let dz = ndarray::ArrayView2::from_shape((n, width), &dz_after[range.start * width..range.end * width])
                     .expect("a block of rows");
                 let mut dh = ndarray::ArrayViewMut2::from_shape((n, hidden), &mut *dh.data).expect("a block of rows");
@@ -329,15 +328,16 @@ impl Kernel for LstmStepBackward {
                 let gates = &mut gates.data[row * width..][..width];
                 let dh = &mut dh.data[row * hidden..][..hidden];
                 let dc = &mut dc.data[row * hidden..][..hidden];
+                let dh_last = &mut dh_last.data[row * hidden..][..hidden];
                 let of_row = b * hidden..(b + 1) * hidden;
-                if let Some(lengths) = lengths {
-                    if self.t >= lengths[b] {
-                        gates.fill(0.0);
-                        continue;
-                    }
-                    if self.t + 1 == lengths[b] {
-                        dh.copy_from_slice(&dh_last[of_row.clone()]);
-                    }
+                let length = lengths.map_or(u32::MAX, |lengths| lengths[b]);
+                if self.t >= length {
+                    gates.fill(0.0);
+                    continue;
+                }
+                if self.last == 1 || self.t + 1 == length {
+                    dh.copy_from_slice(dh_last);
+                    dh_last.fill(0.0);
                 }
                 if let Some(dh_out) = dh_out {
                     dh.iter_mut().zip(&dh_out[of_row.clone()]).for_each(|(d, o)| *d += o);
@@ -520,33 +520,33 @@ fn backward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Resul
     } else {
         lane.range.clone().rev().try_for_each(&mut step)?
     }
-    let back_through = |weight: u32, inputs: u32, m: u32, dz: u32, to: u32| Gemm {
+    let back_through = |weight: u32, inputs: u32, m: u32, dz: u32, to: u32, accumulate: u32| Gemm {
         m,
         n: inputs,
         k: width,
         trans_a: 0,
         trans_b: 1,
-        accumulate: 0,
+        accumulate,
         use_bias: 0,
         bias_offset: 0,
         a: Matrix::row_major(dz as usize, width as usize),
         b: Matrix::panels(weight as usize, inputs as usize),
         c: Matrix::row_major(to as usize, inputs as usize),
     };
-    // The initial h's gradient; the initial c's lies in `carry` already.
+    // The initial h's gradient; the initial c's lies in `carry` already. Added, since rows that ended before this range have theirs there, and the others zero.
     let first = if lane.reverse { lane.range.end - 1 } else { lane.range.start };
-    launch(&back_through(weight_hh.1, lane.hidden, rows, dz_at(first), 0), &[lane.gates, weight_hh.0, weight_hh.0, grads.carry])?;
+    launch(&back_through(weight_hh.1, lane.hidden, rows, dz_at(first), 0, 1), &[lane.gates, weight_hh.0, weight_hh.0, grads.carry])?;
     let steps = lane.range.end - lane.range.start;
     if let Some(dx) = grads.dx {
         let to = lane.range.start * rows * lane.inputs;
-        let through = back_through(weight_ih.1, lane.inputs, steps * rows, dz_at(lane.range.start), to);
+        let through = back_through(weight_ih.1, lane.inputs, steps * rows, dz_at(lane.range.start), to, 0);
         launch(&through, &[lane.gates, weight_ih.0, weight_ih.0, dx])?;
     }
-    // Sums over T x B in pieces that one invocation's loop can run.
-    let steps_a_piece = (MAX_LOOP_TRIPS / 2 / rows.max(1)).max(1);
-    for (i, t0) in lane.range.clone().step_by(steps_a_piece as usize).enumerate() {
-        let k = steps_a_piece.min(lane.range.end - t0) * rows;
-        let accumulate = u32::from(grads.accumulate || i > 0);
+    // Sums over T x B in pieces that one invocation's loop can run; a piece may end within a step.
+    let (begin, end) = (lane.range.start * rows, lane.range.end * rows);
+    for row in (begin..end).step_by(MAX_LOOP_TRIPS as usize / 2) {
+        let k = (end - row).min(MAX_LOOP_TRIPS / 2);
+        let accumulate = u32::from(grads.accumulate || row > begin);
         let weight = |a: u32, inputs: u32, to: u32| Gemm {
             m: inputs,
             n: width,
@@ -557,15 +557,15 @@ fn backward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Resul
             use_bias: 0,
             bias_offset: 0,
             a: Matrix::row_major(a as usize, inputs as usize),
-            b: Matrix::row_major(dz_at(t0) as usize, width as usize),
+            b: Matrix::row_major((row * width) as usize, width as usize),
             c: Matrix::panels(to as usize, inputs as usize),
         };
         let (to_ih, to_hh) = (grads.tensors.weight_ih, grads.tensors.weight_hh);
-        launch(&weight(lane.x.1 + t0 * rows * lane.inputs, lane.inputs, to_ih.1), &[lane.x.0, lane.gates, lane.gates, to_ih.0])?;
-        let h_before = (t0 + u32::from(lane.reverse)) * state;
+        launch(&weight(lane.x.1 + row * lane.inputs, lane.inputs, to_ih.1), &[lane.x.0, lane.gates, lane.gates, to_ih.0])?;
+        let h_before = row * lane.hidden + u32::from(lane.reverse) * state;
         launch(&weight(h_before, lane.hidden, to_hh.1), &[lane.h, lane.gates, lane.gates, to_hh.0])?;
         if let Some((span, out, second_out)) = grads.tensors.biases {
-            let sums = ColumnSums { n_rows: k, n_cols: width, row_stride: width, offset: dz_at(t0), out, second_out, accumulate };
+            let sums = ColumnSums { n_rows: k, n_cols: width, row_stride: width, offset: row * width, out, second_out, accumulate };
             launch(&sums, &[lane.gates, span])?;
         }
     }

@@ -236,7 +236,11 @@ const ORDER: &str = "the oracle adds in f64, the kernels in f32 in another order
 /// The catalogue's line.
 pub const COLUMNS_ENTRY: Entry = Entry {
     name: "column_sums",
-    tolerance: Tolerance { absolute: 1e-4, relative: 1e-5, reason: ORDER },
+    tolerance: Tolerance {
+        absolute: 3e-3,
+        relative: 1e-5,
+        reason: "up to 65,535 numbers added one after another in f32: partial sums near 150, each rounded by up to 8e-6",
+    },
     cases: || {
         let sizes =
             ODD.iter().enumerate().map(|(i, &n)| (n, ODD[(i + 2) % 5])).chain([(MAX_LOOP_TRIPS, 5), (2, MAX_WORKGROUPS * SUM_COLUMNS + 7)]);

@@ -1,0 +1,307 @@
+//! Every kernel of the catalogue, every case, every device, judged by the oracle; and what the catalogue itself must keep to.
+
+use carrousel::backend::Backend;
+use carrousel::kernels::{
+    ALL, Access, AdapterClass, Binding, Case, CaseOperand, Dispatch, Entry, Fill, Kernel, MAX_WORKGROUPS, Operand, ShapeError,
+};
+use carrousel::pool::{CpuContext, Isa};
+use carrousel::rng::{Purpose, StepKey, Stream};
+
+use crate::adapters::{Device, devices};
+use crate::compare::{Outcome, Source, What, compare, compare_words, is_kept, unchanged};
+use crate::memory::{Guarded, POISON_WORD, floats};
+use crate::oracle::{self, Want};
+
+/// The words an operand holds before a launch.
+fn words_of(operand: &CaseOperand, seed: u64, idx: usize) -> Vec<u32> {
+    let mut stream = Stream::new(StepKey::new(seed, 0), Purpose::Test, idx as u32, 0);
+    let words: Vec<u32> = match &operand.fill {
+        Fill::Uniform { low, high } => (0..operand.len).map(|_| (low + (high - low) * stream.uniform()).to_bits()).collect(),
+        Fill::Indices { below } => (0..operand.len).map(|_| stream.below(*below)).collect(),
+        Fill::Words(words) => words.clone(),
+        Fill::Floats(values) => values.iter().map(|v| v.to_bits()).collect(),
+        Fill::Zeros => vec![0; operand.len],
+        Fill::Poison => vec![POISON_WORD; operand.len],
+    };
+    assert_eq!(words.len(), operand.len, "a fill that is not as long as its operand");
+    words
+}
+
+/// A kernel as it runs on adapters of another class than the one at hand, so that a software driver judges the variants for hardware too.
+struct As<'k> {
+    kernel: &'k dyn Kernel,
+    class: AdapterClass,
+}
+
+impl Kernel for As<'_> {
+    fn name(&self) -> &'static str {
+        self.kernel.name()
+    }
+    fn bindings(&self) -> &'static [Binding] {
+        self.kernel.bindings()
+    }
+    fn params(&self) -> &[u8] {
+        self.kernel.params()
+    }
+    fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
+        self.kernel.check(lens)
+    }
+    fn dispatch(&self, _: AdapterClass) -> Dispatch {
+        self.kernel.dispatch(self.class)
+    }
+    fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
+        self.kernel.run(ctx, operands);
+    }
+}
+
+/// The classes of adapters for which a device must run a kernel: one of each that launches something else on a GPU; any one on a CPU.
+fn classes(device: Device, kernel: &dyn Kernel) -> Vec<AdapterClass> {
+    let differ = kernel.dispatch(AdapterClass::Software) != kernel.dispatch(AdapterClass::Hardware);
+    match device {
+        Device::Gpu(_) if differ => vec![AdapterClass::Software, AdapterClass::Hardware],
+        Device::Gpu(_) | Device::Cpu(_) => vec![AdapterClass::Hardware],
+    }
+}
+
+/// Launches a kernel and gives back each operand's words.
+fn launch(
+    backend: &mut dyn Backend,
+    device: Device,
+    kernel: &dyn Kernel,
+    inputs: &[Vec<u32>],
+    what: &What<'_>,
+) -> Result<Vec<Vec<u32>>, String> {
+    let bindings = kernel.bindings();
+    let operands: Vec<Guarded> =
+        bindings.iter().zip(inputs).map(|(binding, words)| Guarded::upload(backend, binding.name, words)).collect();
+    let spans: Vec<_> = operands.iter().map(|operand| operand.span).collect();
+    backend.launch(kernel, &spans).map_err(|e| format!("{what}: launch on {device}: {e:#}"))?;
+    let results = bindings
+        .iter()
+        .zip(&operands)
+        .map(|(binding, operand)| operand.download(backend, device, &What { operand: binding.name, ..*what }));
+    let results: Result<Vec<_>, _> = results.collect();
+    operands.into_iter().for_each(|operand| operand.free(backend));
+    results
+}
+
+/// Judges what one device left in the operands. Returns how many elements were compared.
+fn judge_device(
+    entry: &Entry,
+    case: &Case,
+    what: &What<'_>,
+    wants: &[Want],
+    inputs: &[Vec<u32>],
+    device: Device,
+    results: &[Vec<u32>],
+) -> Result<usize, String> {
+    let mut n_compared = 0;
+    for (((binding, want), before), after) in case.kernel.bindings().iter().zip(wants).zip(inputs).zip(results) {
+        let what = What { operand: binding.name, ..*what };
+        n_compared += match want {
+            Want::Unchanged => unchanged(&what, device, before, after, |_| true).map(|()| 0)?,
+            Want::Floats(values) => {
+                unchanged(&what, device, before, after, |i| is_kept(values[i]))?;
+                let want = Outcome::new(Source::Oracle, values.clone());
+                compare(&what, &want, &Outcome::new(Source::Device(device), floats(after.clone())), &entry.tolerance)?
+            }
+            Want::Words(words) => {
+                let want = Outcome::new(Source::Oracle, words.clone());
+                compare_words(&what, &want, &Outcome::new(Source::Device(device), after.clone()))?
+            }
+        };
+    }
+    Ok(n_compared)
+}
+
+/// CPU against GPU, by the same tolerance.
+fn judge_pair(
+    entry: &Entry,
+    case: &Case,
+    what: &What<'_>,
+    wants: &[Want],
+    a: &Outcome<Vec<Vec<u32>>>,
+    b: &Outcome<Vec<Vec<u32>>>,
+) -> Result<(), String> {
+    for (((binding, want), x), y) in case.kernel.bindings().iter().zip(wants).zip(&a.values).zip(&b.values) {
+        if let Want::Floats(values) = want {
+            let written = |words: &[u32]| -> Vec<f32> {
+                words.iter().zip(values).filter(|(_, want)| !is_kept(**want)).map(|(word, _)| f32::from_bits(*word)).collect()
+            };
+            let (x, y) = (written(x), written(y));
+            if !x.is_empty() {
+                let what = What { operand: binding.name, ..*what };
+                compare(&what, &Outcome::new(a.source, x), &Outcome::new(b.source, y), &entry.tolerance)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// All cases of one kernel on all devices.
+fn judge(name: &str) {
+    let entry = ALL.iter().find(|entry| entry.name == name).unwrap_or_else(|| panic!("{name} is not in the catalogue"));
+    let mut backends: Vec<(Device, Box<dyn Backend>)> = devices().into_iter().map(|device| (device, device.open())).collect();
+    let mut faults = Vec::new();
+    for (idx, case) in (entry.cases)().iter().enumerate() {
+        let seed = 1000 + idx as u64;
+        let what = What { kernel: name, case: &case.label, seed, operand: "" };
+        let inputs: Vec<Vec<u32>> = case.operands.iter().enumerate().map(|(i, operand)| words_of(operand, seed, i)).collect();
+        let wants = oracle::judge(name, case.kernel.params(), &inputs).unwrap_or_else(|| panic!("{name} has no oracle"));
+        let mut first: Option<Outcome<Vec<Vec<u32>>>> = None;
+        for (device, backend) in &mut backends {
+            let runs = classes(*device, &*case.kernel);
+            let judged = runs.into_iter().try_for_each(|class| {
+                let kernel = As { kernel: &*case.kernel, class };
+                let shader = case.kernel.dispatch(class).shader.name;
+                let label = format!("{} as {shader}", case.label);
+                let what = What { case: &label, ..what };
+                let results = launch(&mut **backend, *device, &kernel, &inputs, &what)?;
+                if judge_device(entry, case, &what, &wants, &inputs, *device, &results)? == 0 {
+                    return Err(format!("{what}: nothing was compared on {device}"));
+                }
+                let results = Outcome::new(Source::Device(*device), results);
+                match &first {
+                    None => first = Some(results),
+                    Some(first) => judge_pair(entry, case, &what, &wants, first, &results)?,
+                }
+                Ok(())
+            });
+            faults.extend(judged.err());
+        }
+    }
+    assert!(faults.is_empty(), "{} faults:\n{}", faults.len(), faults.join("\n"));
+}
+
+/// One test a kernel, so that they run beside each other; another test compares the list with the catalogue.
+macro_rules! judged {
+    ($($name:ident)*) => {
+        mod judged {
+            $(#[test] fn $name() { super::judge(stringify!($name)); })*
+        }
+        const JUDGED: &[&str] = &[$(stringify!($name)),*];
+    };
+}
+
+judged! {
+    embedding_gather gemm lstm_step_forward dropout softmax_cross_entropy squared_error lstm_step_backward column_sums embedding_gradient
+    sum block_squares non_finite add scale sgd rmsprop adam
+}
+
+#[test]
+fn every_kernel_of_the_catalogue_is_judged() {
+    assert_eq!(JUDGED, ALL.iter().map(|entry| entry.name).collect::<Vec<_>>());
+}
+
+/// What a case leaves in its operands when the CPU uses one instruction set.
+fn run_with(isa: Isa, case: &Case, inputs: &[Vec<u32>]) -> Vec<Vec<u32>> {
+    let mut ctx = CpuContext::new(1).expect("a context of one thread");
+    ctx.isa = isa;
+    let mut words = inputs.to_vec();
+    let bound = case.kernel.bindings().iter().zip(&mut words).map(|(binding, words)| match binding.access {
+        Access::Read => Operand::Read(bytemuck::cast_slice(words)),
+        Access::ReadWrite => Operand::ReadWrite(bytemuck::cast_slice_mut(words)),
+    });
+    case.kernel.run(&mut ctx, &mut bound.collect::<Vec<_>>());
+    words
+}
+
+#[test]
+fn every_instruction_set_gives_the_same_bits() {
+    for entry in ALL {
+        for (idx, case) in (entry.cases)().iter().enumerate().filter(|(_, case)| case.operands.iter().all(|o| o.len < 1 << 20)) {
+            let inputs: Vec<Vec<u32>> = case.operands.iter().enumerate().map(|(i, o)| words_of(o, 2000 + idx as u64, i)).collect();
+            let plain = run_with(Isa::Baseline, case, &inputs);
+            let widest = run_with(Isa::detect(), case, &inputs);
+            assert!(plain == widest, "{}, case {}: {} and baseline differ", entry.name, case.label, Isa::detect().name());
+            if Isa::detect() == Isa::Avx512 {
+                assert!(plain == run_with(Isa::Avx2, case, &inputs), "{}, case {}: avx2 and baseline differ", entry.name, case.label);
+            }
+        }
+    }
+}
+
+#[test]
+fn dropout_drops_the_same_elements_everywhere_and_the_share_it_was_told() {
+    let entry = ALL.iter().find(|entry| entry.name == "dropout").expect("dropout");
+    let case = (entry.cases)().into_iter().max_by_key(|case| case.operands[2].len).expect("a case");
+    let inputs: Vec<Vec<u32>> = case.operands.iter().enumerate().map(|(i, operand)| words_of(operand, 3000, i)).collect();
+    let what = What { kernel: "dropout", case: &case.label, seed: 3000, operand: "" };
+    let mut first: Option<Vec<bool>> = None;
+    for device in devices() {
+        let results = launch(&mut *device.open(), device, &*case.kernel, &inputs, &what).unwrap_or_else(|e| panic!("{e}"));
+        let written = results[2].iter().filter(|word| **word != POISON_WORD);
+        let is_zero: Vec<bool> = written.map(|word| *word == 0).collect();
+        let share = is_zero.iter().filter(|zero| **zero).count() as f64 / is_zero.len() as f64;
+        // Four standard deviations of a share of 0.3 among 18 million.
+        assert!((share - 0.3).abs() < 5e-4, "{device} drops {share}");
+        assert!(*first.get_or_insert_with(|| is_zero.clone()) == is_zero, "{device} drops others than the first device");
+    }
+}
+
+/// Every entry with each of its cases.
+fn each_case(mut f: impl FnMut(&Entry, &Case)) {
+    for entry in ALL {
+        for case in (entry.cases)().iter().chain(&(entry.bench_cases)()) {
+            f(entry, case);
+        }
+    }
+}
+
+#[test]
+fn catalogue_entries_and_their_cases_fit_together() {
+    for entry in ALL {
+        assert!((entry.cases)().len() >= 5, "{} is tested at fewer than five shapes", entry.name);
+        assert!(!(entry.bench_cases)().is_empty(), "{} is not measured", entry.name);
+        assert!(!entry.tolerance.reason.is_empty(), "the tolerance of {} has no reason", entry.name);
+    }
+    each_case(|entry, case| {
+        let (kernel, label) = (&case.kernel, &case.label);
+        assert_eq!(kernel.name(), entry.name);
+        assert_eq!(kernel.bindings().len(), case.operands.len(), "{} {label}", entry.name);
+        assert!(kernel.bindings().iter().any(|b| b.access == Access::ReadWrite), "{} writes nothing", entry.name);
+        for (binding, operand) in kernel.bindings().iter().zip(&case.operands) {
+            let is_poison = matches!(operand.fill, Fill::Poison);
+            assert!(!is_poison || binding.access == Access::ReadWrite, "{} {label}: {} is read and poisoned", entry.name, binding.name);
+        }
+        let lens: Vec<usize> = case.operands.iter().map(|operand| operand.len).collect();
+        assert_eq!(kernel.check(&lens), Ok(()), "{} {label}", entry.name);
+    });
+}
+
+#[test]
+fn grids_stay_within_what_every_adapter_dispatches() {
+    let mut reached = Vec::new();
+    each_case(|entry, case| {
+        for class in [AdapterClass::Software, AdapterClass::Hardware] {
+            let dispatch = case.kernel.dispatch(class);
+            assert!(dispatch.grid.iter().all(|n| (1..=MAX_WORKGROUPS).contains(n)), "{} {}: {:?}", entry.name, case.label, dispatch.grid);
+            assert!(
+                entry.shaders.contains(&dispatch.shader),
+                "{} launches {}, which its entry does not list",
+                entry.name,
+                dispatch.shader.name
+            );
+            reached.push(dispatch.shader.name);
+        }
+    });
+    for shader in ALL.iter().flat_map(|entry| entry.shaders) {
+        assert!(reached.contains(&shader.name), "no case launches {}", shader.name);
+    }
+}
+
+#[test]
+fn operands_that_are_too_short_are_refused_before_anything_is_written() {
+    for device in devices() {
+        let mut backend = device.open();
+        let short = Guarded::upload(&mut *backend, "short", &[]);
+        for entry in ALL {
+            let cases = (entry.cases)();
+            let case = cases.iter().find(|case| case.kernel.check(&vec![0; case.operands.len()]).is_err());
+            let case = case.unwrap_or_else(|| panic!("{} accepts no operands at all", entry.name));
+            let spans = vec![short.span; case.operands.len()];
+            let refused = backend.launch(&*case.kernel, &spans).expect_err("operands of no length");
+            assert!(format!("{refused:#}").contains(entry.name), "{refused:#}");
+        }
+    }
+}

@@ -1,0 +1,922 @@
+//! A whole LSTM layer swept over time, forward and backward, against an f64 oracle; and the properties a sweep must have whatever its numbers.
+//!
+//! The oracle knows no padding, panels or chunks: weights lie as `torch.nn.LSTM` has them, sizes are the true ones. [`Placed`] puts a problem where the
+//! kernels want it and reads it back, and sees to it that padding stays zero, or untouched, and guard bands intact.
+
+use std::ops::Range;
+
+use carrousel::backend::{Backend, Span};
+use carrousel::kernels::Tolerance;
+use carrousel::kernels::lstm::{FLAG_NON_FINITE, Lane, LaneGradients, LaneTensors, NONE, SweepArgs};
+use carrousel::rng::{Purpose, StepKey, Stream};
+use carrousel::shape::{ALIGN, pad_inner, pad_units, round_up};
+
+use crate::adapters::{Device, devices};
+use crate::compare::{Outcome, Source, What, compare};
+use crate::memory::{Guarded, POISON_WORD, floats};
+use crate::oracle::{gate_column, sigmoid, weight_at};
+
+/// Sums of up to a few hundred products of numbers below 1, through up to 20 steps of functions with errors of a few ulp.
+const TOLERANCE: Tolerance = Tolerance { absolute: 2e-5, relative: 1e-4, reason: "f32 sums through a few steps of recurrence" };
+/// The same arithmetic in another grouping.
+const ROUNDING: Tolerance = Tolerance { absolute: 2e-6, relative: 1e-5, reason: "the same sums, cut elsewhere" };
+
+/// One layer in one direction with all that goes in. Row-major, true sizes.
+#[derive(Clone, Debug)]
+struct Problem {
+    seed: u64,
+    n_steps: usize,
+    n_rows: usize,
+    n_inputs: usize,
+    hidden: usize,
+    reverse: bool,
+    /// `[B]`.
+    lengths: Option<Vec<u32>>,
+    /// `[T, B, I]`.
+    x: Vec<f32>,
+    /// `[4H, I]`, `[4H, H]`, gates i f g o.
+    weight_ih: Vec<f32>,
+    weight_hh: Vec<f32>,
+    /// `[4H]`.
+    bias_ih: Option<Vec<f32>>,
+    bias_hh: Option<Vec<f32>>,
+    /// `[B, H]`.
+    h0: Vec<f32>,
+    c0: Vec<f32>,
+    /// Gradient of the outputs `[T, B, H]`.
+    dh_out: Option<Vec<f32>>,
+    /// Gradients of the final state `[B, H]`.
+    dh_last: Vec<f32>,
+    dc_last: Vec<f32>,
+}
+
+/// What comes out of a sweep there and back, true sizes.
+#[derive(Clone, Debug)]
+struct Solution<F> {
+    /// `[T, B, H]`, zero behind the end of a row.
+    outputs: Vec<F>,
+    /// `[B, H]`, at the end of each row.
+    h_last: Vec<F>,
+    c_last: Vec<F>,
+    dx: Vec<F>,
+    dweight_ih: Vec<F>,
+    dweight_hh: Vec<F>,
+    dbias: Vec<F>,
+    dh0: Vec<F>,
+    dc0: Vec<F>,
+}
+
+impl<F: Clone> Solution<F> {
+    fn parts(&self) -> [(&'static str, &Vec<F>); 9] {
+        [
+            ("outputs", &self.outputs),
+            ("final h", &self.h_last),
+            ("final c", &self.c_last),
+            ("dx", &self.dx),
+            ("gradient of weight_ih", &self.dweight_ih),
+            ("gradient of weight_hh", &self.dweight_hh),
+            ("gradient of the biases", &self.dbias),
+            ("gradient of the initial h", &self.dh0),
+            ("gradient of the initial c", &self.dc0),
+        ]
+    }
+}
+
+impl Problem {
+    /// Sizes T, B, I, H; everything else is drawn.
+    fn new(seed: u64, [n_steps, n_rows, n_inputs, hidden]: [usize; 4]) -> Self {
+        let mut tensor = 0;
+        let mut draw = |len: usize, range: f32| -> Vec<f32> {
+            tensor += 1;
+            let mut stream = Stream::new(StepKey::new(seed, 0), Purpose::Test, tensor, 0);
+            (0..len).map(|_| (2.0 * stream.uniform() - 1.0) * range).collect()
+        };
+        let weight = 1.0 / (hidden as f32).sqrt();
+        Self {
+            seed,
+            n_steps,
+            n_rows,
+            n_inputs,
+            hidden,
+            reverse: false,
+            lengths: None,
+            x: draw(n_steps * n_rows * n_inputs, 1.0),
+            weight_ih: draw(4 * hidden * n_inputs, weight),
+            weight_hh: draw(4 * hidden * hidden, weight),
+            bias_ih: Some(draw(4 * hidden, weight)),
+            bias_hh: Some(draw(4 * hidden, weight)),
+            h0: draw(n_rows * hidden, 0.8),
+            c0: draw(n_rows * hidden, 1.5),
+            dh_out: Some(draw(n_steps * n_rows * hidden, 1.0)),
+            dh_last: draw(n_rows * hidden, 1.0),
+            dc_last: draw(n_rows * hidden, 1.0),
+        }
+    }
+
+    /// Rows of these lengths; what lies behind the end of a row is zero, as the data layer leaves it.
+    fn with_lengths(mut self, lengths: &[u32]) -> Self {
+        assert_eq!(lengths.len(), self.n_rows);
+        let (n_rows, n_inputs) = (self.n_rows, self.n_inputs);
+        for (place, row) in self.x.chunks_exact_mut(n_inputs).enumerate() {
+            if (place / n_rows) as u32 >= lengths[place % n_rows] {
+                row.fill(0.0);
+            }
+        }
+        self.lengths = Some(lengths.to_vec());
+        self
+    }
+
+    fn reversed(mut self) -> Self {
+        self.reverse = true;
+        self
+    }
+
+    fn length(&self, row: usize) -> usize {
+        self.lengths.as_ref().map_or(self.n_steps, |lengths| lengths[row] as usize)
+    }
+
+    /// Steps of a row in the order in which the state passes through them.
+    fn order(&self, row: usize) -> Vec<usize> {
+        let steps = 0..self.length(row);
+        if self.reverse { steps.rev().collect() } else { steps.collect() }
+    }
+
+    /// Steps `range` with the state handed in.
+    fn window(&self, range: Range<usize>, h0: Vec<f32>, c0: Vec<f32>) -> Self {
+        let cut = |values: &[f32], width: usize| values[range.start * self.n_rows * width..range.end * self.n_rows * width].to_vec();
+        Self {
+            n_steps: range.len(),
+            x: cut(&self.x, self.n_inputs),
+            dh_out: self.dh_out.as_ref().map(|d| cut(d, self.hidden)),
+            h0,
+            c0,
+            ..self.clone()
+        }
+    }
+
+    /// Only batch row `row`.
+    fn row(&self, row: usize) -> Self {
+        let pick = |values: &[f32], width: usize| -> Vec<f32> {
+            values.chunks_exact(width).skip(row).step_by(self.n_rows).flatten().copied().collect()
+        };
+        Self {
+            n_rows: 1,
+            lengths: self.lengths.as_ref().map(|lengths| vec![lengths[row]]),
+            x: pick(&self.x, self.n_inputs),
+            h0: pick(&self.h0, self.hidden),
+            c0: pick(&self.c0, self.hidden),
+            dh_out: self.dh_out.as_ref().map(|d| pick(d, self.hidden)),
+            dh_last: pick(&self.dh_last, self.hidden),
+            dc_last: pick(&self.dc_last, self.hidden),
+            ..self.clone()
+        }
+    }
+}
+
+/// Values of one row at one step, in f64.
+#[derive(Clone)]
+struct Moment {
+    c_before: Vec<f64>,
+    h_before: Vec<f64>,
+    /// i, f, g, o, each `[H]`.
+    gates: [Vec<f64>; 4],
+    c: Vec<f64>,
+}
+
+/// The layer forward and back, row by row and step by step, from the equations.
+fn solve(p: &Problem) -> Solution<f64> {
+    let wide = |values: &[f32]| -> Vec<f64> { values.iter().map(|&v| f64::from(v)).collect() };
+    let (hidden, n_inputs, n_rows) = (p.hidden, p.n_inputs, p.n_rows);
+    let (x, w, r) = (wide(&p.x), wide(&p.weight_ih), wide(&p.weight_hh));
+    let bias: Vec<f64> =
+        (0..4 * hidden).map(|j| [&p.bias_ih, &p.bias_hh].into_iter().flatten().map(|bias| f64::from(bias[j])).sum()).collect();
+    let mut s = Solution {
+        outputs: vec![0.0; p.n_steps * n_rows * hidden],
+        h_last: Vec::new(),
+        c_last: Vec::new(),
+        dx: vec![0.0; x.len()],
+        dweight_ih: vec![0.0; w.len()],
+        dweight_hh: vec![0.0; r.len()],
+        dbias: vec![0.0; 4 * hidden],
+        dh0: Vec::new(),
+        dc0: Vec::new(),
+    };
+    for b in 0..n_rows {
+        let mut h = wide(&p.h0[b * hidden..][..hidden]);
+        let mut c = wide(&p.c0[b * hidden..][..hidden]);
+        let mut past = Vec::new();
+        for t in p.order(b) {
+            let place = t * n_rows + b;
+            let z: Vec<f64> = (0..4 * hidden)
+                .map(|j| {
+                    let from_input: f64 = (0..n_inputs).map(|k| w[j * n_inputs + k] * x[place * n_inputs + k]).sum();
+                    let from_state: f64 = (0..hidden).map(|u| r[j * hidden + u] * h[u]).sum();
+                    from_input + from_state + bias[j]
+                })
+                .collect();
+            let gate = |gate: usize, f: fn(f64) -> f64| -> Vec<f64> { (0..hidden).map(|u| f(z[gate * hidden + u])).collect() };
+            let gates = [gate(0, sigmoid), gate(1, sigmoid), gate(2, f64::tanh), gate(3, sigmoid)];
+            let c_next: Vec<f64> = (0..hidden).map(|u| gates[1][u] * c[u] + gates[0][u] * gates[2][u]).collect();
+            let h_next: Vec<f64> = (0..hidden).map(|u| gates[3][u] * c_next[u].tanh()).collect();
+            s.outputs[place * hidden..][..hidden].copy_from_slice(&h_next);
+            past.push((t, Moment { c_before: c, h_before: h, gates, c: c_next.clone() }));
+            (h, c) = (h_next, c_next);
+        }
+        s.h_last.extend(&h);
+        s.c_last.extend(&c);
+        let mut dh = wide(&p.dh_last[b * hidden..][..hidden]);
+        let mut dc = wide(&p.dc_last[b * hidden..][..hidden]);
+        for (t, m) in past.into_iter().rev() {
+            let place = t * n_rows + b;
+            if let Some(dh_out) = &p.dh_out {
+                (0..hidden).for_each(|u| dh[u] += f64::from(dh_out[place * hidden + u]));
+            }
+            let mut dz = vec![0.0; 4 * hidden];
+            for u in 0..hidden {
+                let (i, f, g, o) = (m.gates[0][u], m.gates[1][u], m.gates[2][u], m.gates[3][u]);
+                let tanh_c = m.c[u].tanh();
+                dc[u] += dh[u] * o * (1.0 - tanh_c * tanh_c);
+                dz[u] = dc[u] * g * i * (1.0 - i);
+                dz[hidden + u] = dc[u] * m.c_before[u] * f * (1.0 - f);
+                dz[2 * hidden + u] = dc[u] * i * (1.0 - g * g);
+                dz[3 * hidden + u] = dh[u] * tanh_c * o * (1.0 - o);
+                dc[u] *= f;
+            }
+            for (j, d) in dz.iter().enumerate() {
+                s.dbias[j] += d;
+                for k in 0..n_inputs {
+                    s.dweight_ih[j * n_inputs + k] += d * x[place * n_inputs + k];
+                    s.dx[place * n_inputs + k] += d * w[j * n_inputs + k];
+                }
+                for u in 0..hidden {
+                    s.dweight_hh[j * hidden + u] += d * m.h_before[u];
+                }
+            }
+            dh = (0..hidden).map(|u| (0..4 * hidden).map(|j| dz[j] * r[j * hidden + u]).sum()).collect();
+        }
+        s.dh0.extend(&dh);
+        s.dc0.extend(&dc);
+    }
+    s
+}
+
+/// Where the tensors of a lane lie in its bucket: padded sizes, gaps between them.
+#[derive(Clone, Copy, Debug)]
+struct Bucket {
+    n_inputs: usize,
+    hidden: usize,
+    weight_ih: usize,
+    weight_hh: usize,
+    bias_ih: Option<usize>,
+    bias_hh: Option<usize>,
+    len: usize,
+}
+
+impl Bucket {
+    fn new(p: &Problem, hidden: usize) -> Self {
+        let n_inputs = pad_inner(p.n_inputs);
+        let mut next = ALIGN;
+        let mut place = |len: usize| {
+            let at = next;
+            // A gap of one alignment unit, so that a tensor that is read or written too far shows.
+            next = round_up(at + len, ALIGN) + ALIGN;
+            at
+        };
+        let weight_ih = place(4 * hidden * n_inputs);
+        let weight_hh = place(4 * hidden * hidden);
+        let bias_ih = p.bias_ih.as_ref().map(|_| place(4 * hidden));
+        let bias_hh = p.bias_hh.as_ref().map(|_| place(4 * hidden));
+        Self { n_inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, len: next }
+    }
+
+    /// The tensors within `span`; some by a part of it that begins elsewhere, as tensors of several buckets do.
+    fn tensors(&self, span: Span) -> LaneTensors {
+        let from = |at: usize| span.part(at - ALIGN, span.len - (at - ALIGN));
+        let biases = match (self.bias_ih, self.bias_hh) {
+            (Some(ih), Some(hh)) => Some((from(ih), ALIGN as u32, (hh - ih + ALIGN) as u32)),
+            (Some(only), None) | (None, Some(only)) => Some((from(only), ALIGN as u32, NONE)),
+            (None, None) => None,
+        };
+        LaneTensors { weight_ih: (span, self.weight_ih as u32), weight_hh: (from(self.weight_hh), ALIGN as u32), biases }
+    }
+
+    /// Puts `[4H, K]` of torch's order into panels at `at`.
+    fn put_weight(&self, words: &mut [f32], at: usize, k_padded: usize, weight: &[f32], p: &Problem) {
+        words[at..at + 4 * self.hidden * k_padded].fill(0.0);
+        let n = weight.len() / (4 * p.hidden);
+        for (row, values) in weight.chunks_exact(n).enumerate() {
+            for (k, value) in values.iter().enumerate() {
+                words[at + weight_at(k_padded, k, row % p.hidden, row / p.hidden)] = *value;
+            }
+        }
+    }
+
+    /// The bucket's words: parameters, poison between them.
+    fn pack(&self, p: &Problem) -> Vec<f32> {
+        let mut words = vec![f32::from_bits(POISON_WORD); self.len];
+        self.put_weight(&mut words, self.weight_ih, self.n_inputs, &p.weight_ih, p);
+        self.put_weight(&mut words, self.weight_hh, self.hidden, &p.weight_hh, p);
+        for (at, bias) in [(self.bias_ih, &p.bias_ih), (self.bias_hh, &p.bias_hh)] {
+            if let (Some(at), Some(bias)) = (at, bias) {
+                words[at..at + 4 * self.hidden].fill(0.0);
+                for (row, value) in bias.iter().enumerate() {
+                    words[at + gate_column(row % p.hidden, row / p.hidden)] = *value;
+                }
+            }
+        }
+        words
+    }
+
+    /// Reads `[4H, K]` back, and checks that what lies in the padding is `base`, as before.
+    fn take(&self, words: &[f32], tensor: &Tensor, p: &Problem, base: f32) -> Vec<f32> {
+        let value = |k: usize, unit: usize, gate: usize| words[tensor.at + weight_at(tensor.padded, k, unit, gate)];
+        for unit in 0..self.hidden {
+            for k in (0..tensor.padded).filter(|&k| unit >= p.hidden || k >= tensor.n_inputs) {
+                for gate in 0..4 {
+                    let found = value(k, unit, gate);
+                    assert!(found == base, "{}: {found} in the padding, unit {unit}, input {k}", tensor.name);
+                }
+            }
+        }
+        let rows = (0..4 * p.hidden).flat_map(|row| (0..tensor.n_inputs).map(move |k| (row, k)));
+        rows.map(|(row, k)| value(k, row % p.hidden, row / p.hidden)).collect()
+    }
+}
+
+/// A tensor `[4H, K]` in a bucket; a bias has K = 1.
+struct Tensor {
+    name: &'static str,
+    at: usize,
+    /// K and K padded.
+    n_inputs: usize,
+    padded: usize,
+}
+
+/// How a sweep is done.
+#[derive(Clone, Debug)]
+struct Manner {
+    /// Ranges in time, in rising order, together all steps.
+    chunks: Vec<Range<u32>>,
+    /// Padded hidden size; 0 for the smallest.
+    hidden: usize,
+    /// What the gradients hold before, where they are added to it.
+    accumulate_onto: Option<f32>,
+}
+
+impl Manner {
+    fn whole(p: &Problem) -> Self {
+        Self { chunks: std::iter::once(0..p.n_steps as u32).collect(), hidden: 0, accumulate_onto: None }
+    }
+}
+
+/// A problem in a device's memory.
+struct Placed<'p> {
+    problem: &'p Problem,
+    device: Device,
+    bucket: Bucket,
+    manner: Manner,
+    params: Guarded,
+    x: Guarded,
+    gates: Guarded,
+    h: Guarded,
+    c: Guarded,
+    flags: Guarded,
+    lengths: Option<Guarded>,
+    dh_out: Option<Guarded>,
+    carry: Guarded,
+    grads: Guarded,
+    dx: Guarded,
+}
+
+/// Floats before `x` and `dh_out` in their spans.
+const X_OFFSET: usize = 4;
+const DH_OFFSET: usize = 8;
+
+/// Rows of `from` floats as rows of `to`, filled up with zeros.
+fn widen(values: &[f32], from: usize, to: usize) -> Vec<f32> {
+    values.chunks_exact(from).flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(0.0, to - from))).collect()
+}
+
+/// The other way; the padding must be zero.
+fn narrow(values: &[f32], from: usize, to: usize, name: &str) -> Vec<f32> {
+    for (row, values) in values.chunks_exact(from).enumerate() {
+        assert!(values[to..].iter().all(|v| *v == 0.0), "{name}, row {row}: padding is not zero: {:?}", &values[to..]);
+    }
+    values.chunks_exact(from).flat_map(|row| &row[..to]).copied().collect()
+}
+
+impl<'p> Placed<'p> {
+    fn new(backend: &mut dyn Backend, device: Device, problem: &'p Problem, manner: &Manner) -> Self {
+        let p = problem;
+        let hidden = if manner.hidden == 0 { pad_units(p.hidden) } else { manner.hidden };
+        let bucket = Bucket::new(p, hidden);
+        let poison = |len: usize| vec![f32::from_bits(POISON_WORD); len];
+        let state = p.n_rows * hidden;
+        let states = |initial: &[f32]| {
+            let mut words = poison((p.n_steps + 1) * state);
+            let at = if p.reverse { p.n_steps * state } else { 0 };
+            words[at..at + state].copy_from_slice(&widen(initial, p.hidden, hidden));
+            words
+        };
+        let behind = |offset: usize, words: Vec<f32>| [poison(offset), words].concat();
+        let x = behind(X_OFFSET, widen(&p.x, p.n_inputs, bucket.n_inputs));
+        let carry = [widen(&p.dh_last, p.hidden, hidden), widen(&p.dc_last, p.hidden, hidden)].concat();
+        let dh_out = p.dh_out.as_ref().map(|d| behind(DH_OFFSET, widen(d, p.hidden, hidden)));
+        let (h, c) = (states(&p.h0), states(&p.c0));
+        let grads = vec![manner.accumulate_onto.unwrap_or(f32::from_bits(POISON_WORD)); bucket.len];
+        let mut put = |label: &str, values: &[f32]| Guarded::upload_f32(backend, label, values);
+        Self {
+            params: put("params", &bucket.pack(p)),
+            x: put("x", &x),
+            gates: put("gates", &poison(p.n_steps * state * 4)),
+            h: put("h", &h),
+            c: put("c", &c),
+            flags: put("flags", &[0.0]),
+            lengths: p.lengths.as_ref().map(|lengths| put("lengths", bytemuck::cast_slice(lengths))),
+            dh_out: dh_out.map(|words| put("dh_out", &words)),
+            carry: put("carry", &carry),
+            grads: put("grads", &grads),
+            dx: put("dx", &poison(p.n_steps * p.n_rows * bucket.n_inputs)),
+            problem,
+            device,
+            bucket,
+            manner: manner.clone(),
+        }
+    }
+
+    fn lane(&self, range: Range<u32>, accumulate: bool, gradients: bool) -> Lane {
+        Lane {
+            inputs: self.bucket.n_inputs as u32,
+            hidden: self.bucket.hidden as u32,
+            reverse: self.problem.reverse,
+            tensors: self.bucket.tensors(self.params.span),
+            x: (self.x.span, X_OFFSET as u32),
+            gates: self.gates.span,
+            h: self.h.span,
+            c: self.c.span,
+            range,
+            lengths: self.lengths.as_ref().map(|lengths| lengths.span),
+            backward: gradients.then(|| LaneGradients {
+                dh_out: self.dh_out.as_ref().map(|d| (d.span, DH_OFFSET as u32)),
+                carry: self.carry.span,
+                tensors: self.bucket.tensors(self.grads.span),
+                accumulate,
+                dx: Some(self.dx.span),
+            }),
+        }
+    }
+
+    /// Chunks in the order in which the state passes through them.
+    fn chunks_forward(&self) -> Vec<Range<u32>> {
+        let mut chunks = self.manner.chunks.clone();
+        if self.problem.reverse {
+            chunks.reverse();
+        }
+        chunks
+    }
+
+    fn forward(&self, backend: &mut dyn Backend) {
+        for range in self.chunks_forward() {
+            let lanes = [self.lane(range, false, false)];
+            let args = SweepArgs { n_rows: self.problem.n_rows as u32, lanes: &lanes, flags: self.flags.span, gradients: false };
+            backend.sweep(&args).expect("a forward sweep");
+        }
+    }
+
+    fn backward(&self, backend: &mut dyn Backend) {
+        for (i, range) in self.chunks_forward().into_iter().rev().enumerate() {
+            let lanes = [self.lane(range, i > 0 || self.manner.accumulate_onto.is_some(), true)];
+            let args = SweepArgs { n_rows: self.problem.n_rows as u32, lanes: &lanes, flags: self.flags.span, gradients: true };
+            backend.sweep(&args).expect("a backward sweep");
+        }
+    }
+
+    fn what(&self, operand: &'static str) -> What<'static> {
+        What { kernel: "sweep", case: "placed", seed: self.problem.seed, operand }
+    }
+
+    fn words(&self, backend: &mut dyn Backend, operand: &Guarded, name: &'static str) -> Vec<u32> {
+        operand.download(backend, self.device, &self.what(name)).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// The word that a non-finite pre-activation raises.
+    fn flag(&self, backend: &mut dyn Backend) -> u32 {
+        self.words(backend, &self.flags, "flags")[FLAG_NON_FINITE]
+    }
+
+    /// What the sweeps left, at true sizes; checks guards, paddings, and what only is read. Frees everything.
+    fn finish(self, backend: &mut dyn Backend) -> Solution<f32> {
+        let (p, bucket) = (self.problem, self.bucket);
+        let (hidden, state) = (bucket.hidden, p.n_rows * bucket.hidden);
+        assert_eq!(self.flag(backend), 0, "finite values raised the flag");
+        let params: Vec<u32> = bytemuck::cast_vec(bucket.pack(p));
+        assert!(self.words(backend, &self.params, "params") == params, "the sweep wrote to its parameters");
+        self.words(backend, &self.x, "x");
+        self.words(backend, &self.gates, "gates");
+        let h = floats(self.words(backend, &self.h, "h"));
+        let c = floats(self.words(backend, &self.c, "c"));
+        let outputs = if p.reverse { &h[..p.n_steps * state] } else { &h[state..] };
+        let outputs = narrow(outputs, hidden, p.hidden, "outputs");
+        let last = |states: &[f32], name: &str| -> Vec<f32> {
+            let rows = (0..p.n_rows).flat_map(|b| {
+                let at = if p.reverse { 0 } else { p.length(b) };
+                states[at * state + b * hidden..][..hidden].to_vec()
+            });
+            narrow(&rows.collect::<Vec<_>>(), hidden, p.hidden, name)
+        };
+        let (h_last, c_last) = (last(&h, "final h"), last(&c, "final c"));
+        let carry = floats(self.words(backend, &self.carry, "carry"));
+        let (dh0, dc0) = carry.split_at(state);
+        let grads = floats(self.words(backend, &self.grads, "grads"));
+        let base = self.manner.accumulate_onto.unwrap_or(0.0);
+        let weight_ih = Tensor { name: "gradient of weight_ih", at: bucket.weight_ih, n_inputs: p.n_inputs, padded: bucket.n_inputs };
+        let weight_hh = Tensor { name: "gradient of weight_hh", at: bucket.weight_hh, n_inputs: p.hidden, padded: hidden };
+        let of_bias = |at: usize| bucket.take(&grads, &Tensor { name: "gradient of a bias", at, n_inputs: 1, padded: 1 }, p, base);
+        let biases: Vec<Vec<f32>> = [bucket.bias_ih, bucket.bias_hh].into_iter().flatten().map(of_bias).collect();
+        if let [ih, hh] = &biases[..] {
+            assert_eq!(ih, hh, "both biases have the same gradient");
+        }
+        let before = self.manner.accumulate_onto.map_or(POISON_WORD, f32::to_bits);
+        let tensors = [
+            Some((bucket.weight_ih, 4 * hidden * bucket.n_inputs)),
+            Some((bucket.weight_hh, 4 * hidden * hidden)),
+            bucket.bias_ih.map(|at| (at, 4 * hidden)),
+            bucket.bias_hh.map(|at| (at, 4 * hidden)),
+        ];
+        for (i, value) in grads.iter().enumerate() {
+            let is_tensor = tensors.iter().flatten().any(|&(at, len)| (at..at + len).contains(&i));
+            assert!(is_tensor || value.to_bits() == before, "gradients: word {i} lies between tensors and became {value}");
+        }
+        let dx = floats(self.words(backend, &self.dx, "dx"));
+        let solution = Solution {
+            outputs,
+            h_last,
+            c_last,
+            dx: narrow(&dx, bucket.n_inputs, p.n_inputs, "dx"),
+            dweight_ih: bucket.take(&grads, &weight_ih, p, base),
+            dweight_hh: bucket.take(&grads, &weight_hh, p, base),
+            dbias: biases.into_iter().next().unwrap_or_default(),
+            dh0: narrow(dh0, hidden, p.hidden, "gradient of the initial h"),
+            dc0: narrow(dc0, hidden, p.hidden, "gradient of the initial c"),
+        };
+        let operands = [self.params, self.x, self.gates, self.h, self.c, self.flags, self.carry, self.grads, self.dx];
+        operands.into_iter().chain(self.lengths).chain(self.dh_out).for_each(|operand| operand.free(backend));
+        solution
+    }
+}
+
+/// There and back on a device.
+fn run(backend: &mut dyn Backend, device: Device, p: &Problem, manner: &Manner) -> Solution<f32> {
+    let placed = Placed::new(backend, device, p, manner);
+    placed.forward(backend);
+    placed.backward(backend);
+    placed.finish(backend)
+}
+
+/// Compares all parts of two solutions; tensors summed over T x B get an absolute tolerance that grows with its root.
+fn agree<W: crate::compare::Number, G: crate::compare::Number>(
+    p: &Problem,
+    label: &str,
+    want: (Source, &Solution<W>),
+    got: (Source, &Solution<G>),
+    tolerance: &Tolerance,
+) {
+    let n_terms = ((p.n_steps * p.n_rows) as f64).sqrt();
+    for ((name, w), (_, g)) in want.1.parts().into_iter().zip(got.1.parts()) {
+        if name == "gradient of the biases" && p.bias_ih.is_none() && p.bias_hh.is_none() {
+            continue;
+        }
+        let is_sum = ["gradient of weight_ih", "gradient of weight_hh", "gradient of the biases"].contains(&name);
+        let absolute = tolerance.absolute * if is_sum { n_terms } else { 1.0 };
+        let tolerance = Tolerance { absolute, ..*tolerance };
+        let case = format!("{label} T{} B{} I{} H{}", p.n_steps, p.n_rows, p.n_inputs, p.hidden);
+        let what = What { kernel: "sweep", case: &case, seed: p.seed, operand: name };
+        let compared = compare(&what, &Outcome::new(want.0, w.clone()), &Outcome::new(got.0, g.clone()), &tolerance);
+        compared.unwrap_or_else(|e| panic!("{e}"));
+    }
+}
+
+/// Fails where two results of one device are further apart than sums cut elsewhere may be.
+fn near(name: &str, a: &[f32], b: &[f32]) {
+    assert_eq!(a.len(), b.len(), "{name}");
+    let is_far =
+        |a: f32, b: f32| a.is_nan() || b.is_nan() || f64::from(a - b).abs() > ROUNDING.absolute + ROUNDING.relative * f64::from(a.abs());
+    if let Some(i) = (0..a.len()).find(|&i| is_far(a[i], b[i])) {
+        panic!("{name}[{i}]: {:e} and {:e}", a[i], b[i]);
+    }
+}
+
+/// Runs a problem on every device in this manner and compares with the oracle, and the others with the first.
+fn judge(label: &str, p: &Problem, manner: &Manner) {
+    let mut want = solve(p);
+    if let Some(base) = manner.accumulate_onto {
+        for sums in [&mut want.dweight_ih, &mut want.dweight_hh, &mut want.dbias] {
+            sums.iter_mut().for_each(|v| *v += f64::from(base));
+        }
+    }
+    let mut first = None;
+    for device in devices() {
+        let got = run(&mut *device.open(), device, p, manner);
+        agree(p, label, (Source::Oracle, &want), (Source::Device(device), &got), &TOLERANCE);
+        match &first {
+            None => first = Some((Source::Device(device), got)),
+            Some((source, first)) => agree(p, label, (*source, first), (Source::Device(device), &got), &TOLERANCE),
+        }
+    }
+}
+
+/// T, B, I, H: odd, below, at and above the panel.
+const SIZES: [[usize; 4]; 6] = [[1, 1, 1, 1], [2, 3, 5, 3], [7, 5, 3, 17], [5, 17, 33, 16], [4, 33, 1, 33], [3, 65, 17, 5]];
+
+#[test]
+fn the_oracles_gradients_are_the_derivatives_of_its_values() {
+    let p = Problem { bias_hh: None, ..Problem::new(5, [3, 2, 2, 3]) }.with_lengths(&[3, 2]);
+    for p in [p, Problem::new(6, [3, 2, 2, 3]).reversed()] {
+        let s = solve(&p);
+        // The number whose gradient the sweep computes: every output and final state times the gradient that comes in for it.
+        let value = |p: &Problem| -> f64 {
+            let s = solve(p);
+            let dot = |a: &[f64], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * f64::from(*b)).sum::<f64>();
+            dot(&s.outputs, p.dh_out.as_ref().expect("drawn")) + dot(&s.h_last, &p.dh_last) + dot(&s.c_last, &p.dc_last)
+        };
+        // Steps of 2^-10 are exact in f32 beside values of this size, up to rounding that is divided out below.
+        let check = |name: &str, gradient: &[f64], pick: fn(&mut Problem) -> &mut Vec<f32>| {
+            for (i, exact) in gradient.iter().enumerate() {
+                let (mut up, mut down) = (p.clone(), p.clone());
+                pick(&mut up)[i] += 1.0 / 1024.0;
+                pick(&mut down)[i] -= 1.0 / 1024.0;
+                let width = f64::from(pick(&mut up)[i]) - f64::from(pick(&mut down)[i]);
+                let slope = (value(&up) - value(&down)) / width;
+                assert!((slope - exact).abs() < 2e-6 * (1.0 + exact.abs()), "{name}[{i}]: slope {slope}, gradient {exact}");
+            }
+        };
+        check("x", &s.dx, |p| &mut p.x);
+        check("weight_ih", &s.dweight_ih, |p| &mut p.weight_ih);
+        check("weight_hh", &s.dweight_hh, |p| &mut p.weight_hh);
+        check("bias_ih", &s.dbias, |p| p.bias_ih.as_mut().expect("drawn"));
+        check("h0", &s.dh0, |p| &mut p.h0);
+        check("c0", &s.dc0, |p| &mut p.c0);
+    }
+}
+
+#[test]
+fn a_layer_there_and_back_matches_the_oracle_at_odd_sizes() {
+    for (i, sizes) in SIZES.into_iter().enumerate() {
+        let p = Problem::new(10 + i as u64, sizes);
+        judge("plain", &p, &Manner::whole(&p));
+    }
+}
+
+#[test]
+fn a_layer_in_reverse_matches_the_oracle() {
+    for (i, sizes) in SIZES.into_iter().enumerate() {
+        let p = Problem::new(20 + i as u64, sizes).reversed();
+        judge("reverse", &p, &Manner::whole(&p));
+    }
+}
+
+#[test]
+fn rows_of_different_lengths_match_the_oracle() {
+    let p = Problem::new(30, [7, 5, 3, 17]).with_lengths(&[7, 1, 4, 6, 2]);
+    judge("lengths", &p, &Manner::whole(&p));
+    let p = Problem::new(31, [5, 33, 2, 5]).with_lengths(&(0..33).map(|b| b % 5 + 1).collect::<Vec<_>>());
+    judge("lengths", &p, &Manner::whole(&p));
+}
+
+#[test]
+fn a_row_of_no_steps_hands_its_gradients_through() {
+    let p = Problem::new(32, [4, 3, 3, 5]).with_lengths(&[0, 4, 2]);
+    judge("length 0", &p, &Manner::whole(&p));
+}
+
+#[test]
+fn biases_and_output_gradients_may_be_absent() {
+    let p = Problem::new(35, [4, 3, 5, 17]);
+    for p in [
+        Problem { bias_ih: None, bias_hh: None, ..p.clone() },
+        Problem { bias_ih: None, ..p.clone() },
+        Problem { bias_hh: None, ..p.clone() },
+        Problem { dh_out: None, ..p },
+    ] {
+        judge("absent", &p, &Manner::whole(&p));
+    }
+}
+
+#[test]
+fn gradients_are_added_where_that_is_asked() {
+    let p = Problem::new(40, [5, 3, 5, 17]);
+    judge("accumulate", &p, &Manner { accumulate_onto: Some(0.5), ..Manner::whole(&p) });
+}
+
+#[test]
+fn chunks_of_time_together_are_one_long_sweep() {
+    for reverse in [false, true] {
+        let p = Problem { reverse, ..Problem::new(50, [9, 5, 3, 17]) };
+        for chunks in [vec![0..4, 4..9], vec![0..1, 1..2, 2..8, 8..9]] {
+            judge("chunks", &p, &Manner { chunks, ..Manner::whole(&p) });
+        }
+    }
+}
+
+#[test]
+fn chunks_of_time_carry_rows_that_have_ended() {
+    let p = Problem::new(51, [9, 6, 3, 5]).with_lengths(&[9, 1, 4, 5, 3, 8]);
+    judge("chunks and lengths", &p, &Manner { chunks: vec![0..4, 4..6, 6..9], ..Manner::whole(&p) });
+}
+
+#[test]
+fn two_windows_with_the_state_carried_over_are_one_long_window() {
+    let p = Problem::new(60, [8, 3, 5, 17]);
+    for device in devices() {
+        let mut backend = device.open();
+        let long = run(&mut *backend, device, &p, &Manner::whole(&p));
+        let first = p.window(0..5, p.h0.clone(), p.c0.clone());
+        let first_done = run(&mut *backend, device, &first, &Manner::whole(&first));
+        let second = p.window(5..8, first_done.h_last, first_done.c_last);
+        let second_done = run(&mut *backend, device, &second, &Manner::whole(&second));
+        let outputs = [first_done.outputs, second_done.outputs].concat();
+        assert_eq!(outputs, long.outputs, "on {device}");
+        assert_eq!((second_done.h_last, second_done.c_last), (long.h_last, long.c_last), "on {device}");
+    }
+}
+
+#[test]
+fn a_batch_equals_its_rows_one_by_one() {
+    let p = Problem::new(70, [5, 7, 3, 17]).with_lengths(&[5, 2, 5, 3, 1, 4, 5]);
+    for device in devices() {
+        let mut backend = device.open();
+        let batch = run(&mut *backend, device, &p, &Manner::whole(&p));
+        let mut sums = vec![0.0; batch.dweight_hh.len()];
+        for b in 0..p.n_rows {
+            let alone = p.row(b);
+            let row = run(&mut *backend, device, &alone, &Manner::whole(&alone));
+            let of_row = |values: &[f32], width: usize| -> Vec<f32> {
+                values.chunks_exact(width).skip(b).step_by(p.n_rows).flatten().copied().collect()
+            };
+            let picked = [
+                ("outputs", of_row(&batch.outputs, p.hidden), row.outputs),
+                ("final c", of_row(&batch.c_last, p.hidden), row.c_last),
+                ("dx", of_row(&batch.dx, p.n_inputs), row.dx),
+                ("gradient of the initial h", of_row(&batch.dh0, p.hidden), row.dh0),
+            ];
+            for (name, in_batch, alone) in picked {
+                near(&format!("{name} of row {b} on {device}"), &in_batch, &alone);
+            }
+            sums.iter_mut().zip(row.dweight_hh).for_each(|(sum, d)| *sum += d);
+        }
+        near(&format!("gradient of weight_hh as a sum over rows on {device}"), &batch.dweight_hh, &sums);
+    }
+}
+
+#[test]
+fn what_lies_behind_the_end_of_a_row_never_changes_a_result() {
+    let p = Problem::new(80, [6, 4, 3, 5]).with_lengths(&[6, 2, 3, 1]);
+    let mut filled = p.clone();
+    for (place, row) in filled.x.chunks_exact_mut(3).enumerate() {
+        if (place / 4) as u32 >= [6, 2, 3, 1][place % 4] {
+            row.fill(1000.0);
+        }
+    }
+    let mut dh_out = filled.dh_out.take().expect("drawn");
+    for (place, row) in dh_out.chunks_exact_mut(5).enumerate() {
+        if (place / 4) as u32 >= [6, 2, 3, 1][place % 4] {
+            row.fill(-1000.0);
+        }
+    }
+    filled.dh_out = Some(dh_out);
+    for device in devices() {
+        let mut backend = device.open();
+        let plain = run(&mut *backend, device, &p, &Manner::whole(&p));
+        let padded = run(&mut *backend, device, &filled, &Manner::whole(&filled));
+        for ((name, a), (_, b)) in plain.parts().into_iter().zip(padded.parts()) {
+            assert_eq!(a, b, "{name} on {device}");
+        }
+    }
+}
+
+#[test]
+fn padded_hidden_units_never_change_a_result() {
+    let p = Problem::new(81, [5, 3, 3, 5]);
+    for device in devices() {
+        let mut backend = device.open();
+        let narrow = run(&mut *backend, device, &p, &Manner::whole(&p));
+        let wide = run(&mut *backend, device, &p, &Manner { hidden: 48, ..Manner::whole(&p) });
+        for ((name, a), (_, b)) in narrow.parts().into_iter().zip(wide.parts()) {
+            near(&format!("{name} on {device}"), a, b);
+        }
+    }
+}
+
+#[test]
+fn the_same_sweep_twice_gives_the_same_bits() {
+    let p = Problem::new(82, [6, 17, 5, 33]);
+    for device in devices() {
+        let mut backend = device.open();
+        let once = run(&mut *backend, device, &p, &Manner::whole(&p));
+        let again = run(&mut *device.open(), device, &p, &Manner::whole(&p));
+        for ((name, a), (_, b)) in once.parts().into_iter().zip(again.parts()) {
+            assert!(a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits()), "{name} on {device}");
+        }
+    }
+}
+
+#[test]
+fn more_than_seventy_thousand_rows_and_steps_are_swept() {
+    for sizes in [[710, 100, 1, 1], [1, 70_001, 1, 1]] {
+        let p = Problem::new(90, sizes);
+        judge("large", &p, &Manner::whole(&p));
+    }
+}
+
+#[test]
+fn two_lanes_of_one_sweep_do_not_disturb_each_other() {
+    let forward = Problem::new(91, [6, 5, 3, 17]);
+    let reverse = Problem::new(92, [6, 5, 7, 33]).reversed();
+    for device in devices() {
+        let mut backend = device.open();
+        let alone: Vec<_> = [&forward, &reverse].map(|p| run(&mut *backend, device, p, &Manner::whole(p))).into();
+        let placed = [&forward, &reverse].map(|p| Placed::new(&mut *backend, device, p, &Manner::whole(p)));
+        for gradients in [false, true] {
+            let lanes: Vec<Lane> = placed.iter().map(|placed| placed.lane(0..6, false, gradients)).collect();
+            let args = SweepArgs { n_rows: 5, lanes: &lanes, flags: placed[0].flags.span, gradients };
+            backend.sweep(&args).expect("a sweep of two lanes");
+        }
+        for (placed, alone) in placed.into_iter().zip(alone) {
+            let together = placed.finish(&mut *backend);
+            for ((name, a), (_, b)) in alone.parts().into_iter().zip(together.parts()) {
+                assert_eq!(a, b, "{name} on {device}");
+            }
+        }
+    }
+}
+
+#[test]
+fn lengths_in_a_reverse_lane_are_refused() {
+    let p = Problem::new(93, [3, 2, 1, 1]).reversed().with_lengths(&[3, 1]);
+    for device in devices() {
+        let mut backend = device.open();
+        let placed = Placed::new(&mut *backend, device, &p, &Manner::whole(&p));
+        let lanes = [placed.lane(0..3, false, false)];
+        let args = SweepArgs { n_rows: 2, lanes: &lanes, flags: placed.flags.span, gradients: false };
+        let refused = backend.sweep(&args).expect_err("lengths with a reverse lane");
+        assert!(refused.to_string().contains("lengths with a reverse lane"), "{refused:#}");
+    }
+}
+
+/// Sweeps step by step and gives back after how many the flag was raised; none if never.
+fn raised_at(backend: &mut dyn Backend, device: Device, p: &Problem) -> Option<usize> {
+    let placed = Placed::new(backend, device, p, &Manner::whole(p));
+    (0..p.n_steps).find(|&t| {
+        let lanes = [placed.lane(t as u32..t as u32 + 1, false, false)];
+        let args = SweepArgs { n_rows: p.n_rows as u32, lanes: &lanes, flags: placed.flags.span, gradients: false };
+        backend.sweep(&args).expect("a forward sweep");
+        placed.flag(backend) != 0
+    })
+}
+
+#[test]
+fn one_non_finite_input_raises_the_flag_at_its_step() {
+    let p = Problem::new(94, [5, 3, 3, 17]);
+    for device in devices() {
+        let mut backend = device.open();
+        assert_eq!(raised_at(&mut *backend, device, &p), None, "finite values on {device}");
+        for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN] {
+            for t in 0..5 {
+                let mut p = p.clone();
+                p.x[(t * 3 + 2) * 3 + 1] = wrong;
+                assert_eq!(raised_at(&mut *backend, device, &p), Some(t), "{wrong} at step {t} on {device}");
+            }
+        }
+    }
+}
+
+#[test]
+fn one_non_finite_parameter_or_state_raises_the_flag_at_the_first_step() {
+    let p = Problem::new(95, [2, 3, 3, 17]);
+    type Place = fn(&mut Problem) -> &mut f32;
+    let places: [(&str, Place); 6] = [
+        ("weight_ih", |p| &mut p.weight_ih[4 * 17 * 3 - 1]),
+        ("weight_hh", |p| &mut p.weight_hh[2 * 17 * 17 + 5]),
+        ("bias_ih", |p| &mut p.bias_ih.as_mut().expect("drawn")[20]),
+        ("bias_hh", |p| &mut p.bias_hh.as_mut().expect("drawn")[0]),
+        ("h0", |p| &mut p.h0[2 * 17 + 16]),
+        ("huge weight", |p| &mut p.weight_hh[7]),
+    ];
+    for device in devices() {
+        let mut backend = device.open();
+        for (name, place) in places {
+            let mut p = p.clone();
+            *place(&mut p) = if name == "huge weight" { f32::INFINITY } else { f32::NAN };
+            assert_eq!(raised_at(&mut *backend, device, &p), Some(0), "{name} on {device}");
+        }
+    }
+}
+
+#[test]
+fn a_non_finite_input_behind_the_end_of_its_row_raises_no_flag() {
+    let mut p = Problem::new(96, [3, 2, 1, 1]).with_lengths(&[3, 1]);
+    p.x[2 * 2 + 1] = f32::NAN;
+    for device in devices() {
+        assert_eq!(raised_at(&mut *device.open(), device, &p), None, "on {device}");
+    }
+}
