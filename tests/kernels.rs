@@ -1,9 +1,7 @@
 //! Every kernel of the catalogue, every case, every device, judged by the oracle; and what the catalogue itself must keep to.
 
 use carrousel::backend::Backend;
-use carrousel::kernels::{
-    ALL, Access, AdapterClass, Binding, Case, Dispatch, Entry, Fill, Kernel, MAX_WORKGROUPS, Operand, ShapeError,
-};
+use carrousel::kernels::{ALL, Access, AdapterClass, Binding, Case, Dispatch, Entry, Fill, Kernel, MAX_WORKGROUPS, Operand, ShapeError};
 use carrousel::pool::{CpuContext, Isa};
 
 use crate::adapters::{Device, devices};
