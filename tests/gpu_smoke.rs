@@ -272,7 +272,7 @@ impl Kernel for Probe {
     }
     fn run(&self, _: &mut CpuContext, operands: &mut [Operand<'_>]) {
         let [x, y] = operands else { unreachable!("two operands") };
-        for (x, y) in x.as_slice().iter().zip(y.as_mut().chunks_exact_mut(3)) {
+        for (x, y) in x.as_slice().iter().zip(y.as_mut_slice().chunks_exact_mut(3)) {
             y.copy_from_slice(&[activations::exp(*x), activations::sigmoid(*x), activations::tanh(*x)]);
         }
     }

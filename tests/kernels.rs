@@ -1,31 +1,13 @@
 //! Every kernel of the catalogue, every case, every device, judged by the oracle; and what the catalogue itself must keep to.
 
 use carrousel::backend::Backend;
-use carrousel::kernels::{
-    ALL, Access, AdapterClass, Binding, Case, CaseOperand, Dispatch, Entry, Fill, Kernel, MAX_WORKGROUPS, Operand, ShapeError,
-};
+use carrousel::kernels::{ALL, Access, AdapterClass, Binding, Case, Dispatch, Entry, Fill, Kernel, MAX_WORKGROUPS, Operand, ShapeError};
 use carrousel::pool::{CpuContext, Isa};
-use carrousel::rng::{Purpose, StepKey, Stream};
 
 use crate::adapters::{Device, devices};
 use crate::compare::{Outcome, Source, What, compare, compare_words, is_kept, unchanged};
-use crate::memory::{Guarded, POISON_WORD, floats};
+use crate::memory::{Guarded, POISON_WORD, floats, words_of};
 use crate::oracle::{self, Want};
-
-/// The words an operand holds before a launch.
-fn words_of(operand: &CaseOperand, seed: u64, idx: usize) -> Vec<u32> {
-    let mut stream = Stream::new(StepKey::new(seed, 0), Purpose::Test, idx as u32, 0);
-    let words: Vec<u32> = match &operand.fill {
-        Fill::Uniform { low, high } => (0..operand.len).map(|_| (low + (high - low) * stream.uniform()).to_bits()).collect(),
-        Fill::Indices { below } => (0..operand.len).map(|_| stream.below(*below)).collect(),
-        Fill::Words(words) => words.clone(),
-        Fill::Floats(values) => values.iter().map(|v| v.to_bits()).collect(),
-        Fill::Zeros => vec![0; operand.len],
-        Fill::Poison => vec![POISON_WORD; operand.len],
-    };
-    assert_eq!(words.len(), operand.len, "a fill that is not as long as its operand");
-    words
-}
 
 /// A kernel as it runs on adapters of another class than the one at hand, so that a software driver judges the variants for hardware too.
 struct As<'k> {

@@ -77,7 +77,7 @@ impl Backend for CpuBackend {
     fn alloc(&mut self, label: &str, len: usize) -> Result<BufferId> {
         let mut data = Vec::new();
         data.try_reserve_exact(len)
-            .with_context(|| format!("no memory for {label}: {} MiB; lower --batch-size or --hidden", len * 4 >> 20))?;
+            .with_context(|| format!("no memory for {label}: {} MiB; lower --batch-size or --hidden", (len * 4) >> 20))?;
         data.resize(len, 0.0);
         self.buffers.push(Some(data));
         Ok(BufferId(self.buffers.len() as u32 - 1))

@@ -1,7 +1,7 @@
 //! Channels between ranks that are threads of one process, with flow control, deadlines and the search for who is to blame.
 //!
 //! Every ordered pair of ranks has a link: one bounded channel for messages and one on which the receiver hands the buffers back.
-//! A link owns [`IN_FLIGHT`] buffers, made when it is first used. A message goes out only in one of them, so a sender that runs ahead
+//! A link owns `IN_FLIGHT` buffers, made when it is first used. A message goes out only in one of them, so a sender that runs ahead
 //! waits for its receiver, the channels never fill, and nothing is allocated from then on.
 //! Never here: what a message means, sums, plans.
 

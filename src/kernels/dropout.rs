@@ -74,7 +74,7 @@ impl Kernel for Dropout {
         let (n_rows, width) = (self.n_rows as usize, self.width as usize);
         let len = self.n_steps as usize * n_rows * width;
         let (streams, source) = (streams.as_indices(), &source.as_slice()[self.start as usize..][..len]);
-        let target = &mut target.as_mut()[self.to as usize..][..len];
+        let target = &mut target.as_mut_slice()[self.to as usize..][..len];
         let isa = ctx.isa;
         let min_rows = 4096usize.div_ceil(width.max(1));
         ctx.pool.run(

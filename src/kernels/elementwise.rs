@@ -43,7 +43,7 @@ impl Kernel for Add {
     fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
         let [x, y] = operands else { unreachable!("two operands") };
         let (x, len) = (&x.as_slice()[self.x_offset as usize..], self.len as usize);
-        let y = &mut y.as_mut()[self.y_offset as usize..][..len];
+        let y = &mut y.as_mut_slice()[self.y_offset as usize..][..len];
         ctx.pool.run(Rows { data: y, width: 1 }, len, MIN_PART, &|part: Rows<'_>, range: std::ops::Range<usize>| {
             part.data.iter_mut().zip(&x[range]).for_each(|(y, x)| *y += self.a * x);
         });
@@ -73,7 +73,7 @@ impl Kernel for Scale {
     fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
         let [y] = operands else { unreachable!("one operand") };
         let len = self.len as usize;
-        let y = &mut y.as_mut()[self.offset as usize..][..len];
+        let y = &mut y.as_mut_slice()[self.offset as usize..][..len];
         ctx.pool.run(Rows { data: y, width: 1 }, len, MIN_PART, &|part: Rows<'_>, _| part.data.iter_mut().for_each(|y| *y *= self.a));
     }
 }

@@ -58,7 +58,7 @@ impl Kernel for EmbeddingGather {
         let [tokens, table, out] = operands else { unreachable!("three operands") };
         let (n, width) = (self.n_tokens as usize, self.width as usize);
         let (tokens, table) = (tokens.as_indices(), &table.as_slice()[self.table as usize..][..self.n_classes as usize * width]);
-        let out = &mut out.as_mut()[self.out as usize..][..n * width];
+        let out = &mut out.as_mut_slice()[self.out as usize..][..n * width];
         ctx.pool.run(Rows { data: out, width }, n, 512, &|part: Rows<'_>, range: std::ops::Range<usize>| {
             for (n, out) in range.zip(part.data.chunks_exact_mut(width)) {
                 match table.get(tokens[n] as usize * width..(tokens[n] as usize + 1) * width) {
@@ -164,7 +164,7 @@ impl Kernel for EmbeddingGradient {
     fn run(&self, _: &mut CpuContext, operands: &mut [Operand<'_>]) {
         let [index, dx, grad] = operands else { unreachable!("three operands") };
         let (index, width, n) = (index.as_indices(), self.width as usize, self.n_distinct as usize);
-        let (dx, grad) = (&dx.as_slice()[self.dx as usize..], &mut grad.as_mut()[self.grad as usize..]);
+        let (dx, grad) = (&dx.as_slice()[self.dx as usize..], &mut grad.as_mut_slice()[self.grad as usize..]);
         let (tokens, rest) = index.split_at(n);
         let (starts, places) = rest.split_at(n + 1);
         for (i, &token) in tokens.iter().enumerate() {

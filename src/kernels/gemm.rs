@@ -153,7 +153,7 @@ impl Kernel for Gemm {
         let [a, b, bias, c] = operands else { unreachable!("gemm has four operands") };
         let (a, b) = (a.as_slice(), b.as_slice());
         let bias = (self.use_bias == 1).then(|| &bias.as_slice()[self.bias_offset as usize..][..self.n as usize]);
-        product(ctx, self, a, b, bias, c.as_mut());
+        product(ctx, self, a, b, bias, c.as_mut_slice());
     }
 }
 

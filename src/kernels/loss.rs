@@ -69,7 +69,10 @@ impl Kernel for SoftmaxCrossEntropy {
         let (targets, weights) = (targets.as_indices(), weights.as_slice());
         let raised = std::sync::atomic::AtomicBool::new(false);
         let isa = ctx.isa;
-        let work = (Rows { data: &mut logits.as_mut()[..n * stride], width: stride }, Rows { data: &mut row_loss.as_mut()[..n], width: 1 });
+        let work = (
+            Rows { data: &mut logits.as_mut_slice()[..n * stride], width: stride },
+            Rows { data: &mut row_loss.as_mut_slice()[..n], width: 1 },
+        );
         let min_rows = (1usize << 13).div_ceil(stride.max(1));
         ctx.pool.run(work, n, min_rows, &|(logits, losses): (Rows<'_>, Rows<'_>), range: std::ops::Range<usize>| {
             let mut bad = 0u32;
@@ -191,7 +194,8 @@ impl Kernel for SquaredError {
         let (n, outputs, stride) = (self.n_rows as usize, self.n_outputs as usize, self.row_stride as usize);
         let (targets, weights) = (targets.as_slice(), weights.as_slice());
         let mut bad = false;
-        for (row, (values, loss)) in predictions.as_mut()[..n * stride].chunks_exact_mut(stride).zip(row_loss.as_mut()).enumerate().take(n)
+        for (row, (values, loss)) in
+            predictions.as_mut_slice()[..n * stride].chunks_exact_mut(stride).zip(row_loss.as_mut_slice()).enumerate().take(n)
         {
             let mut sum = 0.0;
             for (o, value) in values.iter_mut().enumerate() {

@@ -130,10 +130,10 @@ impl Kernel for LstmStepForward {
         let width = hidden * GATES;
         let params = params.as_slice();
         let lengths = (self.use_lengths == 1).then(|| lengths.as_indices());
-        let (h_prev, h_next) = two_parts(h.as_mut(), self.h_prev as usize, self.h as usize, rows * hidden);
-        let (c_prev, c_next) = two_parts(c.as_mut(), self.c_prev as usize, self.c as usize, rows * hidden);
+        let (h_prev, h_next) = two_parts(h.as_mut_slice(), self.h_prev as usize, self.h as usize, rows * hidden);
+        let (c_prev, c_next) = two_parts(c.as_mut_slice(), self.c_prev as usize, self.c as usize, rows * hidden);
         let (h_prev, c_prev) = (&*h_prev, &*c_prev);
-        let gates = &mut gates.as_mut()[self.gates as usize..][..rows * width];
+        let gates = &mut gates.as_mut_slice()[self.gates as usize..][..rows * width];
         let weight = &params[self.weight_hh as usize..][..hidden * width];
         let bias_at = |offset: u32| (offset != NONE).then(|| &bias.as_slice()[offset as usize..][..width]);
         let (bias_ih, bias_hh) = (bias_at(self.bias_ih), bias_at(self.bias_hh));
@@ -294,12 +294,12 @@ impl Kernel for LstmStepBackward {
         let c = &c.as_slice()[self.c as usize..][..rows * hidden];
         let dh_out = (self.dh_out != NONE).then(|| &dh_out.as_slice()[self.dh_out as usize..][..rows * hidden]);
         let (gates, dz_after): (&mut [f32], &[f32]) = if self.last == 1 {
-            (&mut gates.as_mut()[self.gates as usize..][..rows * width], &[])
+            (&mut gates.as_mut_slice()[self.gates as usize..][..rows * width], &[])
         } else {
-            let (after, here) = two_parts(gates.as_mut(), self.dz_after as usize, self.gates as usize, rows * width);
+            let (after, here) = two_parts(gates.as_mut_slice(), self.dz_after as usize, self.gates as usize, rows * width);
             (here, after)
         };
-        let (dh_last, dc) = carry.as_mut()[self.carry as usize..][..2 * rows * hidden].split_at_mut(rows * hidden);
+        let (dh_last, dc) = carry.as_mut_slice()[self.carry as usize..][..2 * rows * hidden].split_at_mut(rows * hidden);
         let isa = ctx.isa;
         // The sum over gates and panels needs somewhere to lie.
         let dh = ctx.scratch.take(rows * hidden);

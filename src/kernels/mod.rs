@@ -85,7 +85,7 @@ impl<'a> Operand<'a> {
     }
 
     /// The words, for writing; the catalogue's access table guarantees that they may be.
-    pub fn as_mut(&mut self) -> &mut [f32] {
+    pub fn as_mut_slice(&mut self) -> &mut [f32] {
         match self {
             Self::ReadWrite(s) => s,
             Self::Read(_) => unreachable!("the backend binds operands as the kernel's table of bindings says"),
@@ -94,7 +94,7 @@ impl<'a> Operand<'a> {
 
     /// The words as unsigned integers, for writing.
     pub fn as_indices_mut(&mut self) -> &mut [u32] {
-        bytemuck::cast_slice_mut(self.as_mut())
+        bytemuck::cast_slice_mut(self.as_mut_slice())
     }
 }
 

@@ -80,7 +80,7 @@ impl Kernel for ColumnSums {
                 for_isa!(isa, add_to(totals: &mut [f32], values: &[f32]));
             }
         });
-        let sums = sums.as_mut();
+        let sums = sums.as_mut_slice();
         for out in [self.out, self.second_out].into_iter().filter(|&out| out != NONE) {
             let out = &mut sums[out as usize..][..n_cols];
             if self.accumulate == 1 {
@@ -155,7 +155,7 @@ impl Kernel for Sum {
     fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
         let [data, out] = operands else { unreachable!("two operands") };
         let data = &data.as_slice()[self.offset as usize..][..self.len as usize];
-        let total = &mut out.as_mut()[self.out as usize];
+        let total = &mut out.as_mut_slice()[self.out as usize];
         for_isa!(ctx.isa, sum_of(data: &[f32], total: &mut f32));
     }
 }
@@ -183,7 +183,7 @@ impl Kernel for BlockSquares {
 
     fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
         let [data, squares] = operands else { unreachable!("two operands") };
-        block_squares(ctx, &data.as_slice()[..self.len as usize], &mut squares.as_mut()[self.out as usize..]);
+        block_squares(ctx, &data.as_slice()[..self.len as usize], &mut squares.as_mut_slice()[self.out as usize..]);
     }
 }
 

@@ -116,8 +116,8 @@ impl Kernel for Sgd {
         let [p, grad, v] = operands else { unreachable!("three operands") };
         let len = self.len as usize;
         let (grad, isa, this) = (&grad.as_slice()[..len], ctx.isa, self);
-        let v = if self.momentum == 0.0 { &mut [] } else { &mut v.as_mut()[..len] };
-        let work = (Rows { data: &mut p.as_mut()[..len], width: 1 }, Rows { data: v, width: 1 });
+        let v = if self.momentum == 0.0 { &mut [] } else { &mut v.as_mut_slice()[..len] };
+        let work = (Rows { data: &mut p.as_mut_slice()[..len], width: 1 }, Rows { data: v, width: 1 });
         ctx.pool.run(work, len, MIN_PART, &|(p, v): (Rows<'_>, Rows<'_>), range: std::ops::Range<usize>| {
             let (p, grad, v) = (p.data, &grad[range], v.data);
             for_isa!(isa, sgd(this: &Sgd, p: &mut [f32], grad: &[f32], v: &mut [f32]));
@@ -159,9 +159,12 @@ impl Kernel for Rmsprop {
         let [p, grad, m, v] = operands else { unreachable!("four operands") };
         let len = self.len as usize;
         let (grad, isa, this) = (&grad.as_slice()[..len], ctx.isa, self);
-        let m = if self.momentum == 0.0 { &mut [] } else { &mut m.as_mut()[..len] };
-        let work =
-            (Rows { data: &mut p.as_mut()[..len], width: 1 }, Rows { data: m, width: 1 }, Rows { data: &mut v.as_mut()[..len], width: 1 });
+        let m = if self.momentum == 0.0 { &mut [] } else { &mut m.as_mut_slice()[..len] };
+        let work = (
+            Rows { data: &mut p.as_mut_slice()[..len], width: 1 },
+            Rows { data: m, width: 1 },
+            Rows { data: &mut v.as_mut_slice()[..len], width: 1 },
+        );
         ctx.pool.run(work, len, MIN_PART, &|(p, m, v): (Rows<'_>, Rows<'_>, Rows<'_>), range: std::ops::Range<usize>| {
             let (p, grad, m, v) = (p.data, &grad[range], m.data, v.data);
             for_isa!(isa, rmsprop(this: &Rmsprop, p: &mut [f32], grad: &[f32], m: &mut [f32], v: &mut [f32]));
@@ -201,9 +204,9 @@ impl Kernel for Adam {
         let len = self.len as usize;
         let (grad, isa, this) = (&grad.as_slice()[..len], ctx.isa, self);
         let work = (
-            Rows { data: &mut p.as_mut()[..len], width: 1 },
-            Rows { data: &mut m.as_mut()[..len], width: 1 },
-            Rows { data: &mut v.as_mut()[..len], width: 1 },
+            Rows { data: &mut p.as_mut_slice()[..len], width: 1 },
+            Rows { data: &mut m.as_mut_slice()[..len], width: 1 },
+            Rows { data: &mut v.as_mut_slice()[..len], width: 1 },
         );
         ctx.pool.run(work, len, MIN_PART, &|(p, m, v): (Rows<'_>, Rows<'_>, Rows<'_>), range: std::ops::Range<usize>| {
             let (p, grad, m, v) = (p.data, &grad[range], m.data, v.data);

@@ -70,7 +70,7 @@ impl Balance {
             let known = self.speeds.iter_mut().zip(measured).filter(|(_, new)| *new > 0.0);
             known.for_each(|(speed, new)| *speed += SMOOTHING * (new - *speed));
         }
-        if self.n_seen % INTERVAL != 0 {
+        if !self.n_seen.is_multiple_of(INTERVAL) {
             return false;
         }
         let n_rows = shares.iter().map(Range::len).sum();

@@ -307,6 +307,21 @@ pub fn parse_balance(text: &str, n_workers: Option<usize>) -> Result<Balance, De
     }
 }
 
+/// The adapters of this machine as [`resolve`] takes them.
+///
+/// # Errors
+/// What the graphics drivers report.
+pub fn adapters() -> anyhow::Result<Vec<AdapterSummary>> {
+    let class = |kind| match kind {
+        AdapterKind::Discrete => AdapterClass::Discrete,
+        AdapterKind::Integrated => AdapterClass::Integrated,
+        AdapterKind::Virtual => AdapterClass::Virtual,
+        AdapterKind::Software => AdapterClass::Software,
+        _ => AdapterClass::Unknown,
+    };
+    Ok(gpu::adapters::list()?.into_iter().map(|a| AdapterSummary { name: a.name, class: class(a.kind) }).collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -452,19 +467,4 @@ mod tests {
             assert!(error.contains(part), "{text}: {error}");
         }
     }
-}
-
-/// The adapters of this machine as [`resolve`] takes them.
-///
-/// # Errors
-/// What the graphics drivers report.
-pub fn adapters() -> anyhow::Result<Vec<AdapterSummary>> {
-    let class = |kind| match kind {
-        AdapterKind::Discrete => AdapterClass::Discrete,
-        AdapterKind::Integrated => AdapterClass::Integrated,
-        AdapterKind::Virtual => AdapterClass::Virtual,
-        AdapterKind::Software => AdapterClass::Software,
-        _ => AdapterClass::Unknown,
-    };
-    Ok(gpu::adapters::list()?.into_iter().map(|a| AdapterSummary { name: a.name, class: class(a.kind) }).collect())
 }

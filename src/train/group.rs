@@ -114,7 +114,7 @@ impl Group {
             let (commands, inbox) = bounded::<Command>(2);
             let (outbox, answers) = bounded::<Result<Answer>>(2);
             let (seat, seated) = bounded::<(Option<Ring>, Update)>(1);
-            let (kind, wrap, group) = (device.kind.clone(), wrap.cloned(), spec.clone());
+            let (kind, wrap, group) = (device.kind, wrap.cloned(), spec.clone());
             let body = move || {
                 let backend = match open_device(&kind) {
                     Ok(backend) => match wrap {

@@ -70,7 +70,7 @@ impl Workload {
     }
 
     /// Random data of this size.
-    fn batch(&self, seed: u64) -> Batch {
+    pub fn batch(&self, seed: u64) -> Batch {
         let mut random = Stream::new(StepKey::new(seed, 0), Purpose::Test, 0, 0);
         let (t, b) = (self.n_steps, self.n_rows);
         let mut numbers = |n: usize| -> Vec<f32> { (0..n).map(|_| 2.0 * random.uniform() - 1.0).collect() };
