@@ -67,7 +67,7 @@ const SERIES: Defaults = Defaults {
     horizon: 12,
     batch_size: 32,
     epochs: 40,
-    lr: 2e-3,
+    lr: 5e-3,
     select: Select::Best,
     log_every: 50,
 };

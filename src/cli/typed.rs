@@ -5,8 +5,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser, ValueParser};
-use serde::de::value::{Error as NameError, MapAccessDeserializer, StrDeserializer};
-use serde::de::{self, DeserializeOwned, Deserializer, IntoDeserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::value::{Error as NameError, StrDeserializer};
+use serde::de::{self, DeserializeOwned, Deserializer, IntoDeserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use crate::data::series::{Missing, Relative};
@@ -105,7 +105,7 @@ pub struct Typed {
     pub no_bias: Option<bool>,
     /// How weights start: uniform:A, torch, xavier, he or orthogonal
     #[arg(long, value_name = "INIT", help_heading = MODEL, value_parser = Init::from_str)]
-    #[serde(serialize_with = "init_as_text", deserialize_with = "init_from_text", skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub init: Option<Init>,
     /// Starting biases of the gates; by default those of --init
     #[arg(long, value_name = "I,F,G,O", help_heading = MODEL, value_parser = numbers::<4>, allow_hyphen_values = true)]
@@ -396,42 +396,12 @@ fn fixed_numbers<'de, D: Deserializer<'de>, const N: usize>(deserializer: D) -> 
     deserializer.deserialize_any(NumbersVisitor).map(Some)
 }
 
-#[allow(clippy::ref_option, reason = "the signature that serde asks for")]
-fn init_as_text<S: serde::Serializer>(init: &Option<Init>, serializer: S) -> Result<S::Ok, S::Error> {
-    match init {
-        Some(init) => serializer.collect_str(init),
-        None => serializer.serialize_none(),
-    }
-}
-
-fn init_from_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Init>, D::Error> {
-    struct InitVisitor;
-
-    impl<'de> Visitor<'de> for InitVisitor {
-        type Value = Init;
-
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("one of uniform:A, torch, xavier, he, orthogonal")
-        }
-
-        fn visit_str<E: de::Error>(self, text: &str) -> Result<Init, E> {
-            text.parse().map_err(E::custom)
-        }
-
-        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Init, A::Error> {
-            Init::deserialize(MapAccessDeserializer::new(map))
-        }
-    }
-
-    deserializer.deserialize_any(InitVisitor).map(Some)
-}
-
 /// Only the form is judged here, so that the answer to a wrong sum can name the file that it stands in.
 fn split(text: &str) -> Result<Split, String> {
     numbers::<3>(text).map(|[train, valid, test]| Split { train, valid, test })
 }
 
-/// Three numbers as those of a flag, or by their names as in the record of a run.
+/// Three numbers in a list, or as those of the flag.
 fn split_from_any<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Split>, D::Error> {
     struct SplitVisitor;
 
@@ -448,10 +418,6 @@ fn split_from_any<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<S
 
         fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Split, A::Error> {
             NumbersVisitor::<3>.visit_seq(seq).map(|[train, valid, test]| Split { train, valid, test })
-        }
-
-        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Split, A::Error> {
-            Split::deserialize(MapAccessDeserializer::new(map))
         }
     }
 

@@ -429,6 +429,14 @@ impl Series {
         self.spec.clock.position(self.ticks[row])
     }
 
+    /// The time of `row` as a number for an axis (see [`Clock::axis`]).
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn axis(&self, row: usize) -> f64 {
+        self.spec.clock.axis(self.ticks[row])
+    }
+
     /// The time of `row` as the file writes times; rows beyond the end go on by the step.
     pub fn time_at(&self, row: usize) -> String {
         match self.ticks.get(row) {

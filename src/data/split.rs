@@ -6,6 +6,7 @@ use super::error::DataError;
 
 /// Fractions of training, validation and test; they add up to 1.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(from = "[f64; 3]", into = "[f64; 3]")]
 pub struct Split {
     /// Fraction for training, above 0.
     pub train: f64,
@@ -13,6 +14,18 @@ pub struct Split {
     pub valid: f64,
     /// Fraction for the test.
     pub test: f64,
+}
+
+impl From<[f64; 3]> for Split {
+    fn from([train, valid, test]: [f64; 3]) -> Self {
+        Self { train, valid, test }
+    }
+}
+
+impl From<Split> for [f64; 3] {
+    fn from(split: Split) -> Self {
+        [split.train, split.valid, split.test]
+    }
 }
 
 impl Default for Split {

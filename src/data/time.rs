@@ -187,6 +187,15 @@ impl Clock {
         }
     }
 
+    /// The time as a number for an axis: years for times of a calendar, else the number of the row.
+    pub fn axis(&self, tick: i64) -> f64 {
+        match self.style {
+            Style::Rows => tick as f64,
+            Style::Decimal { .. } => tick as f64 / YEAR_TICKS,
+            Style::Date { .. } | Style::Month { .. } | Style::DateTime { .. } => 1970.0 + tick as f64 / (YEAR_DAYS * DAY as f64),
+        }
+    }
+
     /// The time as the file writes it.
     pub fn print(&self, tick: i64) -> String {
         match &self.style {

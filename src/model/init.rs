@@ -9,7 +9,7 @@ use crate::shape::GATES;
 
 /// How weights start. Biases start at zero except with [`Init::Torch`] and [`Init::Uniform`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(try_from = "String", into = "String")]
 pub enum Init {
     /// U(-a, a) for everything, as in older papers.
     Uniform(f64),
@@ -39,6 +39,20 @@ impl std::str::FromStr for Init {
             ("orthogonal", None) => Ok(Self::Orthogonal),
             _ => Err(format!("{s:?} is not one of uniform:A, torch, xavier, he, orthogonal")),
         }
+    }
+}
+
+impl TryFrom<String> for Init {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Init> for String {
+    fn from(init: Init) -> Self {
+        init.to_string()
     }
 }
 

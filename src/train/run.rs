@@ -622,12 +622,12 @@ impl Trainer<'_> {
             let n_targets = series.spec().targets.len();
             let last = (horizon - 1) * n_targets;
             let name = series.spec().target_columns().next().map_or_else(String::new, |c| c.name.clone());
-            let times = forecast.origins.iter().map(|&o| series.time_at(o as usize + horizon)).collect();
+            let times = forecast.origins.iter().map(|&o| series.axis(o as usize + horizon)).collect();
             let truth = forecast.origins.iter().map(|&o| truth_at_end(series, o).unwrap_or(f64::NAN)).collect();
             let plot = ForecastPlot {
                 title: format!("{name}: held-out values and forecasts {horizon} steps ahead"),
                 unit: name,
-                times: Times::Text(times),
+                times: Times::Numbers(times),
                 truth,
                 forecast: forecast.values.iter().map(|v| v[last]).collect(),
                 baseline: None,
