@@ -1,19 +1,30 @@
 //! All integration tests, in one binary so that wgpu links once.
 
-mod adapters;
-mod alloc_count;
-mod cli;
-mod collectives;
-mod compare;
-mod data;
-mod gpu_gemm_lstm;
-mod gpu_smoke;
-mod kernels;
-mod memory;
-mod observe;
-mod oracle;
-mod runs;
-mod shaders;
-mod store;
-mod sweep;
-mod training;
+mod adapters; // which devices are tested: CARROUSEL_TEST_GPU
+mod alloc_count; // the counting allocator
+mod cli; // the program from outside: exit codes, streams, signals
+mod collectives; // plans of the ring as data, and the ring itself
+mod compare; // the comparer, with faults planted for it
+mod data; // texts and series, as files and as batches
+mod gpu_gemm_lstm; // products and LSTM steps on the GPU against the CPU, at the edges of dispatches and loops
+mod gpu_smoke; // the GPU backend itself: order, readbacks, loss, limits
+mod house; // floors, and what may be named where
+mod kernels; // every kernel on every device against the oracle
+mod memory; // operands between guard bands
+mod model; // whole networks against an f64 network
+mod observe; // events, metrics, pictures
+mod optim; // update rules against torch.optim in f64; schedules
+mod oracle; // every kernel in naive f64
+mod runs; // what tests of whole runs share
+mod shaders; // every shader parses, validates, fits its Rust twin, and translates
+mod store; // checkpoints and run folders through faults
+mod sweep; // a layer over time against an f64 layer
+mod tasks; // tiny tasks that must be learnt
+mod training; // whole runs
+mod vectors; // cases computed by PyTorch
+
+/// The last test by name, so that what was skipped stands at the end.
+#[test]
+fn zz_adapters_report() {
+    adapters::report();
+}

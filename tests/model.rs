@@ -1,0 +1,727 @@
+//! Whole networks: losses, outputs, states and gradients of [`Model`] on every device against the same network in naive f64, one row at a time,
+//! and that network against central differences of its own loss.
+
+use std::collections::BTreeMap;
+
+use carrousel::backend::{Backend, read_now};
+use carrousel::model::config::{Input, ModelConfig, Output};
+use carrousel::model::init::{Init, initial};
+use carrousel::model::{Model, Pass, Share, Words, read_buckets};
+use carrousel::params::ParamTable;
+use carrousel::rng::{Purpose, StepKey, Stream};
+use carrousel::shape::pad_units;
+
+use crate::adapters::{DEADLINE, Device, devices};
+use crate::oracle::sigmoid;
+
+/// A network's parameters or gradients by name, in PyTorch's order.
+type Tensors = BTreeMap<String, Vec<f64>>;
+
+/// Largest error of a gradient's element, as a share of the tensor's largest element: sums of a few hundred f32 products, through a few dozen steps.
+const GRADIENT_TOLERANCE: f64 = 2e-5;
+/// Largest error of a state or an output, whose size is about 1.
+const OUTPUT_TOLERANCE: f64 = 5e-6;
+
+/// Words that go in, or that should come out.
+#[derive(Clone, Debug)]
+enum Data {
+    Tokens(Vec<u32>),
+    Values(Vec<f32>),
+}
+
+impl Data {
+    fn words(&self) -> Words<'_> {
+        match self {
+            Self::Tokens(tokens) => Words::Tokens(tokens),
+            Self::Values(values) => Words::Values(values),
+        }
+    }
+
+    /// Rows `rows` of `[t, b, width]`.
+    fn rows(&self, [t, b, width]: [usize; 3], rows: &std::ops::Range<usize>) -> Self {
+        match self {
+            Self::Tokens(tokens) => Self::Tokens(columns(tokens, [t, b, width], rows)),
+            Self::Values(values) => Self::Values(columns(values, [t, b, width], rows)),
+        }
+    }
+}
+
+fn columns<T: Copy>(values: &[T], [t, b, width]: [usize; 3], rows: &std::ops::Range<usize>) -> Vec<T> {
+    (0..t).flat_map(|step| &values[(step * b + rows.start) * width..(step * b + rows.end) * width]).copied().collect()
+}
+
+/// A network with parameters and a share to compute.
+#[derive(Clone, Debug)]
+struct Case {
+    name: &'static str,
+    config: ModelConfig,
+    /// By tensor of the table.
+    params: Vec<Vec<f32>>,
+    n_steps: usize,
+    n_rows: usize,
+    input: Data,
+    targets: Data,
+    weights: Vec<f32>,
+    streams: Vec<u32>,
+    /// `[L, 2, B, H]` without padding; none: zero.
+    state: Option<Vec<f32>>,
+    scale: f32,
+    key: Option<StepKey>,
+}
+
+impl Case {
+    /// Draws parameters of the size that networks start with, inputs, targets, and weights of which one is zero.
+    fn new(name: &'static str, config: ModelConfig, [n_steps, n_rows]: [usize; 2], seed: u64) -> Self {
+        let mut stream = Stream::new(StepKey::new(seed, 0), Purpose::Test, 900, 0);
+        let mut uniform = |n: usize, size: f32| -> Vec<f32> { (0..n).map(|_| (2.0 * stream.uniform() - 1.0) * size).collect() };
+        let table = config.table();
+        let params = table.tensors().iter().map(|t| uniform(t.layout.torch_len(), 0.5)).collect();
+        let tb = n_steps * n_rows;
+        let input = match config.input {
+            Input::Tokens { .. } => None,
+            Input::Values { n_features } => Some(Data::Values(uniform(tb * n_features, 1.0))),
+        };
+        let (targets, mut weights) = match config.output {
+            Output::Classes { .. } => (None, uniform(tb, 0.5)),
+            Output::Values { n_outputs } => (Some(Data::Values(uniform(n_rows * n_outputs, 1.5))), uniform(n_rows * n_outputs, 0.5)),
+        };
+        weights.iter_mut().for_each(|w| *w += 1.0);
+        if weights.len() > 1 {
+            let middle = weights.len() / 2;
+            weights[middle] = 0.0;
+        }
+        let mut tokens = |n: usize, below: usize| Data::Tokens((0..n).map(|_| stream.below(below as u32)).collect());
+        let input = input.unwrap_or_else(|| match config.input {
+            Input::Tokens { vocabulary, .. } => tokens(tb, vocabulary),
+            Input::Values { .. } => unreachable!("values were drawn"),
+        });
+        let targets = targets.unwrap_or_else(|| tokens(tb, config.n_outputs()));
+        let scale = 1.0 / weights.iter().sum::<f32>();
+        let streams = (0..n_rows as u32).map(|b| 1000 + 7 * b).collect();
+        let key = (config.dropout > 0.0).then(|| StepKey::new(seed, 17));
+        Self { name, config, params, n_steps, n_rows, input, targets, weights, streams, state: None, scale, key }
+    }
+
+    fn with_state(mut self) -> Self {
+        let mut stream = Stream::new(StepKey::new(41, 0), Purpose::Test, 901, 0);
+        let len = self.config.n_layers * 2 * self.n_rows * self.config.hidden;
+        self.state = Some((0..len).map(|_| 2.0 * stream.uniform() - 1.0).collect());
+        self
+    }
+
+    /// The state with H padded, as a share takes it.
+    fn padded_state(&self) -> Option<Vec<f32>> {
+        let hidden = self.config.hidden;
+        let filled = |row: &[f32]| row.iter().copied().chain(std::iter::repeat_n(0.0, pad_units(hidden) - hidden)).collect::<Vec<_>>();
+        self.state.as_ref().map(|state| state.chunks_exact(hidden).flat_map(filled).collect())
+    }
+
+    fn share<'a>(&'a self, state: Option<&'a [f32]>) -> Share<'a> {
+        Share {
+            n_steps: self.n_steps,
+            n_rows: self.n_rows,
+            input: self.input.words(),
+            targets: Some(self.targets.words()),
+            weights: &self.weights,
+            streams: &self.streams,
+            state,
+            scale: self.scale,
+        }
+    }
+
+    /// Only these rows, with the whole's scale.
+    fn rows(&self, rows: std::ops::Range<usize>) -> Self {
+        let (t, b) = (self.n_steps, self.n_rows);
+        let width = match self.config.input {
+            Input::Tokens { .. } => 1,
+            Input::Values { n_features } => n_features,
+        };
+        let terms = match self.config.output {
+            Output::Classes { .. } => [t, b, 1],
+            Output::Values { n_outputs } => [1, b, n_outputs],
+        };
+        Self {
+            n_rows: rows.len(),
+            input: self.input.rows([t, b, width], &rows),
+            targets: self.targets.rows(terms, &rows),
+            weights: columns(&self.weights, terms, &rows),
+            streams: self.streams[rows.clone()].to_vec(),
+            state: self.state.as_ref().map(|state| columns(state, [2 * self.config.n_layers, b, self.config.hidden], &rows)),
+            ..self.clone()
+        }
+    }
+
+    fn named(&self) -> Tensors {
+        let table = self.config.table();
+        let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect();
+        table.tensors().iter().zip(&self.params).map(|(t, values)| (t.name.clone(), wide(values))).collect()
+    }
+}
+
+fn tokens(vocabulary: usize, width: usize) -> Input {
+    Input::Tokens { vocabulary, width }
+}
+
+/// Networks with every choice that a configuration has.
+fn cases() -> Vec<Case> {
+    let lm = |v: usize, width: usize, n_layers: usize, hidden: usize| ModelConfig {
+        input: tokens(v, width),
+        output: Output::Classes { n_classes: v },
+        n_layers,
+        hidden,
+        dropout: 0.0,
+        bias: true,
+        tied: false,
+    };
+    let regression = ModelConfig { input: Input::Values { n_features: 3 }, output: Output::Values { n_outputs: 5 }, ..lm(1, 1, 1, 20) };
+    let labels = ModelConfig { input: Input::Values { n_features: 5 }, output: Output::Classes { n_classes: 6 }, ..lm(1, 1, 2, 9) };
+    vec![
+        Case::new("two layers over tokens", lm(11, 12, 2, 17), [6, 3], 1),
+        Case::new("tied", ModelConfig { tied: true, ..lm(13, 16, 1, 16) }, [5, 4], 2),
+        Case::new("tied with padding, dropout and state", ModelConfig { tied: true, dropout: 0.3, ..lm(6, 18, 2, 18) }, [7, 3], 3)
+            .with_state(),
+        Case::new("values to values", regression.clone(), [9, 4], 4),
+        Case::new("two layers of values with dropout and state", ModelConfig { n_layers: 2, dropout: 0.25, ..regression }, [5, 3], 5)
+            .with_state(),
+        Case::new("values to classes", labels, [4, 5], 6),
+        Case::new("dropout of 0.4 in three layers", ModelConfig { dropout: 0.4, ..lm(11, 10, 3, 17) }, [6, 5], 7),
+        Case::new("no bias", ModelConfig { bias: false, ..lm(7, 5, 2, 12) }, [5, 3], 8),
+        Case::new("state carried in", lm(9, 16, 2, 16), [3, 2], 9).with_state(),
+        Case::new("one step, one row, one unit", lm(2, 1, 1, 1), [1, 1], 10),
+    ]
+}
+
+fn case(name: &str) -> Case {
+    cases().into_iter().find(|c| c.name == name).expect("a case of that name")
+}
+
+/// `w x` for `w` `[rows, x.len()]`.
+fn product(w: &[f64], x: &[f64]) -> Vec<f64> {
+    w.chunks_exact(x.len()).map(|row| row.iter().zip(x).map(|(a, b)| a * b).sum()).collect()
+}
+
+/// `to += d x^T`, and `w^T d` for `w` of the same shape.
+fn product_backward(w: &[f64], x: &[f64], d: &[f64], to: &mut [f64]) -> Vec<f64> {
+    let mut dx = vec![0.0; x.len()];
+    for ((row, to), d) in w.chunks_exact(x.len()).zip(to.chunks_exact_mut(x.len())).zip(d) {
+        for k in 0..x.len() {
+            to[k] += d * x[k];
+            dx[k] += d * row[k];
+        }
+    }
+    dx
+}
+
+fn add(to: &mut [f64], values: &[f64]) {
+    to.iter_mut().zip(values).for_each(|(to, v)| *to += v);
+}
+
+/// What one layer saw at one step.
+struct Moment {
+    x: Vec<f64>,
+    h_before: Vec<f64>,
+    c_before: Vec<f64>,
+    /// i, f, g, o one behind another.
+    gates: Vec<f64>,
+    c: Vec<f64>,
+}
+
+/// What a network makes of a share, in f64.
+struct Solution {
+    /// Sum over the terms.
+    loss: f64,
+    grads: Tensors,
+    /// `[rows, O]`: `T x B` rows for classes, `B` for values.
+    outputs: Vec<f64>,
+    /// `[L, 2, B, H]`.
+    state: Vec<f64>,
+}
+
+/// The factor of a unit of what a layer hands up: zero where it is dropped.
+fn kept(case: &Case, layer: usize, row: usize, t: usize, unit: usize) -> f64 {
+    let Some(key) = case.key else { return 1.0 };
+    let word = key.draw(Purpose::Dropout, layer as u32, case.streams[row], t as u32, unit as u32 / 4)[unit % 4];
+    let is_kept = f64::from(word) >= case.config.dropout * 4_294_967_296.0;
+    if is_kept { 1.0 / (1.0 - case.config.dropout) } else { 0.0 }
+}
+
+/// Loss and, if wanted, gradients of one term's outputs.
+fn term(case: &Case, at: usize, outputs: &[f64]) -> (f64, Vec<f64>) {
+    let (n, weight) = (outputs.len(), |i: usize| f64::from(case.weights[i]));
+    match &case.targets {
+        Data::Tokens(targets) => {
+            let max = outputs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = outputs.iter().map(|v| (v - max).exp()).sum();
+            let target = targets[at] as usize;
+            let probability = |v: usize| (outputs[v] - max).exp() / sum;
+            let gradient = (0..n).map(|v| weight(at) * (probability(v) - if v == target { 1.0 } else { 0.0 })).collect();
+            (weight(at) * (max + sum.ln() - outputs[target]), gradient)
+        }
+        Data::Values(targets) => {
+            let difference = |o: usize| outputs[o] - f64::from(targets[at * n + o]);
+            let loss = (0..n).map(|o| weight(at * n + o) * difference(o).powi(2)).sum();
+            (loss, (0..n).map(|o| 2.0 * weight(at * n + o) * difference(o)).collect())
+        }
+    }
+}
+
+/// The network forward, and backward where `gradients` says so.
+fn solve(case: &Case, params: &Tensors, gradients: bool) -> Solution {
+    let (n_layers, hidden, n_outputs) = (case.config.n_layers, case.config.hidden, case.config.n_outputs());
+    let (n_steps, n_rows) = (case.n_steps, case.n_rows);
+    let head = if case.config.tied { "embedding.weight" } else { "head.weight" };
+    let per_step = matches!(case.config.output, Output::Classes { .. });
+    let mut grads: Tensors = params.iter().map(|(name, values)| (name.clone(), vec![0.0; values.len()])).collect();
+    let mut outputs = vec![0.0; if per_step { n_steps * n_rows } else { n_rows } * n_outputs];
+    let mut state = vec![0.0; n_layers * 2 * n_rows * hidden];
+    let mut loss = 0.0;
+    for row in 0..n_rows {
+        let state_at = |layer: usize, which: usize| ((layer * 2 + which) * n_rows + row) * hidden;
+        let given = |layer: usize, which: usize| -> Vec<f64> {
+            case.state
+                .as_ref()
+                .map_or(vec![0.0; hidden], |state| state[state_at(layer, which)..][..hidden].iter().map(|&v| f64::from(v)).collect())
+        };
+        let mut flow: Vec<Vec<f64>> = (0..n_steps)
+            .map(|t| match &case.input {
+                Data::Tokens(tokens) => {
+                    let width = params["embedding.weight"].len() / n_tokens(case);
+                    params["embedding.weight"][tokens[t * n_rows + row] as usize * width..][..width].to_vec()
+                }
+                Data::Values(values) => {
+                    let width = values.len() / (n_steps * n_rows);
+                    values[(t * n_rows + row) * width..][..width].iter().map(|&v| f64::from(v)).collect()
+                }
+            })
+            .collect();
+        let mut past: Vec<Vec<Moment>> = Vec::new();
+        for layer in 0..n_layers {
+            let of = |name: &str| params.get(&format!("lstm.{name}_l{layer}"));
+            let (mut h, mut c) = (given(layer, 0), given(layer, 1));
+            let mut moments = Vec::new();
+            for (t, x) in flow.iter_mut().enumerate() {
+                let mut z = product(of("weight_ih").expect("a weight"), x);
+                add(&mut z, &product(of("weight_hh").expect("a weight"), &h));
+                for bias in [of("bias_ih"), of("bias_hh")].into_iter().flatten() {
+                    add(&mut z, bias);
+                }
+                let is_tanh = |j: usize| j / hidden == 2;
+                let gates: Vec<f64> = z.iter().enumerate().map(|(j, &z)| if is_tanh(j) { z.tanh() } else { sigmoid(z) }).collect();
+                let gate = |g: usize, u: usize| gates[g * hidden + u];
+                let c_next: Vec<f64> = (0..hidden).map(|u| gate(1, u) * c[u] + gate(0, u) * gate(2, u)).collect();
+                let h_next: Vec<f64> = (0..hidden).map(|u| gate(3, u) * c_next[u].tanh()).collect();
+                let above: Vec<f64> = if layer + 1 < n_layers {
+                    h_next.iter().enumerate().map(|(u, h)| h * kept(case, layer, row, t, u)).collect()
+                } else {
+                    h_next.clone()
+                };
+                moments.push(Moment { x: std::mem::replace(x, above), h_before: h, c_before: c, gates, c: c_next.clone() });
+                (h, c) = (h_next, c_next);
+            }
+            state[state_at(layer, 0)..][..hidden].copy_from_slice(&h);
+            state[state_at(layer, 1)..][..hidden].copy_from_slice(&c);
+            past.push(moments);
+        }
+        // Gradients of what each layer hands up, by step.
+        let mut above = vec![vec![0.0; hidden]; n_steps];
+        for t in if per_step { 0..n_steps } else { n_steps - 1..n_steps } {
+            let at = if per_step { t * n_rows + row } else { row };
+            let mut y = product(&params[head], &flow[t]);
+            add(&mut y, &params["head.bias"]);
+            let (term_loss, mut dy) = term(case, at, &y);
+            outputs[at * n_outputs..][..n_outputs].copy_from_slice(&y);
+            loss += term_loss;
+            if gradients {
+                dy.iter_mut().for_each(|d| *d *= f64::from(case.scale));
+                above[t] = product_backward(&params[head], &flow[t], &dy, grads.get_mut(head).expect("the head's"));
+                add(grads.get_mut("head.bias").expect("the head's"), &dy);
+            }
+        }
+        if !gradients {
+            continue;
+        }
+        for layer in (0..n_layers).rev() {
+            let name = |what: &str| format!("lstm.{what}_l{layer}");
+            let (mut dh, mut dc) = (vec![0.0; hidden], vec![0.0; hidden]);
+            for (t, m) in past[layer].iter().enumerate().rev() {
+                add(&mut dh, &above[t]);
+                let mut dz = vec![0.0; 4 * hidden];
+                for u in 0..hidden {
+                    let [i, f, g, o] = [0, 1, 2, 3].map(|gate| m.gates[gate * hidden + u]);
+                    let tanh_c = m.c[u].tanh();
+                    let dc_now = dc[u] + dh[u] * o * (1.0 - tanh_c * tanh_c);
+                    dz[u] = dc_now * g * i * (1.0 - i);
+                    dz[hidden + u] = dc_now * m.c_before[u] * f * (1.0 - f);
+                    dz[2 * hidden + u] = dc_now * i * (1.0 - g * g);
+                    dz[3 * hidden + u] = dh[u] * tanh_c * o * (1.0 - o);
+                    dc[u] = dc_now * f;
+                }
+                for bias in ["bias_ih", "bias_hh"] {
+                    if let Some(to) = grads.get_mut(&name(bias)) {
+                        add(to, &dz);
+                    }
+                }
+                let (ih, hh) = (name("weight_ih"), name("weight_hh"));
+                above[t] = product_backward(&params[&ih], &m.x, &dz, grads.get_mut(&ih).expect("a weight"));
+                dh = product_backward(&params[&hh], &m.h_before, &dz, grads.get_mut(&hh).expect("a weight"));
+            }
+            for (t, dx) in above.iter_mut().enumerate().filter(|_| layer > 0) {
+                dx.iter_mut().enumerate().for_each(|(u, d)| *d *= kept(case, layer - 1, row, t, u));
+            }
+        }
+        if let Data::Tokens(tokens) = &case.input {
+            let to = grads.get_mut("embedding.weight").expect("tokens are embedded");
+            for (t, dx) in above.iter().enumerate() {
+                add(&mut to[tokens[t * n_rows + row] as usize * dx.len()..][..dx.len()], dx);
+            }
+        }
+    }
+    Solution { loss, grads, outputs, state }
+}
+
+fn n_tokens(case: &Case) -> usize {
+    match case.config.input {
+        Input::Tokens { vocabulary, .. } => vocabulary,
+        Input::Values { .. } => 0,
+    }
+}
+
+/// What a device makes of a share.
+#[derive(Clone, Debug, PartialEq)]
+struct Computed {
+    loss: f32,
+    grads: Vec<Vec<f32>>,
+    /// `[L, 2, B, H]` without padding.
+    state: Vec<f32>,
+}
+
+/// A replica with the case's parameters.
+fn replica(backend: &mut dyn Backend, case: &Case) -> Model {
+    let mut model = Model::new(case.config.clone(), backend).expect("a model");
+    model.write_params(backend, &case.params).expect("parameters");
+    model
+}
+
+/// One pass, as part `part` of its step.
+fn pass(backend: &mut dyn Backend, model: &mut Model, case: &Case, part: usize) {
+    let state = case.padded_state();
+    let pass = Pass { dropout: case.key, gradients: true, part };
+    model.run(backend, &case.share(state.as_deref()), pass, &mut |_, _, _| Ok(())).expect("a pass");
+}
+
+fn grads(backend: &mut dyn Backend, model: &Model) -> Vec<Vec<f32>> {
+    read_buckets(model.table(), backend, model.grads(), DEADLINE).expect("gradients")
+}
+
+fn compute(backend: &mut dyn Backend, model: &mut Model, case: &Case) -> Computed {
+    pass(backend, model, case, 0);
+    let loss = read_now(backend, model.loss(1), DEADLINE).expect("a loss")[0];
+    let spans = model.final_state(case.n_steps, case.n_rows);
+    let state = backend.read(&spans, Vec::new()).and_then(|r| r.wait(DEADLINE)).expect("a state");
+    let (hidden, padded) = (case.config.hidden, pad_units(case.config.hidden));
+    let rows = state.chunks_exact(padded);
+    assert!(rows.clone().all(|row| row[hidden..].iter().all(|&v| v == 0.0)), "{}: the state's padding is not zero", case.name);
+    let state = rows.flat_map(|row| &row[..hidden]).copied().collect();
+    assert_eq!(read_now(backend, model.flag(), DEADLINE).expect("a flag")[0].to_bits(), 0, "{}: finite values raised the flag", case.name);
+    Computed { loss, grads: grads(backend, model), state }
+}
+
+/// Fails where `got` lies further from `want` than `tolerance` times `size`; NaN lies far.
+fn near(what: &str, want: &[f64], got: &[f32], size: f64, tolerance: f64) {
+    assert_eq!(want.len(), got.len(), "{what}");
+    for (i, (&want, &got)) in want.iter().zip(got).enumerate() {
+        let error = (want - f64::from(got)).abs();
+        assert!(
+            error <= tolerance * size,
+            "{what}, element {i}: the oracle has {want}, got {got}, {error:.2e} off, allowed {tolerance:e} x {size}"
+        );
+    }
+}
+
+fn largest(values: &[f64]) -> f64 {
+    values.iter().fold(0.0, |a, b| a.max(b.abs()))
+}
+
+fn gradients_near(label: &str, table: &ParamTable, want: &Tensors, got: &[Vec<f32>]) {
+    for (tensor, got) in table.tensors().iter().zip(got) {
+        let want = &want[&tensor.name];
+        near(&format!("{label}: gradient of {}", tensor.name), want, got, largest(want), GRADIENT_TOLERANCE);
+    }
+}
+
+fn label(device: Device, case: &Case) -> String {
+    format!("{device}, {}", case.name)
+}
+
+#[test]
+fn the_oracle_s_gradients_are_central_differences_of_its_loss() {
+    const STEP: f64 = 1e-5;
+    for case in cases() {
+        let mut params = case.named();
+        let solution = solve(&case, &params, true);
+        for (name, grads) in &solution.grads {
+            let size = largest(grads);
+            assert!(size > 0.0 || case.n_steps == 1, "{}: the gradient of {name} is zero, so nothing is tested", case.name);
+            // A prime stride visits all gates, units and inputs without visiting every element.
+            let stride = [1, 3, 7, 13, 31][grads.len().checked_ilog(4).unwrap_or(0).saturating_sub(2).min(4) as usize];
+            for i in (0..grads.len()).step_by(stride) {
+                let value = params[name][i];
+                let mut loss_at = |v: f64| {
+                    params.get_mut(name).expect("a parameter")[i] = v;
+                    solve(&case, &params, false).loss * f64::from(case.scale)
+                };
+                let difference = (loss_at(value + STEP) - loss_at(value - STEP)) / (2.0 * STEP);
+                loss_at(value);
+                let error = (difference - grads[i]).abs();
+                assert!(error <= 1e-8, "{}: {name}[{i}]: {} by the oracle, {difference} by differences", case.name, grads[i]);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_network_has_the_loss_state_and_gradients_of_the_oracle_on_every_device() {
+    for device in devices() {
+        let mut backend = device.open();
+        let backend = backend.as_mut();
+        for case in cases() {
+            let (label, want) = (label(device, &case), solve(&case, &case.named(), true));
+            let mut model = replica(backend, &case);
+            let got = compute(backend, &mut model, &case);
+            near(&format!("{label}: loss"), &[want.loss], &[got.loss], want.loss.abs(), 2e-6);
+            near(&format!("{label}: final state"), &want.state, &got.state, 1.0, OUTPUT_TOLERANCE);
+            gradients_near(&label, model.table(), &want.grads, &got.grads);
+            // Gradients of a step replace those of the one before.
+            assert_eq!(compute(backend, &mut model, &case), got, "{label}: computed twice");
+        }
+    }
+}
+
+#[test]
+fn a_device_s_own_loss_falls_along_its_gradient_as_fast_as_the_gradient_is_long() {
+    for device in devices() {
+        let mut backend = device.open();
+        let backend = backend.as_mut();
+        for case in cases().into_iter().filter(|c| c.n_steps > 1) {
+            let mut model = replica(backend, &case);
+            let gradient = compute(backend, &mut model, &case).grads;
+            let norm = gradient.iter().flatten().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
+            let mut loss_at = |step: f64| {
+                let moved = |(p, g): (&f32, &f32)| (f64::from(*p) + step * f64::from(*g) / norm) as f32;
+                let params: Vec<Vec<f32>> = case.params.iter().zip(&gradient).map(|(p, g)| p.iter().zip(g).map(moved).collect()).collect();
+                let case = Case { params, ..case.clone() };
+                let mut model = replica(backend, &case);
+                f64::from(compute(backend, &mut model, &case).loss) * f64::from(case.scale)
+            };
+            let step = 1e-2;
+            let slope = (loss_at(step) - loss_at(-step)) / (2.0 * step);
+            assert!((slope - norm).abs() < 2e-3 * norm, "{}: slope {slope}, norm {norm}", label(device, &case));
+        }
+    }
+}
+
+#[test]
+fn a_share_in_three_parts_has_the_gradients_of_the_whole() {
+    for device in devices() {
+        let mut backend = device.open();
+        let backend = backend.as_mut();
+        for case in cases().into_iter().filter(|c| c.n_rows >= 3) {
+            let (label, want) = (label(device, &case), solve(&case, &case.named(), true));
+            let mut model = replica(backend, &case);
+            let cuts = [0..1, 1..2, 2..case.n_rows];
+            for (part, rows) in cuts.into_iter().enumerate() {
+                pass(backend, &mut model, &case.rows(rows), part);
+            }
+            let losses = read_now(backend, model.loss(3), DEADLINE).expect("losses");
+            near(&format!("{label}: loss"), &[want.loss], &[losses.iter().sum::<f32>()], want.loss.abs(), 2e-6);
+            gradients_near(&label, model.table(), &want.grads, &grads(backend, &model));
+        }
+    }
+}
+
+#[test]
+fn a_share_without_rows_has_zero_loss_and_leaves_the_gradients_of_earlier_parts() {
+    for device in devices() {
+        let mut backend = device.open();
+        let backend = backend.as_mut();
+        let case = case("two layers over tokens");
+        let empty = case.rows(0..0);
+        let mut model = replica(backend, &case);
+        let full = compute(backend, &mut model, &case);
+        pass(backend, &mut model, &empty, 1);
+        assert_eq!(read_now(backend, model.loss(2), DEADLINE).expect("losses"), [full.loss, 0.0], "{device}");
+        assert_eq!(grads(backend, &model), full.grads, "{device}");
+        pass(backend, &mut model, &empty, 0);
+        assert_eq!(read_now(backend, model.loss(1), DEADLINE).expect("a loss"), [0.0], "{device}");
+        assert!(grads(backend, &model).iter().flatten().all(|&g| g == 0.0), "{device}");
+    }
+}
+
+#[test]
+fn buckets_are_ready_once_each_from_last_to_first_with_zero_padding() {
+    for device in devices() {
+        let mut backend = device.open();
+        let backend = backend.as_mut();
+        for case in cases() {
+            let label = label(device, &case);
+            let mut model = replica(backend, &case);
+            let (state, table) = (case.padded_state(), model.table().clone());
+            let mut ready = Vec::new();
+            let pass = Pass { dropout: case.key, gradients: true, part: 0 };
+            let run = model.run(backend, &case.share(state.as_deref()), pass, &mut |backend, bucket, span| {
+                ready.push((bucket, read_now(backend, span, DEADLINE)?));
+                Ok(())
+            });
+            run.expect("a pass");
+            let order: Vec<usize> = ready.iter().map(|(bucket, _)| *bucket).collect();
+            assert_eq!(order, (0..table.buckets().len()).rev().collect::<Vec<_>>(), "{label}");
+            for (bucket, words) in &ready {
+                let whole = backend.whole(model.grads()[*bucket]);
+                let after = read_now(backend, whole, DEADLINE).expect("gradients");
+                assert_eq!(words, &after, "{label}: bucket {bucket} changed after it was ready");
+                let mut is_padding = vec![true; words.len()];
+                for tensor in &table.tensors()[table.buckets()[*bucket].tensors.clone()] {
+                    tensor.layout.for_each(|_, packed| is_padding[tensor.offset + packed] = false);
+                }
+                let odd = words.iter().zip(&is_padding).position(|(&word, &padding)| padding && word != 0.0);
+                assert_eq!(odd, None, "{label}: bucket {bucket} holds {words:?} in its padding");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_forward_pass_alone_gives_the_oracle_s_outputs_without_dropout() {
+    for device in devices() {
+        let mut backend = device.open();
+        let backend = backend.as_mut();
+        for case in cases() {
+            let case = Case { key: None, ..case };
+            let want = solve(&case, &case.named(), false);
+            let mut model = replica(backend, &case);
+            let state = case.padded_state();
+            let share = Share { targets: None, weights: &[], scale: 0.0, ..case.share(state.as_deref()) };
+            let pass = Pass { dropout: None, gradients: false, part: 0 };
+            model.run(backend, &share, pass, &mut |_, _, _| Ok(())).expect("a pass");
+            let (span, stride) = model.outputs(case.n_steps, case.n_rows);
+            let rows = read_now(backend, span, DEADLINE).expect("outputs");
+            let got: Vec<f32> = rows.chunks_exact(stride).flat_map(|row| &row[..case.config.n_outputs()]).copied().collect();
+            near(&format!("{}: outputs", label(device, &case)), &want.outputs, &got, largest(&want.outputs).max(1.0), OUTPUT_TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn what_was_computed_before_leaves_no_trace_in_a_share_of_another_size() {
+    for device in devices() {
+        let mut backend = device.open();
+        let backend = backend.as_mut();
+        let whole = case("tied with padding, dropout and state");
+        let shares = [whole.clone(), whole.rows(1..2), whole.rows(0..2), whole.clone()];
+        let mut model = replica(backend, &whole);
+        // From the smallest up, so that the workspace grows; then down again.
+        for share in [&shares[1], &shares[2], &shares[0], &shares[1], &shares[3]] {
+            let mut fresh = replica(backend, share);
+            let want = compute(backend, &mut fresh, share);
+            assert_eq!(compute(backend, &mut model, share), want, "{device}: {} rows", share.n_rows);
+        }
+    }
+}
+
+#[test]
+fn a_window_and_the_next_with_its_state_end_as_one_long_window() {
+    for device in devices() {
+        let mut backend = device.open();
+        let backend = backend.as_mut();
+        let long = case("two layers over tokens");
+        let mut model = replica(backend, &long);
+        let want = compute(backend, &mut model, &long).state;
+        let (Data::Tokens(input), Data::Tokens(targets)) = (&long.input, &long.targets) else { unreachable!("a case of tokens") };
+        let mut state = None;
+        for range in [0..2, 2..long.n_steps] {
+            let words = range.start * long.n_rows..range.end * long.n_rows;
+            let window = Case {
+                n_steps: range.len(),
+                input: Data::Tokens(input[words.clone()].to_vec()),
+                targets: Data::Tokens(targets[words.clone()].to_vec()),
+                weights: long.weights[words].to_vec(),
+                state,
+                ..long.clone()
+            };
+            state = Some(compute(backend, &mut model, &window).state);
+        }
+        let want: Vec<f64> = want.into_iter().map(f64::from).collect();
+        near(&format!("{device}: final state"), &want, &state.expect("two windows"), 1.0, 1e-6);
+    }
+}
+
+#[test]
+fn a_share_that_contradicts_the_model_is_refused_by_name() {
+    let mut backend = Device::Cpu(1).open();
+    let backend = backend.as_mut();
+    let case = case("two layers over tokens");
+    let mut model = replica(backend, &case);
+    let mut refused = |share: Share<'_>, part: usize| {
+        let pass = Pass { dropout: None, gradients: true, part };
+        format!("{:#}", model.run(backend, &share, pass, &mut |_, _, _| Ok(())).expect_err("a wrong share"))
+    };
+    let outside = vec![11; case.n_steps * case.n_rows];
+    let share = case.share(None);
+    assert!(refused(Share { input: Words::Tokens(&outside), ..share }, 0).contains("token 11 is outside the vocabulary of 11"));
+    assert!(refused(Share { targets: Some(Words::Tokens(&outside)), ..share }, 0).contains("target 11 is outside the 11 classes"));
+    assert!(refused(Share { input: Words::Tokens(&outside[1..]), ..share }, 0).contains("17 tokens for 6 steps of 3 rows"));
+    assert!(refused(Share { input: Words::Values(&[0.0; 18]), ..share }, 0).contains("kind"));
+    assert!(refused(Share { weights: &[1.0], ..share }, 0).contains("18 targets with 1 weights"));
+    assert!(refused(share, 64).contains("at most 64 parts"));
+}
+
+#[test]
+fn initial_parameters_depend_on_seed_and_tensor_and_on_nothing_else() {
+    let config = case("two layers over tokens").config;
+    let deeper = ModelConfig { n_layers: 3, ..config.clone() };
+    for init in [Init::Uniform(0.1), Init::Torch, Init::Xavier, Init::He, Init::Orthogonal] {
+        let draw = |config: &ModelConfig, seed: u64| initial(config, &config.table(), init, None, seed);
+        let first = draw(&config, 5);
+        assert_eq!(first, draw(&config, 5), "{init}");
+        assert_ne!(first, draw(&config, 6), "{init}");
+        // The layers below do not change when one is put on top.
+        let n_shared = config.table().tensors().iter().take_while(|t| !t.name.starts_with("head")).count();
+        assert_eq!(first[..n_shared], draw(&deeper, 5)[..n_shared], "{init}");
+        let weights: Vec<&Vec<f32>> = first.iter().filter(|v| v.iter().any(|&x| x != 0.0)).collect();
+        for (i, a) in weights.iter().enumerate() {
+            assert!(a.iter().all(|x| x.is_finite()), "{init}");
+            assert!(weights[..i].iter().all(|b| a[..4] != b[..4]), "{init}: two tensors start with the same numbers");
+        }
+    }
+}
+
+#[test]
+fn uniform_initial_values_reach_their_bounds_and_have_their_variance() {
+    let config = ModelConfig {
+        input: tokens(40, 24),
+        output: Output::Classes { n_classes: 40 },
+        n_layers: 2,
+        hidden: 24,
+        dropout: 0.0,
+        bias: true,
+        tied: true,
+    };
+    let table = config.table();
+    let fan = 1.0 / 24f64.sqrt();
+    for (init, bound) in [
+        (Init::Torch, Box::new(move |_: &str| fan) as Box<dyn Fn(&str) -> f64>),
+        (Init::Uniform(0.3), Box::new(|_: &str| 0.3)),
+        (Init::Xavier, Box::new(|name: &str| if name == "embedding.weight" { (6.0f64 / 64.0).sqrt() } else { (6.0f64 / 48.0).sqrt() })),
+    ] {
+        for (tensor, values) in table.tensors().iter().zip(initial(&config, &table, init, None, 8)) {
+            if values.len() < 500 {
+                continue;
+            }
+            let a = bound(&tensor.name);
+            let wide: Vec<f64> = values.iter().map(|&v| f64::from(v)).collect();
+            let variance = wide.iter().map(|v| v * v).sum::<f64>() / wide.len() as f64;
+            assert!((0.98 * a..=a * (1.0 + 1e-6)).contains(&largest(&wide)), "{init}, {}: {} against {a}", tensor.name, largest(&wide));
+            assert!((variance / (a * a / 3.0) - 1.0).abs() < 0.15, "{init}, {}: variance {variance}", tensor.name);
+        }
+    }
+}

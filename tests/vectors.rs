@@ -1,0 +1,407 @@
+//! Cases that PyTorch computed (`tests/vectors/README.md`): the sweep of stacked layers and a step of Adam on every device against them.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use carrousel::backend::{Backend, Span, read_now};
+use carrousel::kernels::lstm::{Lane, LaneGradients, LaneTensors, SweepArgs};
+use carrousel::model::{read_buckets, write_buckets};
+use carrousel::optim::{BETAS, EPS, OptimizerConfig, Rule};
+use carrousel::params::{Axis, Layout, ParamTable};
+use carrousel::shape::{ALIGN, GATES, pad_inner, pad_units, round_up};
+use serde_json::Value;
+
+use crate::adapters::{DEADLINE, Device, devices};
+
+/// Largest error of an output or a state, absolute.
+const STATE_TOLERANCE: f64 = 2e-6;
+/// Largest error of a gradient, as a share of the tensor's largest element.
+const GRADIENT_TOLERANCE: f64 = 1e-5;
+/// Largest error of a parameter after a step of Adam, as a share of the tensor's largest element.
+const ADAM_TOLERANCE: f64 = 1e-5;
+
+/// A case as it lies in the folder.
+struct Case {
+    name: String,
+    n_steps: usize,
+    n_rows: usize,
+    n_inputs: usize,
+    hidden: usize,
+    n_layers: usize,
+    has_bias: bool,
+    tensors: BTreeMap<String, Vec<f64>>,
+}
+
+/// The case of a description, or the option that is not supported here.
+fn read_case(json: &Path) -> Result<Case, String> {
+    let text = std::fs::read_to_string(json).unwrap_or_else(|e| panic!("{}: {e}", json.display()));
+    let about: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", json.display()));
+    let number = |key: &str| about[key].as_u64().unwrap_or_else(|| panic!("{}: {key} is {}", json.display(), about[key])) as usize;
+    let is_set = |key: &str| !matches!(&about[key], Value::Null | Value::Bool(false)) && about[key].as_u64() != Some(0);
+    for option in ["bidirectional", "proj_size", "lengths"] {
+        if is_set(option) {
+            return Err(format!("{option} is {}", about[option]));
+        }
+    }
+    let [wide, narrow] = ["f64", "f32"].map(|kind| json.with_extension(format!("{kind}.safetensors")));
+    let file = if wide.exists() { wide } else { narrow };
+    let bytes = std::fs::read(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+    let mut tensors: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    for (name, tensor) in file.tensors() {
+        let values = match tensor.dtype() {
+            safetensors::Dtype::F32 => tensor.data().as_chunks::<4>().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect(),
+            safetensors::Dtype::F64 => tensor.data().as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
+            other => panic!("{}: {name} is {other:?}", json.display()),
+        };
+        tensors.insert(name.clone(), values);
+    }
+    let mut case = Case {
+        name: about["name"].as_str().unwrap_or("unnamed").to_owned(),
+        n_steps: number("seq_len"),
+        n_rows: number("batch"),
+        n_inputs: number("input_size"),
+        hidden: number("hidden_size"),
+        n_layers: number("num_layers"),
+        has_bias: is_set("bias"),
+        tensors,
+    };
+    if is_set("batch_first") {
+        case.make_time_major();
+    }
+    Ok(case)
+}
+
+impl Case {
+    /// `[B, T, ..]` as `[T, B, ..]`, for the tensors that torch leaves in the caller's order.
+    fn make_time_major(&mut self) {
+        let (t, b) = (self.n_steps, self.n_rows);
+        for name in ["input", "output", "target_output", "grad.input"] {
+            if let Some(values) = self.tensors.get_mut(name) {
+                let width = values.len() / (t * b);
+                let place = |row: usize, step: usize| (row * t + step) * width;
+                *values = (0..t * b).flat_map(|i| &values[place(i % b, i / b)..][..width]).copied().collect();
+            }
+        }
+    }
+
+    fn get(&self, name: &str) -> &[f64] {
+        self.tensors.get(name).unwrap_or_else(|| panic!("{}: there is no tensor {name}", self.name))
+    }
+
+    /// The parameters of all layers in the order of the forward pass, under torch's names.
+    fn table(&self) -> ParamTable {
+        let mut table = ParamTable::new();
+        let hidden = self.hidden;
+        for layer in 0..self.n_layers {
+            let inputs = if layer == 0 { Axis::inner(self.n_inputs) } else { Axis::units(hidden) };
+            let weight = |inputs: Axis| Layout::Panels { hidden, inputs };
+            table.push(format!("weight_ih_l{layer}"), layer, vec![GATES * hidden, inputs.len()], weight(inputs));
+            table.push(format!("weight_hh_l{layer}"), layer, vec![GATES * hidden, hidden], weight(Axis::units(hidden)));
+            for which in ["ih", "hh"].into_iter().filter(|_| self.has_bias) {
+                table.push(format!("bias_{which}_l{layer}"), layer, vec![GATES * hidden], Layout::gate_bias(hidden));
+            }
+        }
+        table
+    }
+
+    /// The tensors `prefix + name` of all parameters, as f32, in the table's order.
+    fn parameters(&self, table: &ParamTable, prefix: &str) -> Vec<Vec<f32>> {
+        table.tensors().iter().map(|t| narrow(self.get(&format!("{prefix}{}", t.name)))).collect()
+    }
+}
+
+fn narrow(values: &[f64]) -> Vec<f32> {
+    values.iter().map(|&v| v as f32).collect()
+}
+
+/// Rows of `from` as rows of `to`, filled up with zeros.
+fn padded(values: &[f64], from: usize, to: usize) -> Vec<f32> {
+    let row = |row: &[f64]| row.iter().map(|&v| v as f32).chain(std::iter::repeat_n(0.0, to - from)).collect::<Vec<_>>();
+    values.chunks_exact(from).flat_map(row).collect()
+}
+
+/// Rows of `from` without what lies behind their first `to`.
+fn cut(values: &[f32], from: usize, to: usize) -> Vec<f32> {
+    values.chunks_exact(from).flat_map(|row| &row[..to]).copied().collect()
+}
+
+/// Errors of one kind of tensor: the largest, and where it was.
+#[derive(Default)]
+struct Errors {
+    largest: f64,
+    at: String,
+}
+
+/// What a device makes of a case is compared tensor by tensor; what is too far off is told at the end, with all others.
+struct Judge<'c> {
+    case: &'c Case,
+    device: Device,
+    states: Errors,
+    gradients: Errors,
+    adam: Errors,
+    faults: Vec<String>,
+}
+
+impl<'c> Judge<'c> {
+    fn new(case: &'c Case, device: Device) -> Self {
+        Self { case, device, states: Errors::default(), gradients: Errors::default(), adam: Errors::default(), faults: Vec::new() }
+    }
+
+    /// The largest error of `got`, in units of `size`. A tensor that is zero in the reference must be exactly zero.
+    fn error(&mut self, name: &str, got: &[f32], tolerance: f64, is_relative: bool) -> f64 {
+        let want = self.case.get(name);
+        assert_eq!(want.len(), got.len(), "{}: {name}", self.case.name);
+        let size = want.iter().fold(0.0f64, |a, b| a.max(b.abs()));
+        if size == 0.0 {
+            if let Some(i) = got.iter().position(|&g| g != 0.0) {
+                self.faults.push(format!("{name}[{i}] is {} and must be exactly zero", got[i]));
+            }
+            return 0.0;
+        }
+        let unit = if is_relative { size } else { 1.0 };
+        let mut largest = 0.0;
+        for (i, (&want, &got)) in want.iter().zip(got).enumerate() {
+            let error = (want - f64::from(got)).abs() / unit;
+            // NaN is not within any tolerance.
+            if !(error <= tolerance) && largest <= tolerance {
+                self.faults.push(format!("{name}[{i}]: torch has {want}, got {got}, {error:.2e} off where {tolerance:e} is allowed"));
+            }
+            largest = if error > largest || error.is_nan() { error } else { largest };
+        }
+        largest
+    }
+
+    fn state(&mut self, name: &str, got: &[f32]) {
+        let error = self.error(name, got, STATE_TOLERANCE, false);
+        self.states.take(error, name);
+    }
+
+    fn gradient(&mut self, name: &str, got: &[f32]) {
+        let name = format!("grad.{name}");
+        let error = self.error(&name, got, GRADIENT_TOLERANCE, true);
+        self.gradients.take(error, &name);
+    }
+
+    fn adam(&mut self, name: &str, got: &[f32]) {
+        let name = format!("adam1.{name}");
+        let error = self.error(&name, got, ADAM_TOLERANCE, true);
+        self.adam.take(error, &name);
+    }
+
+    fn finish(self) -> Vec<String> {
+        let line = format!(
+            "[vectors] {} on {}: outputs and states {:.1e} ({}), gradients {:.1e} ({}), adam {:.1e} ({})",
+            self.case.name,
+            self.device,
+            self.states.largest,
+            self.states.at,
+            self.gradients.largest,
+            self.gradients.at,
+            self.adam.largest,
+            self.adam.at,
+        );
+        println!("{line}");
+        self.faults.into_iter().map(|fault| format!("{} on {}: {fault}", self.case.name, self.device)).collect()
+    }
+}
+
+impl Errors {
+    fn take(&mut self, error: f64, name: &str) {
+        if error >= self.largest {
+            (self.largest, self.at) = (error, name.to_owned());
+        }
+    }
+}
+
+/// A buffer that holds these words.
+fn upload(backend: &mut dyn Backend, label: &str, words: &[f32]) -> Span {
+    let buffer = backend.alloc(label, round_up(words.len(), ALIGN)).expect("memory");
+    let span = backend.whole(buffer).part(0, words.len());
+    backend.write(span, words).expect("an upload");
+    span
+}
+
+fn read(backend: &mut dyn Backend, span: Span) -> Vec<f32> {
+    read_now(backend, span, DEADLINE).expect("a readback")
+}
+
+/// The gradient of `weight * mean((value - target)^2)`.
+fn pull(values: &[f32], targets: &[f64], weight: f64) -> Vec<f64> {
+    let n = values.len() as f64;
+    values.iter().zip(targets).map(|(&v, t)| 2.0 * weight * (f64::from(v) - t) / n).collect()
+}
+
+/// Sweeps a case forward and backward on a device, then takes Adam's step from torch's gradients.
+fn judge(backend: &mut dyn Backend, device: Device, case: &Case) -> Vec<String> {
+    let mut judge = Judge::new(case, device);
+    let (t, b, h, n_layers) = (case.n_steps, case.n_rows, case.hidden, case.n_layers);
+    let hidden = pad_units(h);
+    let state = b * hidden;
+    let table = case.table();
+    let mut alloc = |label: &str| table.buckets().iter().map(|bucket| backend.alloc(label, bucket.range.len()).expect("memory")).collect();
+    let (params, grads): (Vec<_>, Vec<_>) = (alloc("parameters"), alloc("gradients"));
+    write_buckets(&table, backend, &params, &case.parameters(&table, "")).expect("parameters");
+    let tensors = |backend: &dyn Backend, buckets: &[_], layer: usize| {
+        let at = |name: &str| {
+            let tensor = table.get(&format!("{name}_l{layer}")).expect("a tensor of the table");
+            (backend.whole(buckets[tensor.bucket]), tensor.offset as u32)
+        };
+        let biases = case.has_bias.then(|| (at("bias_ih").0, at("bias_ih").1, at("bias_hh").1));
+        LaneTensors { weight_ih: at("weight_ih"), weight_hh: at("weight_hh"), biases }
+    };
+    let flags = upload(backend, "flags", &[0.0; ALIGN]);
+    let mut x = (upload(backend, "input", &padded(case.get("input"), case.n_inputs, pad_inner(case.n_inputs))), 0);
+    let mut lanes: Vec<Lane> = Vec::with_capacity(n_layers);
+    for layer in 0..n_layers {
+        let mut states = |initial: &str| {
+            let mut words = vec![f32::NAN; (t + 1) * state];
+            let start = case.tensors.get(initial).map_or(vec![0.0; state], |s| padded(&s[layer * b * h..][..b * h], h, hidden));
+            words[..state].copy_from_slice(&start);
+            upload(backend, initial, &words)
+        };
+        let (h_states, c_states) = (states("h_0"), states("c_0"));
+        let lane = Lane {
+            inputs: if layer == 0 { pad_inner(case.n_inputs) } else { hidden } as u32,
+            hidden: hidden as u32,
+            reverse: false,
+            tensors: tensors(backend, &params, layer),
+            x,
+            gates: upload(backend, "gates", &vec![f32::NAN; t * state * GATES]),
+            h: h_states,
+            c: c_states,
+            range: 0..t as u32,
+            lengths: None,
+            backward: None,
+        };
+        let lane_slice = std::slice::from_ref(&lane);
+        backend.sweep(&SweepArgs { n_rows: b as u32, lanes: lane_slice, flags, gradients: false }).expect("a forward sweep");
+        x = (lane.h, state as u32);
+        lanes.push(lane);
+    }
+
+    let output = cut(&read(backend, lanes[n_layers - 1].h)[state..], hidden, h);
+    let mut last = |which: fn(&Lane) -> Span| -> Vec<f32> {
+        lanes.iter().flat_map(|lane| cut(&read(backend, which(lane).part(t * state, state)), hidden, h)).collect()
+    };
+    let (h_n, c_n) = (last(|lane| lane.h), last(|lane| lane.c));
+    judge.state("output", &output);
+    judge.state("h_n", &h_n);
+    judge.state("c_n", &c_n);
+
+    let d_output = padded(&pull(&output, case.get("target_output"), 1.0), h, hidden);
+    let (dh_n, dc_n) = (pull(&h_n, case.get("target_h_n"), 1.0), pull(&c_n, case.get("target_c_n"), 0.5));
+    let mut above = upload(backend, "gradient of the output", &d_output);
+    let (mut dh_0, mut dc_0) = (Vec::new(), Vec::new());
+    for layer in (0..n_layers).rev() {
+        let of_layer = |d: &[f64]| padded(&d[layer * b * h..][..b * h], h, hidden);
+        let carry = upload(backend, "carry", &[of_layer(&dh_n), of_layer(&dc_n)].concat());
+        let dx = upload(backend, "gradient of the input", &vec![f32::NAN; t * b * lanes[layer].inputs as usize]);
+        lanes[layer].backward = Some(LaneGradients {
+            dh_out: Some((above, 0)),
+            carry,
+            tensors: tensors(backend, &grads, layer),
+            accumulate: false,
+            dx: Some(dx),
+        });
+        backend.sweep(&SweepArgs { n_rows: b as u32, lanes: &lanes[layer..=layer], flags, gradients: true }).expect("a backward sweep");
+        let carried = read(backend, carry);
+        dh_0.splice(0..0, cut(&carried[..state], hidden, h));
+        dc_0.splice(0..0, cut(&carried[state..], hidden, h));
+        above = dx;
+    }
+    judge.gradient("input", &cut(&read(backend, above), pad_inner(case.n_inputs), case.n_inputs));
+    for (name, got) in [("h_0", dh_0), ("c_0", dc_0)] {
+        if case.tensors.contains_key(&format!("grad.{name}")) {
+            judge.gradient(name, &got);
+        }
+    }
+    for (tensor, got) in table.tensors().iter().zip(read_buckets(&table, backend, &grads, DEADLINE).expect("gradients")) {
+        judge.gradient(&tensor.name, &got);
+    }
+    let flag = read(backend, flags)[0].to_bits();
+    assert_eq!(flag, 0, "{} on {device}: finite values raised the flag", case.name);
+
+    if case.tensors.keys().any(|name| name.starts_with("adam1.")) {
+        write_buckets(&table, backend, &grads, &case.parameters(&table, "grad.")).expect("gradients");
+        for (bucket, (&param, &grad)) in params.iter().zip(&grads).enumerate() {
+            let len = table.buckets()[bucket].range.len();
+            let states = [0; 2].map(|_| upload(backend, "moments", &vec![0.0; len]));
+            let (param, grad) = (backend.whole(param), backend.whole(grad));
+            adam().update(backend, param, grad, states, 1, adam().lr, 1.0).expect("an update");
+        }
+        for (tensor, got) in table.tensors().iter().zip(read_buckets(&table, backend, &params, DEADLINE).expect("parameters")) {
+            judge.adam(&tensor.name, &got);
+        }
+    }
+    judge.finish()
+}
+
+/// Adam with the numbers of the cases.
+fn adam() -> OptimizerConfig {
+    assert_eq!((BETAS, EPS), ((0.9, 0.999), 1e-8), "the cases were made with these");
+    OptimizerConfig {
+        rule: Rule::Adam,
+        lr: 0.01,
+        momentum: 0.0,
+        nesterov: false,
+        weight_decay: 0.0,
+        l1: 0.0,
+        clip_norm: 0.0,
+        clip_value: 0.0,
+    }
+}
+
+/// All cases of a folder that are supported, by name; the others are told.
+fn cases(folder: &Path) -> Vec<Case> {
+    let entries = std::fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.expect("an entry of a folder").path()).collect();
+    files.retain(|path| path.extension().is_some_and(|e| e == "json"));
+    files.sort();
+    let read = |path: &PathBuf| match read_case(path) {
+        Ok(case) => Some(case),
+        Err(option) => {
+            // Past the harness's capture; nobody is left to be told where standard error is closed.
+            let _ = writeln!(std::io::stderr(), "[vectors] SKIPPED {}: {option}", path.display());
+            None
+        }
+    };
+    files.iter().filter_map(read).collect()
+}
+
+#[test]
+fn reference_vectors() {
+    let mut all = cases(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors"));
+    assert_eq!(all.len(), 4, "committed cases");
+    if let Some(folder) = std::env::var_os("CARROUSEL_VECTORS") {
+        all.extend(cases(Path::new(&folder)));
+    }
+    let mut faults = Vec::new();
+    for device in devices() {
+        let mut backend = device.open();
+        for case in &all {
+            faults.extend(judge(backend.as_mut(), device, case));
+        }
+    }
+    assert!(faults.is_empty(), "\n{}", faults.join("\n"));
+}
+
+#[test]
+fn a_reference_that_is_slightly_off_is_found() {
+    let mut case = cases(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors")).swap_remove(1);
+    let device = Device::Cpu(1);
+    for name in ["output", "c_n", "grad.input", "grad.weight_hh_l0", "adam1.bias_ih_l0"] {
+        let values = case.tensors.get_mut(name).expect("a tensor");
+        let (at, size) = (values.len() / 2, values.iter().fold(0.0f64, |a, b| a.max(b.abs())));
+        let good = values[at];
+        values[at] += 3e-5 * size;
+        let faults = judge(device.open().as_mut(), device, &case);
+        assert!(faults.len() == 1 && faults[0].contains(&format!("{name}[{at}]")), "{name}: {faults:?}");
+        case.tensors.get_mut(name).expect("a tensor")[at] = good;
+    }
+    let zeroed = case.tensors.get_mut("grad.bias_hh_l0").expect("a tensor");
+    zeroed.fill(0.0);
+    let faults = judge(device.open().as_mut(), device, &case);
+    assert!(faults.iter().any(|f| f.contains("must be exactly zero")), "{faults:?}");
+}
