@@ -15,3 +15,4 @@ pub mod rng;
 pub mod shape;
 pub mod store;
 pub mod train;
+pub mod usage;

@@ -54,7 +54,7 @@ impl Learner {
             let done = step as f64 / n_steps as f64;
             let lr = lr * 0.5 * (1.0 + (std::f64::consts::PI * done).cos());
             let numbers = StepNumbers { step, lr, key: StepKey::new(1, step), divisor: batch.weight };
-            self.group.step(&batch, &[0..n_rows], None, numbers).expect("a step");
+            self.group.step(&batch, std::slice::from_ref(&(0..n_rows)), None, numbers).expect("a step");
         }
     }
 
@@ -62,7 +62,7 @@ impl Learner {
     fn loss(&mut self) -> f64 {
         let n_rows = 500;
         let batch = Arc::new((self.draw)(u64::MAX, n_rows));
-        let (loss, _) = self.group.evaluate(&batch, &[0..n_rows], None, false).expect("an evaluation");
+        let (loss, _) = self.group.evaluate(&batch, std::slice::from_ref(&(0..n_rows)), None, false).expect("an evaluation");
         loss / batch.weight
     }
 }
@@ -83,13 +83,13 @@ fn adding(step: u64, n_rows: usize) -> Batch {
     let mut random = random(step);
     let mut values = vec![0.0; T * n_rows * 2];
     let mut sums = vec![0.0; n_rows];
-    for row in 0..n_rows {
+    for (row, sum) in sums.iter_mut().enumerate() {
         let marked = [random.below(T as u32 / 2) as usize, T / 2 + random.below(T as u32 / 2) as usize];
         for t in 0..T {
             let (value, at) = (random.uniform(), (t * n_rows + row) * 2);
             let is_marked = marked.contains(&t);
             (values[at], values[at + 1]) = (value, f32::from(u8::from(is_marked)));
-            sums[row] += if is_marked { value } else { 0.0 };
+            *sum += if is_marked { value } else { 0.0 };
         }
     }
     let target = Target::Values { values: sums, n_outputs: 1 };

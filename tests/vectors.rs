@@ -165,7 +165,7 @@ impl<'c> Judge<'c> {
         for (i, (&want, &got)) in want.iter().zip(got).enumerate() {
             let error = (want - f64::from(got)).abs() / unit;
             // NaN is not within any tolerance.
-            if !(error <= tolerance) && largest <= tolerance {
+            if (error.is_nan() || error > tolerance) && largest <= tolerance {
                 self.faults.push(format!("{name}[{i}]: torch has {want}, got {got}, {error:.2e} off where {tolerance:e} is allowed"));
             }
             largest = if error > largest || error.is_nan() { error } else { largest };

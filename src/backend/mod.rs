@@ -44,7 +44,7 @@ pub enum DeviceError {
     /// For good: every later call says the same.
     #[error("{device} is lost: {reason}")]
     Lost { device: String, reason: String },
-    #[error("{device} is out of memory: {what}; lower --batch-size, --window or --hidden")]
+    #[error("{device} is out of memory: {what}; lower --batch-size, --seq-len or --hidden")]
     OutOfMemory { device: String, what: String },
     #[error("{device} did not finish within {seconds} s")]
     Deadline { device: String, seconds: f64 },

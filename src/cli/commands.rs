@@ -28,7 +28,8 @@ use crate::store::config::{RunConfig, Task};
 use crate::store::{RunFolder, default_run_path};
 use crate::train::devices::{self, DeviceKind};
 use crate::train::profile::{self, Workload};
-use crate::train::run::{RunOptions, UsageError, run};
+use crate::train::run::{RunOptions, run};
+use crate::usage::UsageError;
 
 pub fn train(args: &TrainArgs, bus: &mut Bus) -> anyhow::Result<Done> {
     let layers = Layers::new(&args.typed, args.config.as_deref())?;

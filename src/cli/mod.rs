@@ -25,7 +25,7 @@ use crate::observe::sinks::{Console, Json, Verbosity};
 use crate::observe::{Bus, Event, Level, Table};
 use crate::store::StoreError;
 use crate::train::devices::DeviceError;
-use crate::train::run::UsageError;
+use crate::usage::UsageError;
 
 /// Ended by a signal, after a checkpoint was written; also the code of a second signal, which does not wait for one.
 const INTERRUPTED: u8 = 130;

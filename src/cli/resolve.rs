@@ -19,7 +19,7 @@ use crate::optim::{OptimizerConfig, Rule};
 use crate::store::config::{LossReduction, RunConfig, Task};
 use crate::store::{Select, run_folder};
 use crate::train::devices;
-use crate::train::run::UsageError;
+use crate::usage::UsageError;
 
 /// What stands where nothing was given, one row a kind of work.
 struct Defaults {

@@ -19,7 +19,7 @@ use crate::optim::schedule::ScheduleKind;
 use crate::store::config::{RunConfig, Task};
 use crate::store::{Select, StoreError};
 use crate::train::devices::DeviceError;
-use crate::train::run::UsageError;
+use crate::usage::UsageError;
 
 fn typed(flags: &[&str]) -> Typed {
     let Command::Train(args) = Cli::parse_from(["carrousel", "train"].iter().chain(flags)).command else { unreachable!("train was typed") };

@@ -1,11 +1,12 @@
 //! Text from a language model, a token at a time.
 
-use anyhow::{Result, bail, ensure};
+use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use super::session::Session;
 use super::task::DataSpec;
 use crate::rng::{Purpose, StepKey, Stream};
+use crate::usage::UsageError;
 
 /// How text is drawn.
 #[derive(Clone, Debug)]
@@ -27,11 +28,11 @@ pub struct GenerateOptions {
 /// A run that is no language model, a prompt with unknown characters, numbers out of range, the device's.
 pub fn generate(session: &mut Session, options: &GenerateOptions, on_text: &mut dyn FnMut(&str)) -> Result<Map<String, Value>> {
     let DataSpec::Text(vocab) = session.spec.clone() else {
-        bail!("this run forecasts a series and has no text to say: use `carrousel forecast`");
+        return Err(UsageError("this run forecasts a series and has no text to say: use `carrousel forecast`".to_owned()).into());
     };
     let temperature = options.temperature;
-    ensure!(temperature.is_finite() && temperature >= 0.0, "--temperature {temperature} is not a number from 0");
-    ensure!(options.top_k != Some(0), "--top-k 0 leaves no token to draw: give a number from 1");
+    UsageError::unless(temperature.is_finite() && temperature >= 0.0, || format!("--temperature {temperature} is not a number from 0"))?;
+    UsageError::unless(options.top_k != Some(0), || "--top-k 0 leaves no token to draw: give a number from 1".to_owned())?;
     let mut random = Stream::new(StepKey::new(options.seed, 0), Purpose::Sample, 0, 0);
     let mut tokens = vocab.encode_prompt(&options.prompt)?;
     let prompted = !tokens.is_empty();

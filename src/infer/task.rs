@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::data::builtin;
@@ -12,6 +12,7 @@ use crate::data::vocab::Vocab;
 use crate::data::{Batches, DataError};
 use crate::model::config::{Input, ModelConfig, Output};
 use crate::store::config::{RunConfig, Task};
+use crate::usage::UsageError;
 
 /// What a model must know of its data to read other data alike; `data.json` in the run folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -159,7 +160,8 @@ impl OtherData {
     pub fn eval_set(&self, config: &RunConfig) -> Result<EvalSet> {
         match self {
             Self::Text(tokens) => text_set(tokens, config.eval_batch_size, config.seq_len),
-            Self::Series(series) => series_set(series, config.eval_batch_size, Part::All)?.context("the file has no window to evaluate"),
+            Self::Series(series) => series_set(series, config.eval_batch_size, Part::All)?
+                .ok_or_else(|| UsageError("--data has no window to evaluate; give a longer file".to_owned()).into()),
         }
     }
 }

@@ -1,10 +1,10 @@
 //! What a network consists of, and the parameters that follow from it.
 
-use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::params::{Axis, Layout, ParamTable};
 use crate::shape::{ALIGN, GATES, round_up};
+use crate::usage::UsageError;
 
 /// What goes in at each time step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,27 +62,23 @@ impl ModelConfig {
     ///
     /// # Errors
     /// Names the sizes and what to change.
-    pub fn check(&self) -> Result<()> {
-        ensure!(
-            self.n_layers > 0 && self.hidden > 0,
-            "a model needs at least one layer and one hidden unit, not --layers {} --hidden {}",
-            self.n_layers,
-            self.hidden
-        );
-        ensure!((0.0..1.0).contains(&self.dropout), "--dropout {} is not in 0..1", self.dropout);
+    pub fn check(&self) -> Result<(), UsageError> {
+        UsageError::unless(self.n_layers > 0 && self.hidden > 0, || {
+            format!("a model needs at least one layer and one hidden unit, not --layers {} --hidden {}", self.n_layers, self.hidden)
+        })?;
+        UsageError::unless((0.0..1.0).contains(&self.dropout), || {
+            format!("--dropout is {}, but must be at least 0 and below 1", self.dropout)
+        })?;
         if self.tied {
             let Input::Tokens { vocabulary, width } = self.input else {
-                anyhow::bail!("--tied needs tokens, which have an embedding to share with the head")
+                return Err(UsageError("--tied needs tokens, which have an embedding to share with the head".to_owned()));
             };
-            ensure!(
-                width == self.hidden,
-                "--tied shares the embedding with the head: --embedding {width} must equal --hidden {}",
-                self.hidden
-            );
-            ensure!(
-                self.output == Output::Classes { n_classes: vocabulary },
-                "--tied shares the embedding with the head: {vocabulary} tokens go in, so as many classes must come out"
-            );
+            UsageError::unless(width == self.hidden, || {
+                format!("--tied shares the embedding with the head: --embedding {width} must equal --hidden {}", self.hidden)
+            })?;
+            UsageError::unless(self.output == Output::Classes { n_classes: vocabulary }, || {
+                format!("--tied shares the embedding with the head: {vocabulary} tokens go in, so as many classes must come out")
+            })?;
         }
         Ok(())
     }

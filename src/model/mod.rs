@@ -21,6 +21,7 @@ use crate::kernels::reduce::{ColumnSums, Sum};
 use crate::params::ParamTable;
 use crate::rng::StepKey;
 use crate::shape::{ALIGN, GATES, pad_inner, pad_units, round_up};
+use crate::usage::UsageError;
 
 /// Tokens or numbers, time-major.
 #[derive(Clone, Copy, Debug)]
@@ -106,16 +107,13 @@ pub struct Model {
 }
 
 /// Refuses a buffer that the device cannot hold or bind.
-fn fits(limits: Limits, label: &str, len: usize, lower: &str) -> Result<()> {
+fn fits(limits: Limits, label: &str, len: usize, lower: &str) -> Result<(), UsageError> {
     let bytes = len as u64 * 4;
     let mib = |bytes: u64| bytes.div_ceil(1 << 20);
     for (limit, name) in [(limits.max_binding_bytes, "storage buffer binding"), (limits.max_buffer_bytes, "buffer")] {
-        ensure!(
-            bytes <= limit,
-            "{label} needs {} MiB, above this device's largest {name} of {} MiB: lower {lower}",
-            mib(bytes),
-            mib(limit)
-        );
+        UsageError::unless(bytes <= limit, || {
+            format!("{label} needs {} MiB, above this device's largest {name} of {} MiB: lower {lower}", mib(bytes), mib(limit))
+        })?;
     }
     Ok(())
 }

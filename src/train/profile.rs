@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use super::balance::Balance;
@@ -20,6 +20,7 @@ use crate::model::state::Carried;
 use crate::optim::{OptimizerConfig, Rule};
 use crate::rng::{Purpose, StepKey, Stream};
 use crate::shape::pad_units;
+use crate::usage::UsageError;
 
 /// Steps before the clock starts: pipelines are built, memory is touched.
 const WARM_UP: usize = 3;
@@ -116,7 +117,7 @@ impl Workload {
 /// # Errors
 /// Devices that do not exist, a model that does not fit.
 pub fn profile_step(workload: &Workload, devices: &str, balance: &str, accumulate: usize, steps: usize) -> Result<Map<String, Value>> {
-    ensure!(steps > 0, "--steps 0 measures nothing: give a number from 1");
+    UsageError::unless(steps > 0, || "--steps 0 measures nothing: give a number from 1".to_owned())?;
     let (devices, mut balance, _) = settle(devices, balance)?;
     let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate };
     let mut group = Group::start(spec, &devices, None)?;
@@ -197,7 +198,7 @@ fn kernels(workload: &Workload, devices: &[Resolved], accumulate: usize) -> Resu
     drop(group);
     let times = times.lock().unwrap_or_else(PoisonError::into_inner);
     let mut rows: Vec<_> = times.iter().collect();
-    rows.sort_by(|a, b| b.1.1.cmp(&a.1.1));
+    rows.sort_by_key(|row| std::cmp::Reverse(row.1.1));
     let row = |(name, (n, time)): (&&'static str, &(u32, Duration))| json!({ "kernel": name, "launches": f64::from(*n) / f64::from(STEPS), "ms": time.as_secs_f64() * 1e3 / f64::from(STEPS) });
     Ok(rows.into_iter().map(row).collect())
 }

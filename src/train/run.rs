@@ -31,6 +31,7 @@ use crate::shape::pad_units;
 use crate::store::checkpoint::{Checkpoint, NamedTensor};
 use crate::store::config::{LossReduction, RunConfig, Task};
 use crate::store::run_folder::{CONFIG, METRICS, RunFolder, Select, Which};
+use crate::usage::UsageError;
 
 /// What is not part of a run's configuration.
 pub struct RunOptions {
@@ -227,35 +228,26 @@ fn describe(group: &Group) -> String {
 
 /// The configuration of a resumed run: the recorded one, with what may differ taken from what is asked now.
 fn continued(asked: RunConfig, recorded: RunConfig) -> Result<RunConfig> {
-    let mut merged = asked.clone();
-    let RunConfig { devices, balance, epochs, max_steps, log_every, eval_every, checkpoint_every, .. } = asked;
-    let recorded_total = (recorded.epochs, recorded.max_steps);
     let mut kept = recorded;
-    (kept.devices, kept.balance, kept.epochs, kept.max_steps) = (devices, balance, epochs, max_steps);
-    (kept.log_every, kept.eval_every, kept.checkpoint_every) = (log_every, eval_every, checkpoint_every);
-    // What the command line leaves at its default is not a difference.
-    merged.keep = kept.keep;
-    if merged != kept {
-        let (a, b) = (serde_json::to_value(&merged)?, serde_json::to_value(&kept)?);
-        let keys = a.as_object().into_iter().flatten().filter(|(k, v)| b.get(k.as_str()) != Some(*v));
-        let list: Vec<String> =
-            keys.map(|(k, v)| format!("--{} {v} (recorded: {})", k.replace('_', "-"), b.get(k).unwrap_or(&Value::Null))).collect();
-        if !list.is_empty() {
-            return Err(UsageError(format!(
-                "a resumed run keeps its configuration, but {} differ: leave them out, or start another run with another --out",
-                list.join(", ")
-            ))
-            .into());
-        }
-    }
-    let _ = recorded_total;
+    (kept.devices, kept.balance) = (asked.devices.clone(), asked.balance.clone());
+    (kept.epochs, kept.max_steps) = (asked.epochs, asked.max_steps);
+    (kept.log_every, kept.eval_every, kept.checkpoint_every) = (asked.log_every, asked.eval_every, asked.checkpoint_every);
+    let (typed, recorded) = (serde_json::to_value(&asked)?, serde_json::to_value(&kept)?);
+    let differing: Vec<String> = typed
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter(|(key, value)| recorded.get(key.as_str()) != Some(*value))
+        .map(|(key, value)| format!("--{} {value} (recorded: {})", key.replace('_', "-"), recorded.get(key).unwrap_or(&Value::Null)))
+        .collect();
+    UsageError::unless(differing.is_empty(), || {
+        format!(
+            "a resumed run keeps its configuration, but {} differ: leave them out, or start another run with another --out",
+            differing.join(", ")
+        )
+    })?;
     Ok(kept)
 }
-
-/// What was asked for makes no sense; exit code 2.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct UsageError(pub String);
 
 /// When a run is over.
 #[derive(Clone, Copy, Debug)]

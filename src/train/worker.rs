@@ -22,6 +22,7 @@ use crate::model::{MAX_PARTS, Model, Pass, read_buckets, write_buckets};
 use crate::optim::OptimizerConfig;
 use crate::rng::StepKey;
 use crate::shape::{ALIGN, BLOCK, round_up, split_even};
+use crate::usage::UsageError;
 
 /// What the coordinator asks of a worker. Every command but [`Command::Commit`] and [`Command::Abort`] is answered.
 pub enum Command {
@@ -188,7 +189,9 @@ pub fn serve(
 
 impl Worker {
     fn new(spec: WorkerSpec, mut backend: Box<dyn Backend>, ring: Option<Ring>) -> Result<Self> {
-        ensure!((1..=MAX_PARTS).contains(&spec.accumulate), "--accumulate {} is not in 1..={MAX_PARTS}", spec.accumulate);
+        UsageError::unless((1..=MAX_PARTS).contains(&spec.accumulate), || {
+            format!("--accumulate {} is not in 1..={MAX_PARTS}", spec.accumulate)
+        })?;
         let backend_ref = backend.as_mut();
         let model = Model::new(spec.model.clone(), backend_ref)?;
         let buckets = model.table().buckets().to_vec();
