@@ -1,7 +1,7 @@
 //! Update rules over several steps on every device against `torch.optim`'s rules in f64; clipping and schedules against their formulas.
 
 use carrousel::backend::{Backend, Span, read_now};
-use carrousel::optim::schedule::{Plateau, Schedule, ScheduleKind};
+use carrousel::optim::schedule::{Plateau, Schedule, ScheduleConfig, ScheduleKind};
 use carrousel::optim::{BETAS, EPS, OptimizerConfig, RMSPROP_ALPHA, Rule};
 use carrousel::rng::{Purpose, StepKey, Stream};
 
@@ -207,17 +207,51 @@ fn the_norm_is_clipped_as_torch_clips_it() {
     assert_eq!(config(Rule::Sgd).clip_factor(1e9), 1.0);
 }
 
+fn schedule(kind: ScheduleKind, warmup_steps: u64, horizon: u64) -> Schedule {
+    ScheduleConfig { kind, warmup_steps, lr_decay: None, decay_after: None, decay_every: None, patience: 2 }.over(10, Some(horizon))
+}
+
+#[test]
+fn decays_come_when_they_are_asked_for() {
+    let none = Plateau::default();
+    // Four epochs at the full rate, then halved before each.
+    let config = ScheduleConfig {
+        kind: ScheduleKind::Step,
+        warmup_steps: 0,
+        lr_decay: Some(0.5),
+        decay_after: Some(4.0),
+        decay_every: Some(1.0),
+        patience: 2,
+    };
+    let halved = config.over(10, Some(130));
+    for step in 0..130 {
+        let epoch = i32::try_from(step / 10).unwrap();
+        assert!((halved.factor(step, &none) - 0.5f64.powi((epoch - 3).max(0))).abs() < 1e-12, "{step}");
+    }
+    // 5 % less each epoch, without an end.
+    let config = ScheduleConfig { kind: ScheduleKind::Exponential, lr_decay: Some(0.95), decay_after: None, ..config };
+    let falling = config.over(10, None);
+    assert!((falling.factor(35, &none) - 0.95f64.powf(3.5)).abs() < 1e-12);
+    let mut plateau = Plateau::default();
+    let stalling = ScheduleConfig { kind: ScheduleKind::Plateau, lr_decay: Some(0.25), patience: 1, ..config }.over(10, None);
+    let factors = [3.0, 2.0, 2.5, 1.9, 1.95].map(|loss| {
+        plateau.observe(loss, &stalling);
+        stalling.factor(7, &plateau)
+    });
+    assert_eq!(factors, [1.0, 1.0, 0.25, 0.25, 0.0625]);
+}
+
 #[test]
 fn schedules_follow_their_formulas_between_their_ends() {
     let none = Plateau::default();
-    let at = |kind, step| Schedule { kind, warmup_steps: 20, horizon: 220 }.factor(step, &none);
+    let at = |kind, step| schedule(kind, 20, 220).factor(step, &none);
     for step in 0..20 {
         let warm = (step + 1) as f64 / 20.0;
         for kind in [ScheduleKind::Constant, ScheduleKind::Step, ScheduleKind::Exponential, ScheduleKind::Cosine, ScheduleKind::Plateau] {
             assert!((at(kind, step) - warm).abs() < 1e-12, "{kind:?} at {step}");
         }
     }
-    for step in 20..=220 {
+    for step in 20..220 {
         let done = (step - 20) as f64 / 200.0;
         assert_eq!(at(ScheduleKind::Constant, step), 1.0);
         assert!((at(ScheduleKind::Cosine, step) - (std::f64::consts::FRAC_PI_2 * done).cos().powi(2)).abs() < 1e-12);
@@ -225,10 +259,16 @@ fn schedules_follow_their_formulas_between_their_ends() {
         let n_cuts = [120, 170].iter().filter(|&&cut| step >= cut).count() as i32;
         assert!((at(ScheduleKind::Step, step) - 10f64.powi(-n_cuts)).abs() < 1e-12, "{step}");
     }
+    // What a longer run finds behind the horizon.
+    for (kind, end) in
+        [(ScheduleKind::Constant, 1.0), (ScheduleKind::Step, 0.01), (ScheduleKind::Exponential, 0.01), (ScheduleKind::Cosine, 0.0)]
+    {
+        assert!((at(kind, 220) - end).abs() < 1e-12 && (at(kind, 1000) - end).abs() < 1e-12, "{kind:?}");
+    }
     // A horizon within the warm-up, or none at all, still gives rates that exist.
     for (warmup_steps, horizon) in [(0, 0), (10, 5), (0, 1)] {
         for kind in [ScheduleKind::Constant, ScheduleKind::Step, ScheduleKind::Exponential, ScheduleKind::Cosine] {
-            let schedule = Schedule { kind, warmup_steps, horizon };
+            let schedule = schedule(kind, warmup_steps, horizon);
             assert!((0..30).all(|step| (0.0..=1.0).contains(&schedule.factor(step, &none))), "{schedule:?}");
         }
     }
@@ -239,7 +279,7 @@ fn a_plateau_is_left_only_by_a_real_improvement_and_halves_again_and_again() {
     let mut plateau = Plateau::default();
     let mut factors = Vec::new();
     for loss in [1.0, 0.9, 0.8999, 0.8998, 0.8997, 0.8996, 0.5, f64::NAN, 0.6, 0.7, 0.8] {
-        plateau.observe(loss);
+        plateau.observe(loss, &schedule(ScheduleKind::Plateau, 0, 100));
         factors.push(plateau.factor);
     }
     assert_eq!(factors, [1.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125, 0.125, 0.0625]);

@@ -10,7 +10,7 @@ use carrousel::data::text::Encoding;
 use carrousel::data::vocab::Level;
 use carrousel::model::init::Init;
 use carrousel::observe::{Bus, Event, Sink};
-use carrousel::optim::schedule::ScheduleKind;
+use carrousel::optim::schedule::{ScheduleConfig, ScheduleKind};
 use carrousel::optim::{OptimizerConfig, Rule};
 use carrousel::store::Select;
 use carrousel::store::config::{LossReduction, RunConfig, Task};
@@ -55,8 +55,14 @@ pub fn config(task: Task, data: &[&Path]) -> RunConfig {
             clip_norm: 1.0,
             clip_value: 0.0,
         },
-        schedule: ScheduleKind::Constant,
-        warmup_steps: 0,
+        schedule: ScheduleConfig {
+            kind: ScheduleKind::Constant,
+            warmup_steps: 0,
+            lr_decay: None,
+            decay_after: None,
+            decay_every: None,
+            patience: 2,
+        },
         loss_reduction: LossReduction::Mean,
         seed: 1,
         devices: "cpu:1".into(),

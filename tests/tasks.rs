@@ -163,7 +163,7 @@ fn a_sine_is_continued() {
     let mut config = config(Task::Forecast, &[&file]);
     config.split = Split { train: 0.7, valid: 0.1, test: 0.2 };
     (config.relative, config.seq_len, config.horizon, config.hidden) = (Relative::Auto, 24, 6, 24);
-    (config.max_steps, config.batch_size, config.optimizer.lr, config.schedule) = (Some(250), 32, 1e-2, ScheduleKind::Cosine);
+    (config.max_steps, config.batch_size, config.optimizer.lr, config.schedule.kind) = (Some(250), 32, 1e-2, ScheduleKind::Cosine);
     let ran = train(&config, &dir.path().join("run"), false);
     let summary = ran.outcome.unwrap().summary;
     let (loss, last) = (summary["test_loss"].as_f64().unwrap(), summary["baselines"]["last"].as_f64().unwrap());

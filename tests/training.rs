@@ -233,7 +233,7 @@ fn stopped_and_resumed_equals_undisturbed(devices: &str, wrap: Option<&Wrap>) {
     let dir = tempfile::tempdir().unwrap();
     let mut config = small(dir.path());
     (config.devices, config.balance) = (devices.into(), "equal".into());
-    config.schedule = carrousel::optim::schedule::ScheduleKind::Cosine;
+    config.schedule.kind = carrousel::optim::schedule::ScheduleKind::Cosine;
     let whole = dir.path().join("whole");
     let undisturbed = train_with(&config, options(&whole, wrap.cloned()), None);
     undisturbed.outcome.unwrap();

@@ -1,7 +1,7 @@
 //! What a person types becomes a run, and what comes of it becomes output and an exit code. The only floor that reads the command line,
 //! prints results, handles signals or ends the process; nothing is computed here.
 //!
-//! Arguments have two levels: [`typed`] and [`args`] hold what was given, [`resolve`] settles what is meant. With `--json` standard output
+//! Arguments have two levels: `typed` and `args` hold what was given, `resolve` settles what is meant. With `--json` standard output
 //! is JSON lines only; else it takes results, and standard error takes progress and complaints.
 
 mod args;

@@ -14,7 +14,7 @@ use crate::data::split::Split;
 use crate::data::text::Encoding;
 use crate::data::vocab::Level;
 use crate::model::init::Init;
-use crate::optim::schedule::ScheduleKind;
+use crate::optim::schedule::{ScheduleConfig, ScheduleKind};
 use crate::optim::{OptimizerConfig, Rule};
 use crate::store::config::{LossReduction, RunConfig, Task};
 use crate::store::{Select, run_folder};
@@ -84,6 +84,7 @@ const BUILTIN: Defaults = Defaults {
 
 const OPTIMIZER: Rule = Rule::Adam;
 const SCHEDULE: ScheduleKind = ScheduleKind::Cosine;
+const PATIENCE: u32 = 2;
 const CLIP_NORM: f64 = 5.0;
 const SEED: u64 = 1;
 const DEVICES: &str = "auto";
@@ -284,8 +285,14 @@ fn fill(typed: &Typed) -> RunConfig {
             clip_norm: typed.clip_norm.unwrap_or(CLIP_NORM),
             clip_value: typed.clip_value.unwrap_or(0.0),
         },
-        schedule: typed.schedule.unwrap_or(SCHEDULE),
-        warmup_steps: typed.warmup_steps.unwrap_or(0),
+        schedule: ScheduleConfig {
+            kind: typed.schedule.unwrap_or(SCHEDULE),
+            warmup_steps: typed.warmup_steps.unwrap_or(0),
+            lr_decay: typed.lr_decay,
+            decay_after: typed.decay_after,
+            decay_every: typed.decay_every,
+            patience: typed.patience.unwrap_or(PATIENCE),
+        },
         loss_reduction: typed.loss_reduction.unwrap_or(LossReduction::Mean),
         seed: typed.seed.unwrap_or(SEED),
         devices: text(&typed.devices, DEVICES),
@@ -446,6 +453,25 @@ fn check_training(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
     judge.at_least_zero("l1", l1)?;
     judge.at_least_zero("clip_norm", clip_norm)?;
     judge.at_least_zero("clip_value", clip_value)?;
+    let ScheduleConfig { kind, lr_decay, decay_after, decay_every, patience, .. } = config.schedule;
+    if let Some(decay) = lr_decay {
+        judge.hold("lr_decay", decay, decay > 0.0 && decay <= 1.0, "above 0 and at most 1")?;
+    }
+    if let Some(epochs) = decay_after {
+        judge.at_least_zero("decay_after", epochs)?;
+    }
+    if let Some(epochs) = decay_every {
+        judge.hold("decay_every", epochs, epochs.is_finite() && epochs > 0.0, "a number above 0")?;
+    }
+    judge.positive("patience", u64::from(patience))?;
+    let cuts = matches!(kind, ScheduleKind::Step | ScheduleKind::Exponential);
+    if !cuts && (decay_after.is_some() || decay_every.is_some()) {
+        let key = if decay_after.is_some() { "decay_after" } else { "decay_every" };
+        return judge.refuse(key, "needs --schedule step or exponential");
+    }
+    if lr_decay.is_some() && !cuts && kind != ScheduleKind::Plateau {
+        return judge.refuse("lr_decay", "needs --schedule step, exponential or plateau");
+    }
     if momentum > 0.0 && !matches!(rule, Rule::Sgd | Rule::Rmsprop) {
         return judge.refuse("momentum", "needs --optimizer sgd or rmsprop; adam and adamw have their own");
     }

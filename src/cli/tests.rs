@@ -79,7 +79,7 @@ fn defaults_fit_the_kind_of_work() {
     let text = config(&["--data", "a.txt"]);
     assert_eq!((text.layers, text.hidden, text.embedding, text.seq_len, text.batch_size, text.eval_batch_size), (2, 128, 128, 50, 50, 50));
     assert_eq!((text.epochs, text.max_steps, text.select, text.level), (Some(10), None, Select::Best, Level::Char));
-    assert_eq!((text.optimizer.rule, text.optimizer.lr, text.schedule), (Rule::Adam, 2e-3, ScheduleKind::Cosine));
+    assert_eq!((text.optimizer.rule, text.optimizer.lr, text.schedule.kind), (Rule::Adam, 2e-3, ScheduleKind::Cosine));
     assert_eq!(text.split.to_string(), "0.85,0.05,0.1");
     let words = config(&["--data", "a.txt", "--level", "word"]);
     assert_eq!((words.hidden, words.embedding), (200, 200));

@@ -168,6 +168,22 @@ pub struct Typed {
     #[arg(long, value_name = "N", help_heading = TRAINING, value_parser = whole())]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub warmup_steps: Option<u64>,
+    /// What the rate is multiplied by: at each cut of step, over each interval of exponential, at each stall of plateau [default: step 0.1; exponential 0.01; plateau 0.5]
+    #[arg(long, value_name = "X", help_heading = TRAINING, allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lr_decay: Option<f64>,
+    /// Epochs before the decay begins; by default half of the run for step, none for exponential
+    #[arg(long, value_name = "EPOCHS", help_heading = TRAINING, allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decay_after: Option<f64>,
+    /// Epochs between decays; by default a quarter of the run for step, all of it for exponential
+    #[arg(long, value_name = "EPOCHS", help_heading = TRAINING, allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decay_every: Option<f64>,
+    /// Evaluations without improvement that plateau bears before it decays
+    #[arg(long, value_name = "N", help_heading = TRAINING)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub patience: Option<u32>,
     /// Largest global norm of the gradient, 0 for any
     #[arg(long, value_name = "X", help_heading = TRAINING, allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]

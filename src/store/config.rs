@@ -9,7 +9,7 @@ use crate::data::text::Encoding;
 use crate::data::vocab::Level;
 use crate::model::init::Init;
 use crate::optim::OptimizerConfig;
-use crate::optim::schedule::ScheduleKind;
+use crate::optim::schedule::ScheduleConfig;
 
 /// What is learnt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,8 +85,8 @@ pub struct RunConfig {
     pub max_steps: Option<u64>,
     #[serde(flatten)]
     pub optimizer: OptimizerConfig,
-    pub schedule: ScheduleKind,
-    pub warmup_steps: u64,
+    #[serde(flatten)]
+    pub schedule: ScheduleConfig,
     pub loss_reduction: LossReduction,
     pub seed: u64,
     pub devices: String,

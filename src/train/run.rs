@@ -165,7 +165,7 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
         epoch: 0,
         batch: 0,
         tokens: 0,
-        schedule: Schedule { kind: config.schedule, warmup_steps: config.warmup_steps, horizon: total.unwrap_or(u64::MAX) },
+        schedule: config.schedule.over(n_batches, total),
         plateau: Plateau::default(),
         balance,
         epoch_loss: 0.0,
@@ -473,8 +473,8 @@ impl Trainer<'_> {
         let mut together = Together { group: &mut self.group, balance: &self.position.balance };
         let loss = evaluate(valid, &mut together)?.loss;
         self.position.valid_loss = Some(loss);
-        if self.config.schedule == ScheduleKind::Plateau {
-            self.position.plateau.observe(loss);
+        if self.position.schedule.kind == ScheduleKind::Plateau {
+            self.position.plateau.observe(loss, &self.position.schedule);
         }
         // Evaluation is not training's speed.
         self.meter.since = Instant::now();
