@@ -318,7 +318,7 @@ fn the_help_states_the_defaults_that_hold() {
     let series = config(&["--data", "a.csv"]);
     for part in [
         format!("[default: lm {}; lm at word level 200; forecast {}]", text.hidden, series.hidden),
-        format!("[default: {}]", text.optimizer.lr),
+        format!("[default: lm {}; forecast {}]", text.optimizer.lr, series.optimizer.lr),
         format!("[default: {}; built-in example {}]", series.horizon, config(&[]).horizon),
         "[default: best; built-in example last]".to_owned(),
         "[default: auto]".to_owned(),
