@@ -3,29 +3,30 @@
 // A workgroup computes 32 batch rows x one panel of 16 units, an invocation 4 rows x 4 units. Loop trips: H, each four columns of dz.
 
 struct Params {
+    cell: Cell,
     n_rows: u32, // B
     hidden: u32, // H, a multiple of 16
     weight_hh: u32,
     gates: u32,
     dz_after: u32,
     c_prev: u32,
-    c: u32,
     dh_out: u32,
     carry: u32,
     t: u32,
     last: u32,
     use_lengths: u32,
+    initial: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> params: array<vec4<f32>>;        // weight_hh [H / 16, H, 64]
 @group(0) @binding(2) var<storage, read_write> gates: array<vec4<f32>>;   // [B, 4H] twice: this step's gates, which become dz, and the dz after
-@group(0) @binding(3) var<storage, read> c: array<vec4<f32>>;             // [B, H] twice: before and after the step
+@group(0) @binding(3) var<storage, read> c: array<vec4<f32>>;             // [B, H] before the step
 @group(0) @binding(4) var<storage, read> dh_out: array<vec4<f32>>;        // [B, H]
-@group(0) @binding(5) var<storage, read_write> carry: array<vec4<f32>>;   // [2, B, H]: gradient of the final h; dc on its way
-@group(0) @binding(6) var<storage, read> lengths: array<u32>;             // [B]
+@group(0) @binding(5) var<storage, read_write> carry: array<vec4<f32>>;   // [2, B, H]: of h what W_hh does not hand on; dc on its way; sums of the peepholes [B, 3, H]
+@group(0) @binding(6) var<storage, read> rows: array<u32>;                // lengths [B]; stream numbers [B] at cell.streams
+@group(0) @binding(7) var<storage, read> bias: array<vec4<f32>>;          // peepholes [3, H]
 
-const NONE: u32 = 0xffffffffu;
 const STEP_ROWS: u32 = 32u;
 const INVOCATION_ROWS: u32 = 4u;
 
@@ -33,27 +34,53 @@ fn tanh4(x: vec4<f32>) -> vec4<f32> {
     return vec4<f32>(safe_tanh(x.x), safe_tanh(x.y), safe_tanh(x.z), safe_tanh(x.w));
 }
 
+fn row_stream(row: u32) -> u32 {
+    if (p.cell.draws == 1u || p.cell.mask_scale != 0.0) {
+        return rows[p.cell.streams + row];
+    }
+    return 0u;
+}
+
+// Where the sums of a row's peepholes lie.
+fn sums_of(row: u32, gate: u32, panel: u32, quad: u32) -> u32 {
+    return units_of(p.carry + 2u * p.n_rows * p.hidden, row * 3u + gate, p.hidden, panel, quad);
+}
+
 // Takes one row's gradient of h through the gates; `from_after` is what came through the recurrent weights.
 fn finish(row: u32, panel: u32, quad: u32, from_after: vec4<f32>) {
     let at = gates_of(p.gates, row, p.hidden, panel, quad);
-    var is_final = p.last == 1u;
+    let carry_at = units_of(p.carry, row, p.hidden, panel, quad);
+    var dh = from_after;
+    if (OPTIONS) {
+        if (p.cell.mask_scale != 0.0) {
+            dh *= recurrent_mask(p.cell, row_stream(row), panel * (PANEL_UNITS / 4u) + quad);
+        }
+        if (p.cell.peephole != NONE && p.last == 1u) {
+            for (var gate = 0u; gate < 3u; gate += 1u) {
+                carry[sums_of(row, gate, panel, quad)] = vec4<f32>();
+            }
+        }
+    }
+    if (p.initial == 1u) {
+        carry[carry_at] += dh;
+        return;
+    }
+    var takes = p.last == 1u || (OPTIONS && p.cell.zoneout_h > 0.0);
     if (p.use_lengths == 1u) {
-        if (p.t >= lengths[row]) {
-            // Not begun yet on the way back: dc waits in `carry` for the row's last step.
+        if (p.t >= rows[row]) {
+            // No step of this row's: dc waits in `carry`, and dh, which comes here only in reverse, from the row's first step.
             gates[at] = vec4<f32>();
             gates[at + GATE_VECTORS] = vec4<f32>();
             gates[at + 2u * GATE_VECTORS] = vec4<f32>();
             gates[at + 3u * GATE_VECTORS] = vec4<f32>();
+            carry[carry_at] += dh;
             return;
         }
-        is_final = is_final || p.t + 1u == lengths[row];
+        takes = takes || p.t + 1u == rows[row];
     }
-    let carry_at = units_of(p.carry, row, p.hidden, panel, quad);
     let dc_at = carry_at + p.n_rows * (p.hidden / 4u);
-    var dh = from_after;
-    if (is_final) {
-        // Taken: what is left there belongs to rows that ended before this sweep.
-        dh = carry[carry_at];
+    if (takes) {
+        dh += carry[carry_at];
         carry[carry_at] = vec4<f32>();
     }
     if (p.dh_out != NONE) {
@@ -64,13 +91,69 @@ fn finish(row: u32, panel: u32, quad: u32, from_after: vec4<f32>) {
     let g = gates[at + 2u * GATE_VECTORS];
     let o = gates[at + 3u * GATE_VECTORS];
     let c_prev = c[units_of(p.c_prev, row, p.hidden, panel, quad)];
-    let tanh_c = tanh4(c[units_of(p.c, row, p.hidden, panel, quad)]);
+    if (OPTIONS) {
+        finish_cell(row, panel, quad, dh, mat4x4<f32>(i, f, g, o), c_prev);
+        return;
+    }
+    let tanh_c = tanh4(f * c_prev + i * g);
     let dc = carry[dc_at] + dh * o * (1.0 - tanh_c * tanh_c);
     gates[at] = dc * g * i * (1.0 - i);
     gates[at + GATE_VECTORS] = dc * c_prev * f * (1.0 - f);
     gates[at + 2u * GATE_VECTORS] = dc * i * (1.0 - g * g);
     gates[at + 3u * GATE_VECTORS] = dh * tanh_c * o * (1.0 - o);
     carry[dc_at] = dc * f;
+}
+
+// The same for any cell.
+fn finish_cell(row: u32, panel: u32, quad: u32, dh: vec4<f32>, of_step: mat4x4<f32>, c_prev: vec4<f32>) {
+    let i = of_step[0];
+    let f = of_step[1];
+    let g = of_step[2];
+    let o = of_step[3];
+    let at = gates_of(p.gates, row, p.hidden, panel, quad);
+    let carry_at = units_of(p.carry, row, p.hidden, panel, quad);
+    let dc_at = carry_at + p.n_rows * (p.hidden / 4u);
+    let block = panel * (PANEL_UNITS / 4u) + quad;
+    let stream = row_stream(row);
+    let keep_h = zoneout_kept(p.cell, ZONEOUT_H, p.cell.zoneout_h, stream, p.t, block);
+    let keep_c = zoneout_kept(p.cell, ZONEOUT_C, p.cell.zoneout_c, stream, p.t, block);
+    var pi = vec4<f32>();
+    var pf = vec4<f32>();
+    var po = vec4<f32>();
+    if (p.cell.peephole != NONE) {
+        pi = bias[units_of(p.cell.peephole, 0u, p.hidden, panel, quad)];
+        pf = bias[units_of(p.cell.peephole, 1u, p.hidden, panel, quad)];
+        po = bias[units_of(p.cell.peephole, 2u, p.hidden, panel, quad)];
+    }
+    let limit = limit_of(p.cell.cell_clip);
+    let dz_limit = limit_of(p.cell.grad_clip);
+    let raw = f * c_prev + i * g;
+    let c_new = clip4(raw, limit);
+    let tanh_c = tanh4(c_new);
+    let d_hat = (1.0 - keep_h) * dh;
+    let dz_o = clip4(d_hat * tanh_c * o * (1.0 - o), dz_limit);
+    let dc = carry[dc_at];
+    var d = (1.0 - keep_c) * dc + d_hat * o * (1.0 - tanh_c * tanh_c) + dz_o * po;
+    d = select(d, vec4<f32>(), abs(raw) > vec4<f32>(limit));
+    let is_coupled = p.cell.coupled == 1u;
+    let d_i = select(d * g, d * (g - c_prev), is_coupled);
+    let dz_i = clip4(d_i * i * (1.0 - i), dz_limit);
+    let dz_f = clip4(select(d * c_prev * f * (1.0 - f), vec4<f32>(), is_coupled), dz_limit);
+    let dz_g = clip4(d * i * (1.0 - g * g), dz_limit);
+    gates[at] = dz_i;
+    gates[at + GATE_VECTORS] = dz_f;
+    gates[at + 2u * GATE_VECTORS] = dz_g;
+    gates[at + 3u * GATE_VECTORS] = dz_o;
+    carry[dc_at] = keep_c * dc + d * f + dz_i * pi + dz_f * pf;
+    if (p.cell.zoneout_h > 0.0) {
+        // Taken before: this is all that the old h gets past the weights.
+        carry[carry_at] = keep_h * dh;
+    }
+    if (p.cell.peephole != NONE) {
+        carry[sums_of(row, 0u, panel, quad)] += dz_i * c_prev;
+        carry[sums_of(row, 1u, panel, quad)] += dz_f * c_prev;
+        carry[sums_of(row, 2u, panel, quad)] += dz_o * c_new;
+    }
 }
 
 @compute @workgroup_size(4, 8)
@@ -91,8 +174,8 @@ fn lstm_step_backward(
     var dh3 = vec4<f32>();
     if (p.last == 0u) {
         // Rows beyond the last one repeat it and are not stored.
-        let rows = min(vec4<u32>(row, row + 1u, row + 2u, row + 3u), vec4<u32>(p.n_rows - 1u));
-        let dz_at = p.dz_after / 4u + rows * p.hidden;
+        let four = min(vec4<u32>(row, row + 1u, row + 2u, row + 3u), vec4<u32>(p.n_rows - 1u));
+        let dz_at = p.dz_after / 4u + four * p.hidden;
         // Weights of this quad's first unit in panel 0: 16 vectors, then those of the next unit; panels are H units apart.
         let w_start = p.weight_hh / 4u + (panel * PANEL_UNITS + quad * 4u) * PANEL_VECTORS;
         for (var k = 0u; k < p.hidden; k += 1u) {

@@ -4,6 +4,7 @@
 // that it loads serves 4 rows. Loop trips: H / 4.
 
 struct Params {
+    cell: Cell,
     n_rows: u32, // B
     hidden: u32, // H, a multiple of 16
     weight_hh: u32,
@@ -12,22 +13,24 @@ struct Params {
     gates: u32,
     h_prev: u32,
     h: u32,
+    masked_prev: u32,
+    masked: u32,
     c_prev: u32,
     c: u32,
     t: u32,
     use_lengths: u32,
+    initial: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> params: array<vec4<f32>>;          // weight_hh [H / 16, H, 64]
 @group(0) @binding(2) var<storage, read_write> gates: array<vec4<f32>>;     // [B, 4H]: the input product, then the activated gates
-@group(0) @binding(3) var<storage, read_write> h: array<vec4<f32>>;         // [B, H] twice: before and after the step
+@group(0) @binding(3) var<storage, read_write> h: array<vec4<f32>>;         // [B, H] before and after the step, and both masked
 @group(0) @binding(4) var<storage, read_write> c: array<vec4<f32>>;         // [B, H] twice
-@group(0) @binding(5) var<storage, read> lengths: array<u32>;               // [B]
+@group(0) @binding(5) var<storage, read> rows: array<u32>;                  // lengths [B]; stream numbers [B] at cell.streams
 @group(0) @binding(6) var<storage, read_write> flags: array<atomic<u32>>;   // [0]: raised by a pre-activation that is not finite
-@group(0) @binding(7) var<storage, read> bias: array<vec4<f32>>;            // b_ih and b_hh, [4H] each
+@group(0) @binding(7) var<storage, read> bias: array<vec4<f32>>;            // b_ih and b_hh [4H], peepholes [3, H]
 
-const NONE: u32 = 0xffffffffu;
 const STEP_ROWS: u32 = 32u;
 const INVOCATION_ROWS: u32 = 4u;
 // A step needs no number for its gates: column i, f, g, o of a mat4x4 holds the four units of that gate.
@@ -81,23 +84,82 @@ fn finish(row: u32, panel: u32, quad: u32, z: Gates) {
     let gates_at = gates_of(p.gates, row, p.hidden, panel, quad);
     let h_at = units_of(p.h, row, p.hidden, panel, quad);
     let c_at = units_of(p.c, row, p.hidden, panel, quad);
-    if (p.use_lengths == 1u && p.t >= lengths[row]) {
+    let c_prev = c[units_of(p.c_prev, row, p.hidden, panel, quad)];
+    if (p.use_lengths == 1u && p.t >= rows[row]) {
+        // A row that has ended keeps its state.
         store_gates(gates_at, Gates());
-        h[h_at] = vec4<f32>();
-        c[c_at] = vec4<f32>();
+        h[h_at] = h[units_of(p.h_prev, row, p.hidden, panel, quad)];
+        c[c_at] = c_prev;
+        if (OPTIONS && p.cell.mask_scale != 0.0) {
+            h[units_of(p.masked, row, p.hidden, panel, quad)] = h[units_of(p.masked_prev, row, p.hidden, panel, quad)];
+        }
         return;
     }
     if (any_non_finite(z[0]) || any_non_finite(z[1]) || any_non_finite(z[2]) || any_non_finite(z[3])) {
         atomicStore(&flags[0], 1u);
     }
+    if (OPTIONS) {
+        finish_cell(row, panel, quad, z, c_prev);
+        return;
+    }
     let i = sigmoid4(z[0]);
     let f = sigmoid4(z[1]);
     let g = tanh4(z[2]);
     let o = sigmoid4(z[3]);
-    let c_next = f * c[units_of(p.c_prev, row, p.hidden, panel, quad)] + i * g;
+    let c_next = f * c_prev + i * g;
     store_gates(gates_at, Gates(i, f, g, o));
     c[c_at] = c_next;
     h[h_at] = o * tanh4(c_next);
+}
+
+fn peephole(gate: u32, panel: u32, quad: u32) -> vec4<f32> {
+    return bias[units_of(p.cell.peephole, gate, p.hidden, panel, quad)];
+}
+
+// The same for any cell.
+fn finish_cell(row: u32, panel: u32, quad: u32, given: Gates, c_prev: vec4<f32>) {
+    let block = panel * (PANEL_UNITS / 4u) + quad;
+    var z = given;
+    if (p.cell.peephole != NONE) {
+        z[0] += peephole(0u, panel, quad) * c_prev;
+        z[1] += peephole(1u, panel, quad) * c_prev;
+    }
+    let i = sigmoid4(z[0]);
+    let f = select(sigmoid4(z[1]), 1.0 - i, p.cell.coupled == 1u);
+    let g = tanh4(z[2]);
+    var c_next = clip4(f * c_prev + i * g, limit_of(p.cell.cell_clip));
+    if (p.cell.peephole != NONE) {
+        z[3] += peephole(2u, panel, quad) * c_next;
+    }
+    let o = sigmoid4(z[3]);
+    var h_next = o * tanh4(c_next);
+    let stream = row_stream(row);
+    if (p.cell.zoneout_h > 0.0 || p.cell.zoneout_c > 0.0) {
+        let keep_h = zoneout_kept(p.cell, ZONEOUT_H, p.cell.zoneout_h, stream, p.t, block);
+        let keep_c = zoneout_kept(p.cell, ZONEOUT_C, p.cell.zoneout_c, stream, p.t, block);
+        h_next = keep_h * h[units_of(p.h_prev, row, p.hidden, panel, quad)] + (1.0 - keep_h) * h_next;
+        c_next = keep_c * c_prev + (1.0 - keep_c) * c_next;
+    }
+    store_gates(gates_of(p.gates, row, p.hidden, panel, quad), Gates(i, f, g, o));
+    c[units_of(p.c, row, p.hidden, panel, quad)] = c_next;
+    h[units_of(p.h, row, p.hidden, panel, quad)] = h_next;
+    if (p.cell.mask_scale != 0.0) {
+        h[units_of(p.masked, row, p.hidden, panel, quad)] = recurrent_mask(p.cell, stream, block) * h_next;
+    }
+}
+
+// The global number of a row's sequence; 0 where nothing draws.
+fn row_stream(row: u32) -> u32 {
+    if (p.cell.draws == 1u || p.cell.mask_scale != 0.0) {
+        return rows[p.cell.streams + row];
+    }
+    return 0u;
+}
+
+// The masked copy of the first state.
+fn mask_initial(row: u32, panel: u32, quad: u32) {
+    let mask = recurrent_mask(p.cell, row_stream(row), panel * (PANEL_UNITS / 4u) + quad);
+    h[units_of(p.masked, row, p.hidden, panel, quad)] = mask * h[units_of(p.h_prev, row, p.hidden, panel, quad)];
 }
 
 @compute @workgroup_size(4, 8)
@@ -112,14 +174,20 @@ fn lstm_step_forward(
     if (row >= p.n_rows) {
         return;
     }
+    if (OPTIONS && p.initial == 1u) {
+        for (var i = row; i < min(row + INVOCATION_ROWS, p.n_rows); i += 1u) {
+            mask_initial(i, panel, quad);
+        }
+        return;
+    }
     // Rows beyond the last one repeat it and are not stored.
-    let rows = min(vec4<u32>(row, row + 1u, row + 2u, row + 3u), vec4<u32>(p.n_rows - 1u));
-    var z0 = load_gates(gates_of(p.gates, rows.x, p.hidden, panel, quad));
-    var z1 = load_gates(gates_of(p.gates, rows.y, p.hidden, panel, quad));
-    var z2 = load_gates(gates_of(p.gates, rows.z, p.hidden, panel, quad));
-    var z3 = load_gates(gates_of(p.gates, rows.w, p.hidden, panel, quad));
+    let four = min(vec4<u32>(row, row + 1u, row + 2u, row + 3u), vec4<u32>(p.n_rows - 1u));
+    var z0 = load_gates(gates_of(p.gates, four.x, p.hidden, panel, quad));
+    var z1 = load_gates(gates_of(p.gates, four.y, p.hidden, panel, quad));
+    var z2 = load_gates(gates_of(p.gates, four.z, p.hidden, panel, quad));
+    var z3 = load_gates(gates_of(p.gates, four.w, p.hidden, panel, quad));
 
-    let h_at = p.h_prev / 4u + rows * (p.hidden / 4u);
+    let h_at = select(p.h_prev, p.masked_prev, OPTIONS && p.cell.mask_scale != 0.0) / 4u + four * (p.hidden / 4u);
     // Row k of the panel's weights, which has a vector for each quad of each gate.
     var w_at = p.weight_hh / 4u + panel * p.hidden * PANEL_VECTORS + quad;
     for (var k = 0u; k < p.hidden / 4u; k += 1u) {

@@ -48,8 +48,10 @@ macro_rules! for_isa {
         #[cfg(target_arch = "x86_64")]
         {
             #[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
+            #[allow(clippy::too_many_arguments, reason = "as many as the body has")]
             fn avx512($($arg: $ty),*) { $body($($arg),*) }
             #[target_feature(enable = "avx2,fma")]
+            #[allow(clippy::too_many_arguments, reason = "as many as the body has")]
             fn avx2($($arg: $ty),*) { $body($($arg),*) }
             match $isa {
                 // SAFETY: an `Isa` other than the baseline is only made by `Isa::detect`, or by a test that checks it, after the processor reported these features.

@@ -19,6 +19,13 @@ pub enum Purpose {
     Split = 5,
     /// Data made for tests and benches.
     Test = 6,
+    /// Zoneout of h and of c.
+    ZoneoutH = 7,
+    ZoneoutC = 8,
+    /// Recurrent dropout: masks over h.
+    RecurrentDropout = 9,
+    /// Masks over recurrent weights.
+    WeightDrop = 10,
 }
 
 /// One block of Philox4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key.

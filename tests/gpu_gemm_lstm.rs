@@ -8,7 +8,9 @@ use carrousel::backend::gpu::GpuBackend;
 use carrousel::backend::gpu::adapters;
 use carrousel::backend::{Backend, Span, read_now};
 use carrousel::kernels::gemm::{self, DIRECT_BLOCK, Gemm, MAX_K, Matrix, TILED_BLOCK};
-use carrousel::kernels::lstm::{self, FLAG_NON_FINITE, Lane, LaneGradients, LaneTensors, LstmStepForward, NONE, SweepArgs};
+use carrousel::kernels::lstm::{
+    self, Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneTensors, LaneVectors, LstmStepForward, NONE, SweepArgs,
+};
 use carrousel::kernels::{AdapterClass, Binding, Case, Dispatch, Entry, Fill, Kernel, MAX_WORKGROUPS, Operand, ShapeError};
 use carrousel::pool::CpuContext;
 use carrousel::rng::{Purpose, StepKey, Stream};
@@ -244,10 +246,14 @@ fn a_pre_activation_that_is_not_finite_raises_the_flag_unless_its_row_has_ended(
         gates: 0,
         h_prev: 0,
         h: state as u32,
+        masked_prev: NONE,
+        masked: NONE,
         c_prev: 0,
         c: state as u32,
         t: 3,
         use_lengths: 1,
+        initial: 0,
+        cell: Cell::PLAIN,
     };
     // Row 4 ended at step 2.
     let lengths: Vec<f32> = [4, 9, 4, 9, 2].map(f32::from_bits).to_vec();
@@ -263,7 +269,7 @@ fn a_pre_activation_that_is_not_finite_raises_the_flag_unless_its_row_has_ended(
         for backend in [&mut cpu as &mut dyn Backend, &mut gpu] {
             let words = outcome(backend, &kernel, what, &inputs);
             assert_eq!(words[5][FLAG_NON_FINITE].to_bits(), raised, "{what} {bad} on {}", backend.info().spec);
-            assert_eq!(words[2][state + 4 * hidden..], [0.0; 16], "{what} {bad}: an ended row has no state");
+            assert_eq!(words[2][state + 4 * hidden..], [0.1; 16], "{what} {bad}: an ended row keeps its state");
         }
     }
 }
@@ -316,25 +322,33 @@ impl Sweep {
         let tensors = |bucket: Span| LaneTensors {
             weight_ih: (bucket, 0),
             weight_hh: (bucket, (k * width) as u32),
-            biases: Some((bucket, ((k + h) * width) as u32, ((k + h) * width + width) as u32)),
+            vectors: Some(LaneVectors {
+                span: bucket,
+                bias_ih: ((k + h) * width) as u32,
+                bias_hh: ((k + h) * width + width) as u32,
+                peephole: NONE,
+            }),
         };
         let lane = Lane {
-            inputs: self.inputs,
             hidden: self.hidden,
             reverse: self.reverse,
             tensors: tensors(params),
-            x: (x, 0),
+            x: [Some(LanePart { span: x, offset: 0, width: self.inputs }), None],
             gates,
             h: h_span,
+            masked: 0,
             c: c_span,
             range: self.range.clone(),
-            lengths,
+            rows: lengths,
+            use_lengths: lengths.is_some(),
+            cell: Cell::PLAIN,
             backward: Some(LaneGradients {
                 dh_out: Some((dh_out, 0)),
                 carry,
                 tensors: tensors(grads),
                 accumulate: self.accumulate,
-                dx: Some(dx),
+                dx: [Some(LanePart { span: dx, offset: 0, width: self.inputs }), None],
+                accumulate_dx: false,
             }),
         };
         let mut args = SweepArgs { n_rows: self.n_rows, lanes: std::slice::from_ref(&lane), flags, gradients: false };

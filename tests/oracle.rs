@@ -8,7 +8,7 @@ use carrousel::kernels::elementwise::{Add, Scale};
 use carrousel::kernels::embedding::{EmbeddingGather, EmbeddingGradient};
 use carrousel::kernels::gemm::{Gemm, Matrix};
 use carrousel::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
-use carrousel::kernels::lstm::{LstmStepBackward, LstmStepForward, NONE};
+use carrousel::kernels::lstm::{Cell, LstmStepBackward, LstmStepForward, NONE};
 use carrousel::kernels::reduce::{BlockSquares, ColumnSums, NonFinite, Sum};
 use carrousel::kernels::update::{Adam, Regular, Rmsprop, Sgd};
 
@@ -136,25 +136,122 @@ fn gemm(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     vec![Want::Unchanged, Want::Unchanged, Want::Unchanged, Want::Floats(c)]
 }
 
+/// Draws of a cell: uniform words of one unit.
+fn cell_word(cell: &Cell, purpose: u32, stream: usize, t: u32, unit: usize) -> f64 {
+    f64::from(philox([unit as u32 / 4, t, stream as u32, cell.lane << 8 | purpose], [cell.key0, cell.key1])[unit % 4])
+}
+
+/// The factor that recurrent dropout gives a unit's h.
+pub fn cell_mask(cell: &Cell, stream: usize, unit: usize) -> f64 {
+    let is_kept = cell_word(cell, 9, stream, 0, unit) >= f64::from(cell.mask_threshold);
+    if cell.mask_scale == 0.0 { 1.0 } else { f64::from(u8::from(is_kept)) * f64::from(cell.mask_scale) }
+}
+
+/// How much of the old h (`purpose` 7) or c (8) zoneout keeps.
+fn cell_kept(cell: &Cell, purpose: u32, stream: usize, t: u32, unit: usize) -> f64 {
+    let p = f64::from(if purpose == 7 { cell.zoneout_h } else { cell.zoneout_c });
+    if cell.draws == 0 || p == 0.0 {
+        return p;
+    }
+    f64::from(u8::from(cell_word(cell, purpose, stream, t, unit) < (p * 4_294_967_296.0).floor()))
+}
+
+fn limit(clip: f32) -> f64 {
+    if clip > 0.0 { f64::from(clip) } else { f64::INFINITY }
+}
+
+/// One unit of any cell, in f64: what both the judges of step kernels and of sweeps compute with.
+pub struct Unit {
+    pub c_prev: f64,
+    pub gates: [f64; 4],
+    /// The new cell state before its clip, and after.
+    pub raw: f64,
+    pub new: f64,
+    pub h: f64,
+    pub c: f64,
+    keep_h: f64,
+    keep_c: f64,
+    peephole: [f64; 3],
+}
+
+impl Unit {
+    /// From the pre-activations, biases included.
+    pub fn forward(cell: &Cell, peephole: [f64; 3], z: [f64; 4], [h_prev, c_prev]: [f64; 2], stream: usize, t: u32, unit: usize) -> Self {
+        let i = sigmoid(z[0] + peephole[0] * c_prev);
+        let f = if cell.coupled == 1 { 1.0 - i } else { sigmoid(z[1] + peephole[1] * c_prev) };
+        let g = z[2].tanh();
+        let raw = f * c_prev + i * g;
+        let new = raw.max(-limit(cell.cell_clip)).min(limit(cell.cell_clip));
+        let o = sigmoid(z[3] + peephole[2] * new);
+        Self::of_gates(cell, peephole, [i, f, g, o], [h_prev, c_prev], stream, t, unit)
+    }
+
+    /// From the activated gates.
+    pub fn of_gates(
+        cell: &Cell,
+        peephole: [f64; 3],
+        gates: [f64; 4],
+        [h_prev, c_prev]: [f64; 2],
+        stream: usize,
+        t: u32,
+        unit: usize,
+    ) -> Self {
+        let raw = gates[1] * c_prev + gates[0] * gates[2];
+        let new = raw.max(-limit(cell.cell_clip)).min(limit(cell.cell_clip));
+        let (keep_h, keep_c) = (cell_kept(cell, 7, stream, t, unit), cell_kept(cell, 8, stream, t, unit));
+        let h = keep_h * h_prev + (1.0 - keep_h) * gates[3] * new.tanh();
+        let c = keep_c * c_prev + (1.0 - keep_c) * new;
+        Self { c_prev, gates, raw, new, h, c, keep_h, keep_c, peephole }
+    }
+
+    /// From the gradients of h and c: dz, the gradients of the old h (past the weights) and the old c, those of the peephole weights.
+    pub fn backward(&self, cell: &Cell, dh: f64, dc: f64) -> ([f64; 4], f64, f64, [f64; 3]) {
+        let [i, f, g, o] = self.gates;
+        let clip = |d: f64| d.max(-limit(cell.grad_clip)).min(limit(cell.grad_clip));
+        let d_hat = (1.0 - self.keep_h) * dh;
+        let tanh_c = self.new.tanh();
+        let dz_o = clip(d_hat * tanh_c * o * (1.0 - o));
+        let mut d_new = (1.0 - self.keep_c) * dc + d_hat * o * (1.0 - tanh_c * tanh_c) + dz_o * self.peephole[2];
+        if self.raw.abs() > limit(cell.cell_clip) {
+            d_new = 0.0;
+        }
+        let (d_i, d_f) = if cell.coupled == 1 { (d_new * (g - self.c_prev), 0.0) } else { (d_new * g, d_new * self.c_prev) };
+        let dz = [clip(d_i * i * (1.0 - i)), clip(d_f * f * (1.0 - f)), clip(d_new * i * (1.0 - g * g)), dz_o];
+        let dc_prev = self.keep_c * dc + d_new * f + dz[0] * self.peephole[0] + dz[1] * self.peephole[1];
+        (dz, self.keep_h * dh, dc_prev, [dz[0] * self.c_prev, dz[1] * self.c_prev, dz[3] * self.new])
+    }
+}
+
 fn lstm_step_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     const PARAMS: usize = 0;
     const GATES: usize = 1;
     const H: usize = 2;
     const C: usize = 3;
+    const ROWS: usize = 4;
     const BIAS: usize = 6;
     let k: LstmStepForward = parse(params);
     let (hidden, width) = (k.hidden as usize, 4 * k.hidden as usize);
     let (mut gates, mut h, mut c) = (x.target(GATES), x.target(H), x.target(C));
     let mut flags = x.operands[5].clone();
+    let is_masked = k.cell.mask_scale != 0.0;
+    let product_from = if is_masked { k.masked_prev } else { k.h_prev } as usize;
     for b in 0..k.n_rows as usize {
-        let ended = k.use_lengths == 1 && k.t as usize >= x.u(4, b);
+        let ended = k.use_lengths == 1 && k.t as usize >= x.u(ROWS, b);
+        let stream = if is_masked || k.cell.draws == 1 { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
         for unit in 0..hidden {
+            let state = b * hidden + unit;
+            let (h_prev, c_prev) = (x.f(H, k.h_prev as usize + state), x.f(C, k.c_prev as usize + state));
+            let mask = cell_mask(&k.cell, stream, unit);
+            if k.initial == 1 {
+                h[k.masked as usize + state] = mask * h_prev;
+                continue;
+            }
             let column = |gate: usize| k.gates as usize + b * width + gate_column(unit, gate);
             let mut z = [0.0; 4];
             for (gate, z) in z.iter_mut().enumerate() {
                 *z = x.f(GATES, column(gate));
                 for j in 0..hidden {
-                    *z += x.f(H, k.h_prev as usize + b * hidden + j) * x.f(PARAMS, k.weight_hh as usize + weight_at(hidden, j, unit, gate));
+                    *z += x.f(H, product_from + b * hidden + j) * x.f(PARAMS, k.weight_hh as usize + weight_at(hidden, j, unit, gate));
                 }
                 for bias in [k.bias_ih, k.bias_hh] {
                     if bias != NONE {
@@ -162,20 +259,29 @@ fn lstm_step_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
                     }
                 }
             }
-            let (i, f, g, o) = (sigmoid(z[0]), sigmoid(z[1]), z[2].tanh(), sigmoid(z[3]));
-            let c_next = f * x.f(C, k.c_prev as usize + b * hidden + unit) + i * g;
-            let h_next = o * c_next.tanh();
             if !ended && z.iter().any(|z| !z.is_finite()) {
                 flags[0] = 1;
             }
-            for (gate, value) in [i, f, g, o].into_iter().enumerate() {
+            let peephole = peepholes(x, BIAS, k.cell.peephole, hidden, unit);
+            let done = Unit::forward(&k.cell, peephole, z, [h_prev, c_prev], stream, k.t, unit);
+            for (gate, value) in done.gates.into_iter().enumerate() {
                 gates[column(gate)] = if ended { 0.0 } else { value };
             }
-            c[k.c as usize + b * hidden + unit] = if ended { 0.0 } else { c_next };
-            h[k.h as usize + b * hidden + unit] = if ended { 0.0 } else { h_next };
+            c[k.c as usize + state] = if ended { c_prev } else { done.c };
+            h[k.h as usize + state] = if ended { h_prev } else { done.h };
+            if is_masked {
+                h[k.masked as usize + state] = if ended { x.f(H, k.masked_prev as usize + state) } else { mask * done.h };
+            }
         }
     }
     vec![Want::Unchanged, Want::Floats(gates), Want::Floats(h), Want::Floats(c), Want::Unchanged, Want::Words(flags), Want::Unchanged]
+}
+
+fn peepholes(x: &Inputs<'_>, operand: usize, offset: u32, hidden: usize, unit: usize) -> [f64; 3] {
+    if offset == NONE {
+        return [0.0; 3];
+    }
+    [0, 1, 2].map(|gate| x.f(operand, offset as usize + gate * hidden + unit))
 }
 
 fn lstm_step_backward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
@@ -184,47 +290,65 @@ fn lstm_step_backward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     const C: usize = 2;
     const DH_OUT: usize = 3;
     const CARRY: usize = 4;
+    const ROWS: usize = 5;
     let k: LstmStepBackward = parse(params);
     let (rows, hidden, width) = (k.n_rows as usize, k.hidden as usize, 4 * k.hidden as usize);
     let (mut gates, mut carry) = (x.target(GATES), x.target(CARRY));
+    let is_masked = k.cell.mask_scale != 0.0;
     for b in 0..rows {
-        let length = if k.use_lengths == 1 { x.u(5, b) } else { usize::MAX };
+        let length = if k.use_lengths == 1 { x.u(ROWS, b) } else { usize::MAX };
+        let stream = if is_masked || k.cell.draws == 1 { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
         for unit in 0..hidden {
             let column = |gate: usize| k.gates as usize + b * width + gate_column(unit, gate);
             let state = b * hidden + unit;
-            if k.t as usize >= length {
-                (0..4).for_each(|gate| gates[column(gate)] = 0.0);
-                continue;
-            }
-            // The gradient that reaches h from later: from outside at the last step of the sweep or of the row, else through W_hh.
+            let sum_at = |gate: usize| k.carry as usize + (2 * rows + 3 * b + gate) * hidden + unit;
+            let mut sums = if k.cell.peephole == NONE { [0.0; 3] } else { [0, 1, 2].map(|gate| x.f(CARRY, sum_at(gate))) };
+            // What reaches h through W_hh from the step after.
             let mut dh = 0.0;
-            if k.last == 1 || k.t as usize + 1 == length {
-                dh += x.f(CARRY, k.carry as usize + state);
-                carry[k.carry as usize + state] = 0.0;
-            } else {
+            if k.last == 0 {
                 for v in 0..hidden {
                     for gate in 0..4 {
                         dh += x.f(GATES, k.dz_after as usize + b * width + gate_column(v, gate))
                             * x.f(PARAMS, k.weight_hh as usize + weight_at(hidden, unit, v, gate));
                     }
                 }
+                dh *= cell_mask(&k.cell, stream, unit);
+            } else if k.cell.peephole != NONE {
+                (0..3).for_each(|gate| sums[gate] = 0.0);
+            }
+            let carry_at = k.carry as usize + state;
+            let mut carry_h = x.f(CARRY, carry_at);
+            if k.initial == 1 || k.t as usize >= length {
+                carry[carry_at] = carry_h + dh;
+                if k.cell.peephole != NONE && k.last == 1 {
+                    (0..3).for_each(|gate| carry[sum_at(gate)] = 0.0);
+                }
+                if k.initial == 0 {
+                    (0..4).for_each(|gate| gates[column(gate)] = 0.0);
+                }
+                continue;
+            }
+            if k.last == 1 || k.t as usize + 1 == length || k.cell.zoneout_h > 0.0 {
+                dh += carry_h;
+                carry_h = 0.0;
             }
             if k.dh_out != NONE {
                 dh += x.f(DH_OUT, k.dh_out as usize + state);
             }
-            let (i, f, g, o) = (x.f(GATES, column(0)), x.f(GATES, column(1)), x.f(GATES, column(2)), x.f(GATES, column(3)));
-            let tanh_c = x.f(C, k.c as usize + state).tanh();
+            let of_step = [0, 1, 2, 3].map(|gate| x.f(GATES, column(gate)));
+            let peephole = peepholes(x, 6, k.cell.peephole, hidden, unit);
+            let done = Unit::of_gates(&k.cell, peephole, of_step, [0.0, x.f(C, k.c_prev as usize + state)], stream, k.t, unit);
             let dc_at = k.carry as usize + rows * hidden + state;
-            let dc = x.f(CARRY, dc_at) + dh * o * (1.0 - tanh_c * tanh_c);
-            let (d_i, d_f, d_g, d_o) = (dc * g, dc * x.f(C, k.c_prev as usize + state), dc * i, dh * tanh_c);
-            gates[column(0)] = d_i * i * (1.0 - i);
-            gates[column(1)] = d_f * f * (1.0 - f);
-            gates[column(2)] = d_g * (1.0 - g * g);
-            gates[column(3)] = d_o * o * (1.0 - o);
-            carry[dc_at] = dc * f;
+            let (dz, dh_prev, dc_prev, dp) = done.backward(&k.cell, dh, x.f(CARRY, dc_at));
+            (0..4).for_each(|gate| gates[column(gate)] = dz[gate]);
+            carry[carry_at] = carry_h + dh_prev;
+            carry[dc_at] = dc_prev;
+            if k.cell.peephole != NONE {
+                (0..3).for_each(|gate| carry[sum_at(gate)] = sums[gate] + dp[gate]);
+            }
         }
     }
-    vec![Want::Unchanged, Want::Floats(gates), Want::Unchanged, Want::Unchanged, Want::Floats(carry), Want::Unchanged]
+    vec![Want::Unchanged, Want::Floats(gates), Want::Unchanged, Want::Unchanged, Want::Floats(carry), Want::Unchanged, Want::Unchanged]
 }
 
 /// Philox4x32-10 from the paper's text: ten rounds of two 32 x 32 -> 64 bit products.

@@ -39,6 +39,7 @@ pub fn config(task: Task, data: &[&Path]) -> RunConfig {
         no_bias: false,
         init: Init::Torch,
         gate_bias: None,
+        lstm: Default::default(),
         seq_len: 12,
         horizon: 3,
         batch_size: 8,

@@ -36,10 +36,12 @@ fn rust_layout(kernel: &str) -> (usize, Vec<Field>) {
             c.offset, c.row_stride, c.panel, c.panel_stride
         ),
         "lstm_step_forward" => layout!(
-            LstmStepForward: n_rows, hidden, weight_hh, bias_ih, bias_hh, gates, h_prev, h, c_prev, c, t, use_lengths
+            LstmStepForward: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.unused0, cell.unused1, cell.unused2,
+            n_rows, hidden, weight_hh, bias_ih, bias_hh, gates, h_prev, h, masked_prev, masked, c_prev, c, t, use_lengths, initial
         ),
         "lstm_step_backward" => layout!(
-            LstmStepBackward: n_rows, hidden, weight_hh, gates, dz_after, c_prev, c, dh_out, carry, t, last, use_lengths
+            LstmStepBackward: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.unused0, cell.unused1, cell.unused2,
+            n_rows, hidden, weight_hh, gates, dz_after, c_prev, dh_out, carry, t, last, use_lengths, initial
         ),
         "dropout" => layout!(Dropout: n_steps, n_rows, width, start, to, key0, key1, tag, threshold, scale),
         "softmax_cross_entropy" => layout!(SoftmaxCrossEntropy: n_rows, n_classes, row_stride, scale, gradient),
@@ -108,16 +110,16 @@ fn every_shader_parses_validates_and_is_entered_by_its_name() {
 }
 
 #[test]
-fn every_fragment_is_valid_alone_and_listed_once_by_who_lists_it() {
-    let mut fragments: Vec<&Fragment> = Vec::new();
+fn every_fragment_is_valid_with_those_before_it_and_listed_once_by_who_lists_it() {
+    let mut fragments: Vec<(&Fragment, String)> = Vec::new();
     each_shader(|_, shader| {
         for (i, fragment) in shader.fragments.iter().enumerate() {
             assert!(!shader.fragments[..i].contains(fragment), "{} lists {} twice", shader.name, fragment.name);
-            fragments.push(fragment);
+            fragments.push((fragment, shader.fragments[..=i].iter().map(|fragment| fragment.source).collect()));
         }
     });
-    for fragment in fragments {
-        let module = parse(fragment.name, fragment.source);
+    for (fragment, text) in fragments {
+        let module = parse(fragment.name, &text);
         validate(fragment.name, &module);
         assert!(module.entry_points.is_empty(), "{} has an entry point", fragment.name);
     }

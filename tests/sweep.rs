@@ -7,14 +7,14 @@ use std::ops::Range;
 
 use carrousel::backend::{Backend, Span};
 use carrousel::kernels::Tolerance;
-use carrousel::kernels::lstm::{FLAG_NON_FINITE, Lane, LaneGradients, LaneTensors, NONE, SweepArgs};
+use carrousel::kernels::lstm::{Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneTensors, LaneVectors, NONE, SweepArgs};
 use carrousel::rng::{Purpose, StepKey, Stream};
 use carrousel::shape::{ALIGN, pad_inner, pad_units, round_up};
 
 use crate::adapters::{Device, devices};
 use crate::compare::{Outcome, Source, What, compare};
 use crate::memory::{Guarded, POISON_WORD, floats};
-use crate::oracle::{gate_column, sigmoid, weight_at};
+use crate::oracle::{Unit, cell_mask, gate_column, weight_at};
 
 /// Sums of up to a few hundred products of numbers below 1, through up to 20 steps of functions with errors of a few ulp.
 const TOLERANCE: Tolerance = Tolerance { absolute: 2e-5, relative: 1e-4, reason: "f32 sums through a few steps of recurrence" };
@@ -48,6 +48,15 @@ struct Problem {
     /// Gradients of the final state `[B, H]`.
     dh_last: Vec<f32>,
     dc_last: Vec<f32>,
+    /// How the cell differs from the plain one; where the tensors lie is up to [`Placed`].
+    cell: Cell,
+    /// `[3, H]`.
+    peephole: Option<Vec<f32>>,
+}
+
+/// Global stream number of a row.
+fn stream(row: usize) -> usize {
+    1000 + 7 * row
 }
 
 /// What comes out of a sweep there and back, true sizes.
@@ -62,12 +71,13 @@ struct Solution<F> {
     dweight_ih: Vec<F>,
     dweight_hh: Vec<F>,
     dbias: Vec<F>,
+    dpeephole: Vec<F>,
     dh0: Vec<F>,
     dc0: Vec<F>,
 }
 
 impl<F: Clone> Solution<F> {
-    fn parts(&self) -> [(&'static str, &Vec<F>); 9] {
+    fn parts(&self) -> [(&'static str, &Vec<F>); 10] {
         [
             ("outputs", &self.outputs),
             ("final h", &self.h_last),
@@ -76,6 +86,7 @@ impl<F: Clone> Solution<F> {
             ("gradient of weight_ih", &self.dweight_ih),
             ("gradient of weight_hh", &self.dweight_hh),
             ("gradient of the biases", &self.dbias),
+            ("gradient of the peepholes", &self.dpeephole),
             ("gradient of the initial h", &self.dh0),
             ("gradient of the initial c", &self.dc0),
         ]
@@ -110,7 +121,19 @@ impl Problem {
             dh_out: Some(draw(n_steps * n_rows * hidden, 1.0)),
             dh_last: draw(n_rows * hidden, 1.0),
             dc_last: draw(n_rows * hidden, 1.0),
+            cell: Cell::PLAIN,
+            peephole: None,
         }
+    }
+
+    /// The same with another cell.
+    fn with_cell(self, cell: Cell) -> Self {
+        Self { cell: Cell { key0: 5, key1: 6, lane: 3, ..cell }, ..self }
+    }
+
+    fn with_peepholes(self) -> Self {
+        let mut draw = Stream::new(StepKey::new(self.seed, 0), Purpose::Test, 100, 0);
+        Self { peephole: Some((0..3 * self.hidden).map(|_| 2.0 * draw.uniform() - 1.0).collect()), ..self }
     }
 
     /// Rows of these lengths; what lies behind the end of a row is zero, as the data layer leaves it.
@@ -173,16 +196,6 @@ impl Problem {
     }
 }
 
-/// Values of one row at one step, in f64.
-#[derive(Clone)]
-struct Moment {
-    c_before: Vec<f64>,
-    h_before: Vec<f64>,
-    /// i, f, g, o, each `[H]`.
-    gates: [Vec<f64>; 4],
-    c: Vec<f64>,
-}
-
 /// The layer forward and back, row by row and step by step, from the equations.
 fn solve(p: &Problem) -> Solution<f64> {
     let wide = |values: &[f32]| -> Vec<f64> { values.iter().map(|&v| f64::from(v)).collect() };
@@ -198,6 +211,7 @@ fn solve(p: &Problem) -> Solution<f64> {
         dweight_ih: vec![0.0; w.len()],
         dweight_hh: vec![0.0; r.len()],
         dbias: vec![0.0; 4 * hidden],
+        dpeephole: vec![0.0; p.peephole.as_ref().map_or(0, Vec::len)],
         dh0: Vec::new(),
         dc0: Vec::new(),
     };
@@ -207,40 +221,43 @@ fn solve(p: &Problem) -> Solution<f64> {
         let mut past = Vec::new();
         for t in p.order(b) {
             let place = t * n_rows + b;
+            // What the recurrent product reads.
+            let r_in: Vec<f64> = (0..hidden).map(|u| h[u] * cell_mask(&p.cell, stream(b), u)).collect();
             let z: Vec<f64> = (0..4 * hidden)
                 .map(|j| {
                     let from_input: f64 = (0..n_inputs).map(|k| w[j * n_inputs + k] * x[place * n_inputs + k]).sum();
-                    let from_state: f64 = (0..hidden).map(|u| r[j * hidden + u] * h[u]).sum();
+                    let from_state: f64 = (0..hidden).map(|u| r[j * hidden + u] * r_in[u]).sum();
                     from_input + from_state + bias[j]
                 })
                 .collect();
-            let gate = |gate: usize, f: fn(f64) -> f64| -> Vec<f64> { (0..hidden).map(|u| f(z[gate * hidden + u])).collect() };
-            let gates = [gate(0, sigmoid), gate(1, sigmoid), gate(2, f64::tanh), gate(3, sigmoid)];
-            let c_next: Vec<f64> = (0..hidden).map(|u| gates[1][u] * c[u] + gates[0][u] * gates[2][u]).collect();
-            let h_next: Vec<f64> = (0..hidden).map(|u| gates[3][u] * c_next[u].tanh()).collect();
-            s.outputs[place * hidden..][..hidden].copy_from_slice(&h_next);
-            past.push((t, Moment { c_before: c, h_before: h, gates, c: c_next.clone() }));
-            (h, c) = (h_next, c_next);
+            let units: Vec<Unit> = (0..hidden)
+                .map(|u| {
+                    let peephole = [0, 1, 2].map(|gate| p.peephole.as_ref().map_or(0.0, |w| f64::from(w[gate * hidden + u])));
+                    let z = [0, 1, 2, 3].map(|gate| z[gate * hidden + u]);
+                    Unit::forward(&p.cell, peephole, z, [h[u], c[u]], stream(b), t as u32, u)
+                })
+                .collect();
+            (h, c) = units.iter().map(|unit| (unit.h, unit.c)).unzip();
+            s.outputs[place * hidden..][..hidden].copy_from_slice(&h);
+            past.push((t, r_in, units));
         }
         s.h_last.extend(&h);
         s.c_last.extend(&c);
         let mut dh = wide(&p.dh_last[b * hidden..][..hidden]);
         let mut dc = wide(&p.dc_last[b * hidden..][..hidden]);
-        for (t, m) in past.into_iter().rev() {
+        for (t, r_in, units) in past.into_iter().rev() {
             let place = t * n_rows + b;
             if let Some(dh_out) = &p.dh_out {
                 (0..hidden).for_each(|u| dh[u] += f64::from(dh_out[place * hidden + u]));
             }
             let mut dz = vec![0.0; 4 * hidden];
-            for u in 0..hidden {
-                let (i, f, g, o) = (m.gates[0][u], m.gates[1][u], m.gates[2][u], m.gates[3][u]);
-                let tanh_c = m.c[u].tanh();
-                dc[u] += dh[u] * o * (1.0 - tanh_c * tanh_c);
-                dz[u] = dc[u] * g * i * (1.0 - i);
-                dz[hidden + u] = dc[u] * m.c_before[u] * f * (1.0 - f);
-                dz[2 * hidden + u] = dc[u] * i * (1.0 - g * g);
-                dz[3 * hidden + u] = dh[u] * tanh_c * o * (1.0 - o);
-                dc[u] *= f;
+            for (u, unit) in units.iter().enumerate() {
+                let (of_unit, dh_prev, dc_prev, dp) = unit.backward(&p.cell, dh[u], dc[u]);
+                (0..4).for_each(|gate| dz[gate * hidden + u] = of_unit[gate]);
+                (dh[u], dc[u]) = (dh_prev, dc_prev);
+                if p.peephole.is_some() {
+                    (0..3).for_each(|gate| s.dpeephole[gate * hidden + u] += dp[gate]);
+                }
             }
             for (j, d) in dz.iter().enumerate() {
                 s.dbias[j] += d;
@@ -248,11 +265,13 @@ fn solve(p: &Problem) -> Solution<f64> {
                     s.dweight_ih[j * n_inputs + k] += d * x[place * n_inputs + k];
                     s.dx[place * n_inputs + k] += d * w[j * n_inputs + k];
                 }
-                for u in 0..hidden {
-                    s.dweight_hh[j * hidden + u] += d * m.h_before[u];
+                for (u, r_in) in r_in.iter().enumerate() {
+                    s.dweight_hh[j * hidden + u] += d * r_in;
                 }
             }
-            dh = (0..hidden).map(|u| (0..4 * hidden).map(|j| dz[j] * r[j * hidden + u]).sum()).collect();
+            for u in 0..hidden {
+                dh[u] += cell_mask(&p.cell, stream(b), u) * (0..4 * hidden).map(|j| dz[j] * r[j * hidden + u]).sum::<f64>();
+            }
         }
         s.dh0.extend(&dh);
         s.dc0.extend(&dc);
@@ -269,6 +288,7 @@ struct Bucket {
     weight_hh: usize,
     bias_ih: Option<usize>,
     bias_hh: Option<usize>,
+    peephole: Option<usize>,
     len: usize,
 }
 
@@ -286,18 +306,19 @@ impl Bucket {
         let weight_hh = place(4 * hidden * hidden);
         let bias_ih = p.bias_ih.as_ref().map(|_| place(4 * hidden));
         let bias_hh = p.bias_hh.as_ref().map(|_| place(4 * hidden));
-        Self { n_inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, len: next }
+        let peephole = p.peephole.as_ref().map(|_| place(3 * hidden));
+        Self { n_inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, peephole, len: next }
     }
 
     /// The tensors within `span`; some by a part of it that begins elsewhere, as tensors of several buckets do.
     fn tensors(&self, span: Span) -> LaneTensors {
         let from = |at: usize| span.part(at - ALIGN, span.len - (at - ALIGN));
-        let biases = match (self.bias_ih, self.bias_hh) {
-            (Some(ih), Some(hh)) => Some((from(ih), ALIGN as u32, (hh - ih + ALIGN) as u32)),
-            (Some(only), None) | (None, Some(only)) => Some((from(only), ALIGN as u32, NONE)),
-            (None, None) => None,
-        };
-        LaneTensors { weight_ih: (span, self.weight_ih as u32), weight_hh: (from(self.weight_hh), ALIGN as u32), biases }
+        let first = [self.bias_ih, self.bias_hh, self.peephole].into_iter().flatten().min();
+        let vectors = first.map(|first| {
+            let at = |place: Option<usize>| place.map_or(NONE, |at| (at - first + ALIGN) as u32);
+            LaneVectors { span: from(first), bias_ih: at(self.bias_ih), bias_hh: at(self.bias_hh), peephole: at(self.peephole) }
+        });
+        LaneTensors { weight_ih: (span, self.weight_ih as u32), weight_hh: (from(self.weight_hh), ALIGN as u32), vectors }
     }
 
     /// Puts `[4H, K]` of torch's order into panels at `at`.
@@ -323,6 +344,9 @@ impl Bucket {
                     words[at + gate_column(row % p.hidden, row / p.hidden)] = *value;
                 }
             }
+        }
+        if let (Some(at), Some(peephole)) = (self.peephole, &p.peephole) {
+            words[at..at + 3 * self.hidden].copy_from_slice(&widen(peephole, p.hidden, self.hidden));
         }
         words
     }
@@ -381,7 +405,7 @@ struct Placed<'p> {
     h: Guarded,
     c: Guarded,
     flags: Guarded,
-    lengths: Option<Guarded>,
+    rows: Option<Guarded>,
     dh_out: Option<Guarded>,
     carry: Guarded,
     grads: Guarded,
@@ -418,11 +442,21 @@ impl<'p> Placed<'p> {
             words[at..at + state].copy_from_slice(&widen(initial, p.hidden, hidden));
             words
         };
+        // Lengths, then stream numbers; what is not used is poison.
+        let rows = |p: &Problem| {
+            let lengths = p.lengths.clone().unwrap_or_else(|| vec![POISON_WORD; p.n_rows]);
+            [lengths, (0..p.n_rows).map(|b| stream(b) as u32).collect()].concat()
+        };
+        let has_rows = p.lengths.is_some() || p.cell.draws == 1 || p.cell.is_masked();
         let behind = |offset: usize, words: Vec<f32>| [poison(offset), words].concat();
         let x = behind(X_OFFSET, widen(&p.x, p.n_inputs, bucket.n_inputs));
-        let carry = [widen(&p.dh_last, p.hidden, hidden), widen(&p.dc_last, p.hidden, hidden)].concat();
+        let sums = if p.peephole.is_some() { 3 * state } else { 0 };
+        let carry = [widen(&p.dh_last, p.hidden, hidden), widen(&p.dc_last, p.hidden, hidden), poison(sums)].concat();
         let dh_out = p.dh_out.as_ref().map(|d| behind(DH_OFFSET, widen(d, p.hidden, hidden)));
-        let (h, c) = (states(&p.h0), states(&p.c0));
+        let (mut h, c) = (states(&p.h0), states(&p.c0));
+        if p.cell.is_masked() {
+            h.extend(poison((p.n_steps + 1) * state));
+        }
         let grads = vec![manner.accumulate_onto.unwrap_or(f32::from_bits(POISON_WORD)); bucket.len];
         let mut put = |label: &str, values: &[f32]| Guarded::upload_f32(backend, label, values);
         Self {
@@ -432,7 +466,7 @@ impl<'p> Placed<'p> {
             h: put("h", &h),
             c: put("c", &c),
             flags: put("flags", &[0.0]),
-            lengths: p.lengths.as_ref().map(|lengths| put("lengths", bytemuck::cast_slice(lengths))),
+            rows: has_rows.then(|| put("rows", bytemuck::cast_slice(&rows(p)))),
             dh_out: dh_out.map(|words| put("dh_out", &words)),
             carry: put("carry", &carry),
             grads: put("grads", &grads),
@@ -446,24 +480,31 @@ impl<'p> Placed<'p> {
 
     fn lane(&self, range: Range<u32>, accumulate: bool, gradients: bool) -> Lane {
         Lane {
-            inputs: self.bucket.n_inputs as u32,
             hidden: self.bucket.hidden as u32,
             reverse: self.problem.reverse,
             tensors: self.bucket.tensors(self.params.span),
-            x: (self.x.span, X_OFFSET as u32),
+            x: [Some(self.part(self.x.span, X_OFFSET)), None],
             gates: self.gates.span,
             h: self.h.span,
+            masked: ((self.problem.n_steps + 1) * self.problem.n_rows * self.bucket.hidden) as u32,
             c: self.c.span,
             range,
-            lengths: self.lengths.as_ref().map(|lengths| lengths.span),
+            rows: self.rows.as_ref().map(|rows| rows.span),
+            use_lengths: self.problem.lengths.is_some(),
+            cell: Cell { streams: self.problem.n_rows as u32, ..self.problem.cell },
             backward: gradients.then(|| LaneGradients {
                 dh_out: self.dh_out.as_ref().map(|d| (d.span, DH_OFFSET as u32)),
                 carry: self.carry.span,
                 tensors: self.bucket.tensors(self.grads.span),
                 accumulate,
-                dx: Some(self.dx.span),
+                dx: [Some(self.part(self.dx.span, 0)), None],
+                accumulate_dx: false,
             }),
         }
+    }
+
+    fn part(&self, span: Span, offset: usize) -> LanePart {
+        LanePart { span, offset: offset as u32, width: self.bucket.n_inputs as u32 }
     }
 
     /// Chunks in the order in which the state passes through them.
@@ -515,18 +556,25 @@ impl<'p> Placed<'p> {
         self.words(backend, &self.gates, "gates");
         let h = floats(self.words(backend, &self.h, "h"));
         let c = floats(self.words(backend, &self.c, "c"));
-        let outputs = if p.reverse { &h[..p.n_steps * state] } else { &h[state..] };
-        let outputs = narrow(outputs, hidden, p.hidden, "outputs");
+        let outputs = if p.reverse { &h[..p.n_steps * state] } else { &h[state..(p.n_steps + 1) * state] };
+        let mut outputs = narrow(outputs, hidden, p.hidden, "outputs");
+        for (place, output) in outputs.chunks_exact_mut(p.hidden).enumerate() {
+            let (t, b) = (place / p.n_rows, place % p.n_rows);
+            if t >= p.length(b) {
+                // What a row that has ended keeps: its last state, or in reverse the one that it has not left yet.
+                let kept = if p.reverse { p.n_steps } else { p.length(b) };
+                let kept = &h[kept * state + b * hidden..][..p.hidden];
+                assert_eq!(output, kept, "row {b} has ended before step {t}");
+                output.fill(0.0);
+            }
+        }
         let last = |states: &[f32], name: &str| -> Vec<f32> {
-            let rows = (0..p.n_rows).flat_map(|b| {
-                let at = if p.reverse { 0 } else { p.length(b) };
-                states[at * state + b * hidden..][..hidden].to_vec()
-            });
-            narrow(&rows.collect::<Vec<_>>(), hidden, p.hidden, name)
+            let at = if p.reverse { 0 } else { p.n_steps };
+            narrow(&states[at * state..(at + 1) * state], hidden, p.hidden, name)
         };
         let (h_last, c_last) = (last(&h, "final h"), last(&c, "final c"));
         let carry = floats(self.words(backend, &self.carry, "carry"));
-        let (dh0, dc0) = carry.split_at(state);
+        let (dh0, dc0) = carry[..2 * state].split_at(state);
         let grads = floats(self.words(backend, &self.grads, "grads"));
         let base = self.manner.accumulate_onto.unwrap_or(0.0);
         let weight_ih = Tensor { name: "gradient of weight_ih", at: bucket.weight_ih, n_inputs: p.n_inputs, padded: bucket.n_inputs };
@@ -542,7 +590,17 @@ impl<'p> Placed<'p> {
             Some((bucket.weight_hh, 4 * hidden * hidden)),
             bucket.bias_ih.map(|at| (at, 4 * hidden)),
             bucket.bias_hh.map(|at| (at, 4 * hidden)),
+            bucket.peephole.map(|at| (at, 3 * hidden)),
         ];
+        let dpeephole = bucket.peephole.map(|at| {
+            let rows = grads[at..at + 3 * hidden].chunks_exact(hidden);
+            rows.flat_map(|row| {
+                assert!(row[p.hidden..].iter().all(|v| *v == base), "gradient of the peepholes: padding");
+                &row[..p.hidden]
+            })
+            .copied()
+            .collect()
+        });
         for (i, value) in grads.iter().enumerate() {
             let is_tensor = tensors.iter().flatten().any(|&(at, len)| (at..at + len).contains(&i));
             assert!(is_tensor || value.to_bits() == before, "gradients: word {i} lies between tensors and became {value}");
@@ -556,11 +614,12 @@ impl<'p> Placed<'p> {
             dweight_ih: bucket.take(&grads, &weight_ih, p, base),
             dweight_hh: bucket.take(&grads, &weight_hh, p, base),
             dbias: biases.into_iter().next().unwrap_or_default(),
+            dpeephole: dpeephole.unwrap_or_default(),
             dh0: narrow(dh0, hidden, p.hidden, "gradient of the initial h"),
             dc0: narrow(dc0, hidden, p.hidden, "gradient of the initial c"),
         };
         let operands = [self.params, self.x, self.gates, self.h, self.c, self.flags, self.carry, self.grads, self.dx];
-        operands.into_iter().chain(self.lengths).chain(self.dh_out).for_each(|operand| operand.free(backend));
+        operands.into_iter().chain(self.rows).chain(self.dh_out).for_each(|operand| operand.free(backend));
         solution
     }
 }
@@ -583,10 +642,15 @@ fn agree<W: crate::compare::Number, G: crate::compare::Number>(
 ) {
     let n_terms = ((p.n_steps * p.n_rows) as f64).sqrt();
     for ((name, w), (_, g)) in want.1.parts().into_iter().zip(got.1.parts()) {
-        if name == "gradient of the biases" && p.bias_ih.is_none() && p.bias_hh.is_none() {
+        let is_absent = match name {
+            "gradient of the biases" => p.bias_ih.is_none() && p.bias_hh.is_none(),
+            "gradient of the peepholes" => p.peephole.is_none(),
+            _ => false,
+        };
+        if is_absent {
             continue;
         }
-        let is_sum = ["gradient of weight_ih", "gradient of weight_hh", "gradient of the biases"].contains(&name);
+        let is_sum = name.starts_with("gradient of weight") || ["gradient of the biases", "gradient of the peepholes"].contains(&name);
         let absolute = tolerance.absolute * if is_sum { n_terms } else { 1.0 };
         let tolerance = Tolerance { absolute, ..*tolerance };
         let case = format!("{label} T{} B{} I{} H{}", p.n_steps, p.n_rows, p.n_inputs, p.hidden);
@@ -610,7 +674,7 @@ fn near(name: &str, a: &[f32], b: &[f32]) {
 fn judge(label: &str, p: &Problem, manner: &Manner) {
     let mut want = solve(p);
     if let Some(base) = manner.accumulate_onto {
-        for sums in [&mut want.dweight_ih, &mut want.dweight_hh, &mut want.dbias] {
+        for sums in [&mut want.dweight_ih, &mut want.dweight_hh, &mut want.dbias, &mut want.dpeephole] {
             sums.iter_mut().for_each(|v| *v += f64::from(base));
         }
     }
@@ -631,7 +695,11 @@ const SIZES: [[usize; 4]; 6] = [[1, 1, 1, 1], [2, 3, 5, 3], [7, 5, 3, 17], [5, 1
 #[test]
 fn the_oracles_gradients_are_the_derivatives_of_its_values() {
     let p = Problem { bias_hh: None, ..Problem::new(5, [3, 2, 2, 3]) }.with_lengths(&[3, 2]);
-    for p in [p, Problem::new(6, [3, 2, 2, 3]).reversed()] {
+    let more = cells().map(|(_, cell)| {
+        let p = Problem::new(7, [3, 2, 2, 3]).with_cell(Cell { grad_clip: 0.0, ..cell }).with_lengths(&[3, 2]);
+        if cell.cell_clip > 0.0 { p } else { p.with_peepholes() }
+    });
+    for p in [p, Problem::new(6, [3, 2, 2, 3]).reversed()].into_iter().chain(more) {
         let s = solve(&p);
         // The number whose gradient the sweep computes: every output and final state times the gradient that comes in for it.
         let value = |p: &Problem| -> f64 {
@@ -653,6 +721,9 @@ fn the_oracles_gradients_are_the_derivatives_of_its_values() {
         check("x", &s.dx, |p| &mut p.x);
         check("weight_ih", &s.dweight_ih, |p| &mut p.weight_ih);
         check("weight_hh", &s.dweight_hh, |p| &mut p.weight_hh);
+        if p.peephole.is_some() {
+            check("peephole", &s.dpeephole, |p| p.peephole.as_mut().expect("drawn"));
+        }
         check("bias_ih", &s.dbias, |p| p.bias_ih.as_mut().expect("drawn"));
         check("h0", &s.dh0, |p| &mut p.h0);
         check("c0", &s.dc0, |p| &mut p.c0);
@@ -850,16 +921,80 @@ fn two_lanes_of_one_sweep_do_not_disturb_each_other() {
     }
 }
 
+/// Cells that differ from the plain one, but for the peepholes, which are tensors.
+fn cells() -> [(&'static str, Cell); 7] {
+    let zoneout = Cell { zoneout_h: 0.3, zoneout_c: 0.5, draws: 1, ..Cell::PLAIN };
+    let mask = Cell { mask_threshold: 1 << 30, mask_scale: 4.0 / 3.0, ..Cell::PLAIN };
+    [
+        ("coupled", Cell { coupled: 1, ..Cell::PLAIN }),
+        ("cell clip", Cell { cell_clip: 0.4, ..Cell::PLAIN }),
+        ("gradient clip", Cell { grad_clip: 0.05, ..Cell::PLAIN }),
+        ("zoneout", zoneout),
+        ("expected zoneout", Cell { draws: 0, ..zoneout }),
+        ("recurrent dropout", mask),
+        ("all", Cell { coupled: 1, cell_clip: 0.6, grad_clip: 0.1, ..zoneout }),
+    ]
+}
+
 #[test]
-fn lengths_in_a_reverse_lane_are_refused() {
-    let p = Problem::new(93, [3, 2, 1, 1]).reversed().with_lengths(&[3, 1]);
+fn every_cell_matches_the_oracle_in_both_directions_with_and_without_lengths() {
+    for (i, (name, cell)) in cells().into_iter().enumerate() {
+        let seed = 200 + 10 * i as u64;
+        for reverse in [false, true] {
+            let p = Problem { reverse, ..Problem::new(seed, [6, 5, 3, 17]).with_cell(cell) };
+            judge(name, &p, &Manner::whole(&p));
+            let p = Problem {
+                reverse,
+                ..Problem::new(seed + 1, [7, 5, 5, 33]).with_cell(cell).with_peepholes().with_lengths(&[7, 0, 4, 6, 2])
+            };
+            judge(name, &p, &Manner::whole(&p));
+            judge(name, &p, &Manner { chunks: vec![0..3, 3..4, 4..7], accumulate_onto: Some(0.25), ..Manner::whole(&p) });
+        }
+    }
+}
+
+#[test]
+fn peepholes_match_the_oracle_at_odd_sizes() {
+    for (i, sizes) in SIZES.into_iter().enumerate() {
+        let p = Problem::new(300 + i as u64, sizes).with_peepholes();
+        judge("peepholes", &p, &Manner::whole(&p));
+        let p = Problem { bias_ih: None, bias_hh: None, ..p };
+        judge("peepholes without biases", &p, &Manner::whole(&p));
+    }
+}
+
+#[test]
+fn a_reverse_lane_starts_at_each_rows_own_end() {
+    let p = Problem::new(93, [7, 5, 3, 17]).reversed().with_lengths(&[7, 1, 4, 0, 6]);
+    judge("reverse with lengths", &p, &Manner::whole(&p));
+    judge("reverse with lengths", &p, &Manner { chunks: vec![0..2, 2..5, 5..7], ..Manner::whole(&p) });
+}
+
+#[test]
+fn a_reverse_lane_over_reversed_rows_is_a_forward_lane() {
+    let lengths = [5u32, 2, 4];
+    let forward = Problem::new(97, [5, 3, 3, 5]).with_lengths(&lengths);
+    // Each row's own steps in the other order; padding stays behind.
+    let turned = |values: &[f32], width: usize| {
+        let mut out = values.to_vec();
+        for (b, &length) in lengths.iter().enumerate() {
+            for t in 0..length as usize {
+                let (from, to) = ((t * 3 + b) * width, ((length as usize - 1 - t) * 3 + b) * width);
+                out[to..to + width].copy_from_slice(&values[from..from + width]);
+            }
+        }
+        out
+    };
+    let reverse =
+        Problem { x: turned(&forward.x, 3), dh_out: forward.dh_out.as_ref().map(|d| turned(d, 5)), reverse: true, ..forward.clone() };
     for device in devices() {
         let mut backend = device.open();
-        let placed = Placed::new(&mut *backend, device, &p, &Manner::whole(&p));
-        let lanes = [placed.lane(0..3, false, false)];
-        let args = SweepArgs { n_rows: 2, lanes: &lanes, flags: placed.flags.span, gradients: false };
-        let refused = backend.sweep(&args).expect_err("lengths with a reverse lane");
-        assert!(refused.to_string().contains("lengths with a reverse lane"), "{refused:#}");
+        let a = run(&mut *backend, device, &forward, &Manner::whole(&forward));
+        let b = run(&mut *backend, device, &reverse, &Manner::whole(&reverse));
+        assert_eq!(turned(&a.outputs, 5), b.outputs, "on {device}");
+        assert_eq!((a.h_last, a.c_last, a.dh0, a.dc0), (b.h_last, b.c_last, b.dh0, b.dc0), "on {device}");
+        near("dx", &turned(&a.dx, 3), &b.dx);
+        near("gradient of weight_hh", &a.dweight_hh, &b.dweight_hh);
     }
 }
 

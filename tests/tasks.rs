@@ -106,6 +106,7 @@ fn the_sum_of_two_marked_numbers_among_twenty_is_learnt() {
         dropout: 0.0,
         bias: true,
         tied: false,
+        lstm: Default::default(),
     };
     let mut learner = Learner::new(model, adding);
     learner.train(1500, 40, 1e-2);
@@ -144,6 +145,7 @@ fn five_symbols_are_said_again_after_a_pause() {
         dropout: 0.0,
         bias: true,
         tied: false,
+        lstm: Default::default(),
     };
     let mut learner = Learner::new(model, copying);
     learner.train(700, 40, 2e-2);

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use carrousel::backend::{Backend, Span, read_now};
-use carrousel::kernels::lstm::{Lane, LaneGradients, LaneTensors, SweepArgs};
+use carrousel::kernels::lstm::{Cell, Lane, LaneGradients, LanePart, LaneTensors, LaneVectors, NONE, SweepArgs};
 use carrousel::model::{read_buckets, write_buckets};
 use carrousel::optim::{BETAS, EPS, OptimizerConfig, Rule};
 use carrousel::params::{Axis, Layout, ParamTable};
@@ -29,7 +29,10 @@ struct Case {
     n_inputs: usize,
     hidden: usize,
     n_layers: usize,
+    n_directions: usize,
     has_bias: bool,
+    /// Valid steps of each row.
+    lengths: Option<Vec<u32>>,
     tensors: BTreeMap<String, Vec<f64>>,
 }
 
@@ -39,10 +42,8 @@ fn read_case(json: &Path) -> Result<Case, String> {
     let about: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", json.display()));
     let number = |key: &str| about[key].as_u64().unwrap_or_else(|| panic!("{}: {key} is {}", json.display(), about[key])) as usize;
     let is_set = |key: &str| !matches!(&about[key], Value::Null | Value::Bool(false)) && about[key].as_u64() != Some(0);
-    for option in ["bidirectional", "proj_size", "lengths"] {
-        if is_set(option) {
-            return Err(format!("{option} is {}", about[option]));
-        }
+    if is_set("proj_size") {
+        return Err(format!("proj_size is {}", about["proj_size"]));
     }
     let [wide, narrow] = ["f64", "f32"].map(|kind| json.with_extension(format!("{kind}.safetensors")));
     let file = if wide.exists() { wide } else { narrow };
@@ -51,6 +52,7 @@ fn read_case(json: &Path) -> Result<Case, String> {
     let mut tensors: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     for (name, tensor) in file.tensors() {
         let values = match tensor.dtype() {
+            safetensors::Dtype::I64 => tensor.data().as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b) as f64).collect(),
             safetensors::Dtype::F32 => tensor.data().as_chunks::<4>().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect(),
             safetensors::Dtype::F64 => tensor.data().as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
             other => panic!("{}: {name} is {other:?}", json.display()),
@@ -64,7 +66,9 @@ fn read_case(json: &Path) -> Result<Case, String> {
         n_inputs: number("input_size"),
         hidden: number("hidden_size"),
         n_layers: number("num_layers"),
+        n_directions: 1 + usize::from(is_set("bidirectional")),
         has_bias: is_set("bias"),
+        lengths: about["lengths"].as_array().map(|all| all.iter().map(|n| n.as_u64().expect("a length") as u32).collect()),
         tensors,
     };
     if is_set("batch_first") {
@@ -95,15 +99,33 @@ impl Case {
         let mut table = ParamTable::new();
         let hidden = self.hidden;
         for layer in 0..self.n_layers {
-            let inputs = if layer == 0 { Axis::inner(self.n_inputs) } else { Axis::units(hidden) };
+            let inputs = if layer == 0 { Axis::inner(self.n_inputs) } else { Axis { groups: self.n_directions, ..Axis::units(hidden) } };
             let weight = |inputs: Axis| Layout::Panels { hidden, inputs };
-            table.push(format!("weight_ih_l{layer}"), layer, vec![GATES * hidden, inputs.len()], weight(inputs));
-            table.push(format!("weight_hh_l{layer}"), layer, vec![GATES * hidden, hidden], weight(Axis::units(hidden)));
-            for which in ["ih", "hh"].into_iter().filter(|_| self.has_bias) {
-                table.push(format!("bias_{which}_l{layer}"), layer, vec![GATES * hidden], Layout::gate_bias(hidden));
+            for suffix in &["", "_reverse"][..self.n_directions] {
+                let name = |what: &str| format!("{what}_l{layer}{suffix}");
+                table.push(name("weight_ih"), layer, vec![GATES * hidden, inputs.len()], weight(inputs));
+                table.push(name("weight_hh"), layer, vec![GATES * hidden, hidden], weight(Axis::units(hidden)));
+                for which in ["bias_ih", "bias_hh"].into_iter().filter(|_| self.has_bias) {
+                    table.push(name(which), layer, vec![GATES * hidden], Layout::gate_bias(hidden));
+                }
             }
         }
         table
+    }
+
+    /// Sets what lies behind the end of each row of `[T, B, width]` to zero, as torch has it.
+    fn mask(&self, values: &mut [f32], width: usize) {
+        let Some(lengths) = &self.lengths else { return };
+        for (place, row) in values.chunks_exact_mut(width).enumerate() {
+            if (place / self.n_rows) as u32 >= lengths[place % self.n_rows] {
+                row.fill(0.0);
+            }
+        }
+    }
+
+    /// Steps that count.
+    fn n_valid(&self) -> usize {
+        self.lengths.as_ref().map_or(self.n_steps * self.n_rows, |lengths| lengths.iter().map(|&n| n as usize).sum())
     }
 
     /// The tensors `prefix + name` of all parameters, as f32, in the table's order.
@@ -227,91 +249,125 @@ fn read(backend: &mut dyn Backend, span: Span) -> Vec<f32> {
     read_now(backend, span, DEADLINE).expect("a readback")
 }
 
-/// The gradient of `weight * mean((value - target)^2)`.
-fn pull(values: &[f32], targets: &[f64], weight: f64) -> Vec<f64> {
-    let n = values.len() as f64;
+/// The gradient of `weight * mean((value - target)^2)` over `n` values.
+fn pull(values: &[f32], targets: &[f64], weight: f64, n: usize) -> Vec<f64> {
+    let n = n as f64;
     values.iter().zip(targets).map(|(&v, t)| 2.0 * weight * (f64::from(v) - t) / n).collect()
 }
 
 /// Sweeps a case forward and backward on a device, then takes Adam's step from torch's gradients.
 fn judge(backend: &mut dyn Backend, device: Device, case: &Case) -> Vec<String> {
     let mut judge = Judge::new(case, device);
-    let (t, b, h, n_layers) = (case.n_steps, case.n_rows, case.hidden, case.n_layers);
+    let (t, b, h, n) = (case.n_steps, case.n_rows, case.hidden, case.n_directions);
     let hidden = pad_units(h);
     let state = b * hidden;
     let table = case.table();
     let mut alloc = |label: &str| table.buckets().iter().map(|bucket| backend.alloc(label, bucket.range.len()).expect("memory")).collect();
     let (params, grads): (Vec<_>, Vec<_>) = (alloc("parameters"), alloc("gradients"));
     write_buckets(&table, backend, &params, &case.parameters(&table, "")).expect("parameters");
-    let tensors = |backend: &dyn Backend, buckets: &[_], layer: usize| {
-        let at = |name: &str| {
-            let tensor = table.get(&format!("{name}_l{layer}")).expect("a tensor of the table");
+    let tensors = |backend: &dyn Backend, buckets: &[_], lane: usize| {
+        let at = |what: &str| {
+            let tensor = table.get(&format!("{what}_l{}{}", lane / n, ["", "_reverse"][lane % n])).expect("a tensor of the table");
             (backend.whole(buckets[tensor.bucket]), tensor.offset as u32)
         };
-        let biases = case.has_bias.then(|| (at("bias_ih").0, at("bias_ih").1, at("bias_hh").1));
-        LaneTensors { weight_ih: at("weight_ih"), weight_hh: at("weight_hh"), biases }
+        let vectors = case.has_bias.then(|| {
+            let ((span, bias_ih), (_, bias_hh)) = (at("bias_ih"), at("bias_hh"));
+            LaneVectors { span, bias_ih, bias_hh, peephole: NONE }
+        });
+        LaneTensors { weight_ih: at("weight_ih"), weight_hh: at("weight_hh"), vectors }
     };
     let flags = upload(backend, "flags", &[0.0; ALIGN]);
-    let mut x = (upload(backend, "input", &padded(case.get("input"), case.n_inputs, pad_inner(case.n_inputs))), 0);
-    let mut lanes: Vec<Lane> = Vec::with_capacity(n_layers);
-    for layer in 0..n_layers {
-        let mut states = |initial: &str| {
-            let mut words = vec![f32::NAN; (t + 1) * state];
-            let start = case.tensors.get(initial).map_or(vec![0.0; state], |s| padded(&s[layer * b * h..][..b * h], h, hidden));
-            words[..state].copy_from_slice(&start);
-            upload(backend, initial, &words)
-        };
-        let (h_states, c_states) = (states("h_0"), states("c_0"));
-        let lane = Lane {
-            inputs: if layer == 0 { pad_inner(case.n_inputs) } else { hidden } as u32,
-            hidden: hidden as u32,
-            reverse: false,
-            tensors: tensors(backend, &params, layer),
-            x,
-            gates: upload(backend, "gates", &vec![f32::NAN; t * state * GATES]),
-            h: h_states,
-            c: c_states,
-            range: 0..t as u32,
-            lengths: None,
-            backward: None,
-        };
-        let lane_slice = std::slice::from_ref(&lane);
-        backend.sweep(&SweepArgs { n_rows: b as u32, lanes: lane_slice, flags, gradients: false }).expect("a forward sweep");
-        x = (lane.h, state as u32);
-        lanes.push(lane);
+    let rows = case.lengths.as_ref().map(|lengths| upload(backend, "lengths", bytemuck::cast_slice(lengths)));
+    let part = |span: Span, offset: usize, width: usize| Some(LanePart { span, offset: offset as u32, width: width as u32 });
+    let input = upload(backend, "input", &padded(case.get("input"), case.n_inputs, pad_inner(case.n_inputs)));
+    let mut x = [part(input, 0, pad_inner(case.n_inputs)), None];
+    let mut lanes: Vec<Lane> = Vec::new();
+    for layer in 0..case.n_layers {
+        for direction in 0..n {
+            let lane = layer * n + direction;
+            let mut states = |initial: &str| {
+                let mut words = vec![f32::NAN; (t + 1) * state];
+                let start = case.tensors.get(initial).map_or(vec![0.0; state], |s| padded(&s[lane * b * h..][..b * h], h, hidden));
+                words[direction * t * state..][..state].copy_from_slice(&start);
+                upload(backend, initial, &words)
+            };
+            let (h_states, c_states) = (states("h_0"), states("c_0"));
+            lanes.push(Lane {
+                hidden: hidden as u32,
+                reverse: direction == 1,
+                tensors: tensors(backend, &params, lane),
+                x,
+                gates: upload(backend, "gates", &vec![f32::NAN; t * state * GATES]),
+                h: h_states,
+                masked: 0,
+                c: c_states,
+                range: 0..t as u32,
+                rows,
+                use_lengths: rows.is_some(),
+                cell: Cell::PLAIN,
+                backward: None,
+            });
+        }
+        let of_layer = &lanes[layer * n..];
+        backend.sweep(&SweepArgs { n_rows: b as u32, lanes: of_layer, flags, gradients: false }).expect("a forward sweep");
+        x = [part(of_layer[0].h, state, hidden), of_layer.get(1).and_then(|lane| part(lane.h, 0, hidden))];
     }
 
-    let output = cut(&read(backend, lanes[n_layers - 1].h)[state..], hidden, h);
+    // Both directions side by side.
+    let mut output = vec![0.0; t * b * n * h];
+    for direction in 0..n {
+        let lane = &lanes[lanes.len() - n + direction];
+        let values = cut(&read(backend, lane.h)[(1 - direction) * state..][..t * state], hidden, h);
+        for (row, values) in output.chunks_exact_mut(n * h).zip(values.chunks_exact(h)) {
+            row[direction * h..][..h].copy_from_slice(values);
+        }
+    }
+    case.mask(&mut output, n * h);
     let mut last = |which: fn(&Lane) -> Span| -> Vec<f32> {
-        lanes.iter().flat_map(|lane| cut(&read(backend, which(lane).part(t * state, state)), hidden, h)).collect()
+        let end = |lane: &Lane| if lane.reverse { 0 } else { t * state };
+        lanes.iter().flat_map(|lane| cut(&read(backend, which(lane).part(end(lane), state)), hidden, h)).collect()
     };
     let (h_n, c_n) = (last(|lane| lane.h), last(|lane| lane.c));
     judge.state("output", &output);
     judge.state("h_n", &h_n);
     judge.state("c_n", &c_n);
 
-    let d_output = padded(&pull(&output, case.get("target_output"), 1.0), h, hidden);
-    let (dh_n, dc_n) = (pull(&h_n, case.get("target_h_n"), 1.0), pull(&c_n, case.get("target_c_n"), 0.5));
-    let mut above = upload(backend, "gradient of the output", &d_output);
+    let d_output: Vec<f64> = pull(&output, case.get("target_output"), 1.0, case.n_valid() * n * h);
+    let (dh_n, dc_n) = (pull(&h_n, case.get("target_h_n"), 1.0, h_n.len()), pull(&c_n, case.get("target_c_n"), 0.5, c_n.len()));
+    let mut above: Vec<Span> = (0..n)
+        .map(|direction| {
+            let of_direction: Vec<f64> = d_output.chunks_exact(n * h).flat_map(|row| &row[direction * h..][..h]).copied().collect();
+            upload(backend, "gradient of the output", &padded(&of_direction, h, hidden))
+        })
+        .collect();
     let (mut dh_0, mut dc_0) = (Vec::new(), Vec::new());
-    for layer in (0..n_layers).rev() {
-        let of_layer = |d: &[f64]| padded(&d[layer * b * h..][..b * h], h, hidden);
-        let carry = upload(backend, "carry", &[of_layer(&dh_n), of_layer(&dc_n)].concat());
-        let dx = upload(backend, "gradient of the input", &vec![f32::NAN; t * b * lanes[layer].inputs as usize]);
-        lanes[layer].backward = Some(LaneGradients {
-            dh_out: Some((above, 0)),
-            carry,
-            tensors: tensors(backend, &grads, layer),
-            accumulate: false,
-            dx: Some(dx),
-        });
-        backend.sweep(&SweepArgs { n_rows: b as u32, lanes: &lanes[layer..=layer], flags, gradients: true }).expect("a backward sweep");
-        let carried = read(backend, carry);
-        dh_0.splice(0..0, cut(&carried[..state], hidden, h));
-        dc_0.splice(0..0, cut(&carried[state..], hidden, h));
-        above = dx;
+    for layer in (0..case.n_layers).rev() {
+        let width = if layer == 0 { pad_inner(case.n_inputs) } else { hidden };
+        let n_parts = if layer == 0 { 1 } else { n };
+        let below: Vec<Span> = (0..n_parts).map(|_| upload(backend, "gradient of the input", &vec![f32::NAN; t * b * width])).collect();
+        let mut carries = Vec::new();
+        for direction in 0..n {
+            let lane = layer * n + direction;
+            let of_lane = |d: &[f64]| padded(&d[lane * b * h..][..b * h], h, hidden);
+            let carry = upload(backend, "carry", &[of_lane(&dh_n), of_lane(&dc_n)].concat());
+            carries.push(carry);
+            lanes[lane].backward = Some(LaneGradients {
+                dh_out: Some((above[direction], 0)),
+                carry,
+                tensors: tensors(backend, &grads, lane),
+                accumulate: false,
+                dx: [part(below[0], 0, width), below.get(1).and_then(|span| part(*span, 0, width))],
+                accumulate_dx: direction > 0,
+            });
+        }
+        let of_layer = &lanes[layer * n..(layer + 1) * n];
+        backend.sweep(&SweepArgs { n_rows: b as u32, lanes: of_layer, flags, gradients: true }).expect("a backward sweep");
+        let carried: Vec<Vec<f32>> = carries.into_iter().map(|carry| read(backend, carry)).collect();
+        dh_0.splice(0..0, carried.iter().flat_map(|carried| cut(&carried[..state], hidden, h)));
+        dc_0.splice(0..0, carried.iter().flat_map(|carried| cut(&carried[state..], hidden, h)));
+        above = below;
     }
-    judge.gradient("input", &cut(&read(backend, above), pad_inner(case.n_inputs), case.n_inputs));
+    judge.gradient("input", &cut(&read(backend, above[0]), pad_inner(case.n_inputs), case.n_inputs));
     for (name, got) in [("h_0", dh_0), ("c_0", dc_0)] {
         if case.tensors.contains_key(&format!("grad.{name}")) {
             judge.gradient(name, &got);
@@ -373,7 +429,7 @@ fn cases(folder: &Path) -> Vec<Case> {
 #[test]
 fn reference_vectors() {
     let mut all = cases(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors"));
-    assert_eq!(all.len(), 4, "committed cases");
+    assert_eq!(all.len(), 6, "committed cases");
     if let Some(folder) = std::env::var_os("CARROUSEL_VECTORS") {
         all.extend(cases(Path::new(&folder)));
     }

@@ -226,6 +226,7 @@ fn workload(config: &RunConfig) -> Workload {
         dropout: config.dropout,
         bias: !config.no_bias,
         tied: config.tied,
+        lstm: config.lstm,
     };
     Workload { model, optimizer: config.optimizer, n_steps: config.seq_len, n_rows: config.batch_size, carries: config.task == Task::Lm }
 }

@@ -13,6 +13,7 @@ use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
 use crate::data::text::Encoding;
 use crate::data::vocab::Level;
+use crate::model::config::LstmConfig;
 use crate::model::init::Init;
 use crate::optim::schedule::{ScheduleConfig, ScheduleKind};
 use crate::optim::{OptimizerConfig, Rule};
@@ -269,6 +270,19 @@ fn fill(typed: &Typed) -> RunConfig {
         no_bias: typed.no_bias.unwrap_or(false),
         init: typed.init.unwrap_or(INIT),
         gate_bias: typed.gate_bias,
+        lstm: LstmConfig {
+            bidirectional: typed.bidirectional.unwrap_or_default(),
+            residual: typed.residual.unwrap_or_default(),
+            learned_state: typed.learned_state.unwrap_or_default(),
+            peephole: typed.peephole.unwrap_or_default(),
+            coupled_gates: typed.coupled_gates.unwrap_or_default(),
+            cell_clip: typed.cell_clip.unwrap_or_default(),
+            recurrent_grad_clip: typed.recurrent_grad_clip.unwrap_or_default(),
+            recurrent_dropout: typed.recurrent_dropout.unwrap_or_default(),
+            weight_drop: typed.weight_drop.unwrap_or_default(),
+            zoneout_h: typed.zoneout_h.unwrap_or_default(),
+            zoneout_c: typed.zoneout_c.unwrap_or_default(),
+        },
         seq_len: size(typed.seq_len, defaults.seq_len),
         horizon: size(typed.horizon, defaults.horizon),
         batch_size,
@@ -422,7 +436,22 @@ fn check_model(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
     judge.size("hidden", config.hidden, MAX_UNITS)?;
     judge.size("seq_len", config.seq_len, MAX_LENGTH)?;
     judge.size("horizon", config.horizon, MAX_LENGTH)?;
-    judge.below_one("dropout", config.dropout)?;
+    let l = &config.lstm;
+    let shares = [
+        ("dropout", config.dropout),
+        ("recurrent_dropout", l.recurrent_dropout),
+        ("weight_drop", l.weight_drop),
+        ("zoneout_h", l.zoneout_h),
+        ("zoneout_c", l.zoneout_c),
+    ];
+    for (key, share) in shares {
+        judge.below_one(key, share)?;
+    }
+    judge.at_least_zero("cell_clip", l.cell_clip)?;
+    judge.at_least_zero("recurrent_grad_clip", l.recurrent_grad_clip)?;
+    if l.bidirectional && config.task == Task::Lm {
+        return judge.refuse("bidirectional", "lets a language model read the token that it is to predict; leave it out");
+    }
     if config.task == Task::Lm {
         judge.size("embedding", config.embedding, MAX_UNITS)?;
     }

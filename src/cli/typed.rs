@@ -103,6 +103,50 @@ pub struct Typed {
     #[arg(long, help_heading = MODEL, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub no_bias: Option<bool>,
+    /// Read the window in both directions, side by side; not for language models
+    #[arg(long, help_heading = CELL, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bidirectional: Option<bool>,
+    /// Add a layer's input to its output where both have the same width
+    #[arg(long, help_heading = CELL, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub residual: Option<bool>,
+    /// Learn the initial state instead of starting at zero
+    #[arg(long, help_heading = CELL, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub learned_state: Option<bool>,
+    /// Let the gates read the cell state (Gers et al. 2002)
+    #[arg(long, help_heading = CELL, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peephole: Option<bool>,
+    /// Forget as much as is taken in: f = 1 - i (Greff et al. 2017)
+    #[arg(long, help_heading = CELL, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub coupled_gates: Option<bool>,
+    /// Largest absolute value of the cell state, 0 for any
+    #[arg(long, value_name = "X", help_heading = CELL, allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cell_clip: Option<f64>,
+    /// Largest absolute value of the gates' gradients within the recurrence, 0 for any (Graves 2013)
+    #[arg(long, value_name = "X", help_heading = CELL, allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recurrent_grad_clip: Option<f64>,
+    /// Fraction of h hidden from the recurrent product, the same at all steps of a sequence (Gal and Ghahramani 2016)
+    #[arg(long, value_name = "P", help_heading = CELL, allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recurrent_dropout: Option<f64>,
+    /// Fraction of recurrent weights dropped in each step (Merity et al. 2017)
+    #[arg(long, value_name = "P", help_heading = CELL, allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight_drop: Option<f64>,
+    /// Probability that a unit of h keeps its old value (Krueger et al. 2017)
+    #[arg(long, value_name = "P", help_heading = CELL, allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zoneout_h: Option<f64>,
+    /// Probability that a unit of c keeps its old value
+    #[arg(long, value_name = "P", help_heading = CELL, allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zoneout_c: Option<f64>,
     /// How weights start: uniform:A, torch, xavier, he or orthogonal
     #[arg(long, value_name = "INIT", help_heading = MODEL, value_parser = Init::from_str)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -247,6 +291,7 @@ pub struct Typed {
 
 const DATA: &str = "Data";
 const MODEL: &str = "Model";
+const CELL: &str = "LSTM";
 const TRAINING: &str = "Training";
 const DEVICES: &str = "Devices";
 pub(super) const RUN: &str = "Run";

@@ -83,7 +83,7 @@ impl Session {
             state: (!state.is_empty()).then_some(state.as_slice()),
             scale: 0.0,
         };
-        self.model.run(backend, &share, Pass { dropout: None, gradients: false, part: 0 }, &mut |_, _, _| Ok(()))?;
+        self.model.run(backend, &share, Pass { key: None, gradients: false, part: 0 }, &mut |_, _, _| Ok(()))?;
         let (span, stride) = self.model.outputs(n_steps, 1);
         let last = span.part((n_steps - 1) * stride, n_outputs);
         let mut spans = vec![last];
@@ -118,7 +118,7 @@ pub fn pass_forward(
     [wants_state, wants_outputs]: [bool; 2],
 ) -> Result<Passed> {
     model.lower_flags(backend)?;
-    let pass = Pass { dropout: None, gradients: false, part: 0 };
+    let pass = Pass { key: None, gradients: false, part: 0 };
     model.run(backend, &share_of(batch, state, 0.0), pass, &mut |_, _, _| Ok(()))?;
     let mut spans = vec![model.loss(1), model.flag()];
     if wants_state {

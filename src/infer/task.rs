@@ -195,5 +195,6 @@ pub fn model_config(config: &RunConfig, spec: &DataSpec) -> ModelConfig {
         dropout: config.dropout,
         bias: !config.no_bias,
         tied: config.tied,
+        lstm: config.lstm,
     }
 }

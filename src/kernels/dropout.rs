@@ -45,10 +45,14 @@ pub struct Dropout {
 impl Dropout {
     /// Drops with probability `p` in `0..1`.
     pub fn new(p: f64, key: StepKey, layer: u32, [n_steps, n_rows, width]: [u32; 3], start: u32, to: u32) -> Self {
-        let threshold = (p * 4_294_967_296.0).round().min(f64::from(u32::MAX)) as u32;
-        let scale = (1.0 / (1.0 - p)) as f32;
+        let (threshold, scale) = drop_numbers(p);
         Self { n_steps, n_rows, width, start, to, key0: key.0[0], key1: key.0[1], tag: tag(Purpose::Dropout, layer), threshold, scale }
     }
+}
+
+/// The word below which a value is dropped with probability `p` in `0..1`, and the factor of those that are kept.
+pub fn drop_numbers(p: f64) -> (u32, f32) {
+    ((p * 4_294_967_296.0).round().min(f64::from(u32::MAX)) as u32, (1.0 / (1.0 - p)) as f32)
 }
 
 impl Kernel for Dropout {

@@ -81,6 +81,9 @@ fn values(config: &ModelConfig, tensor: &Tensor, init: Init, gate_bias: Option<[
     let mut uniform = |a: f64, n: usize| -> Vec<f32> { (0..n).map(|_| ((2.0 * random.uniform_f64() - 1.0) * a) as f32).collect() };
     let (is_lstm, is_bias) = (tensor.name.starts_with("lstm."), tensor.shape.len() == 1);
     let hidden = config.hidden;
+    if tensor.name.contains(".initial_") {
+        return vec![0.0; n];
+    }
     if let (Some(biases), true, true) = (gate_bias, is_lstm, is_bias) {
         let first = tensor.name.contains("bias_ih");
         return (0..n).map(|i| if first { biases[i / hidden] as f32 } else { 0.0 }).collect();
@@ -92,7 +95,11 @@ fn values(config: &ModelConfig, tensor: &Tensor, init: Init, gate_bias: Option<[
         Init::Uniform(a) => uniform(a, n),
         Init::Torch if is_embedding && !config.tied => (0..n).map(|_| random.normal() as f32).collect(),
         Init::Torch => {
-            let fan = if is_lstm || (is_bias && !is_embedding) { hidden } else { inputs };
+            let fan = match tensor.name.as_str() {
+                _ if is_lstm => hidden,
+                "head.bias" => hidden * config.n_directions(),
+                _ => inputs,
+            };
             uniform(1.0 / (fan as f64).sqrt(), n)
         }
         _ if is_bias => vec![0.0; n],
@@ -136,6 +143,7 @@ mod tests {
             dropout: 0.0,
             bias: true,
             tied: false,
+            lstm: Default::default(),
         }
     }
 

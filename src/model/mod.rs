@@ -12,14 +12,15 @@ use anyhow::{Context, Result, ensure};
 use self::config::{Input, LayerParams, ModelConfig, ModelParams, Output};
 use crate::backend::{Backend, BufferId, Limits, Span};
 use crate::kernels::MAX_LOOP_TRIPS;
-use crate::kernels::dropout::Dropout;
+use crate::kernels::dropout::{Dropout, drop_numbers};
+use crate::kernels::elementwise::Add;
 use crate::kernels::embedding::{EmbeddingGather, EmbeddingGradient, TokenIndex};
 use crate::kernels::gemm::{Gemm, Matrix};
 use crate::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
-use crate::kernels::lstm::{FLAG_NON_FINITE, Lane, LaneGradients, LaneTensors, NONE, SweepArgs};
+use crate::kernels::lstm::{Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneTensors, LaneVectors, NONE, PEEPHOLES, SweepArgs};
 use crate::kernels::reduce::{ColumnSums, Sum};
 use crate::params::ParamTable;
-use crate::rng::StepKey;
+use crate::rng::{Purpose, StepKey, tag};
 use crate::shape::{ALIGN, GATES, pad_inner, pad_units, round_up};
 use crate::usage::UsageError;
 
@@ -55,8 +56,8 @@ pub struct Share<'a> {
 /// What a pass is for.
 #[derive(Clone, Copy, Debug)]
 pub struct Pass {
-    /// The step's key: dropout is on.
-    pub dropout: Option<StepKey>,
+    /// The step's key in training; none: nothing is drawn or dropped.
+    pub key: Option<StepKey>,
     /// Gradients are computed, and added to those of this step's earlier parts if this is not the first.
     pub gradients: bool,
     /// Number of the part of the share: its loss goes to this word of [`Model::loss`].
@@ -66,13 +67,17 @@ pub struct Pass {
 /// Parts a share may be cut into.
 pub const MAX_PARTS: usize = 64;
 
-/// The buffers of one layer for the largest share so far.
-struct LayerBuffers {
+/// The buffers of one layer in one direction for the largest share so far.
+struct LaneBuffers {
     gates: BufferId,
+    /// With recurrent dropout twice as long: the masked states stand behind.
     h: BufferId,
     c: BufferId,
-    /// The dropped outputs, which the layer above reads.
-    dropped: Option<BufferId>,
+    /// What the layer hands up where that is not h itself: dropped, or with its input added.
+    output: Option<BufferId>,
+    /// The recurrent weights that a step keeps, and their gradient.
+    dropped_weight: Option<(BufferId, Option<BufferId>)>,
+    carry: Option<BufferId>,
 }
 
 struct Workspace {
@@ -84,13 +89,27 @@ struct Workspace {
     streams: BufferId,
     targets: BufferId,
     weights: BufferId,
-    layers: Vec<LayerBuffers>,
+    lanes: Vec<LaneBuffers>,
     outputs: BufferId,
     row_loss: BufferId,
-    /// Gradients on their way down: of outputs and of inputs, in turn.
-    flow: Option<[BufferId; 2]>,
-    carry: Option<BufferId>,
+    /// Gradients on their way down, by direction: three sets for what comes from above, goes below, and lies between.
+    flow: Option<Vec<BufferId>>,
 }
+
+impl Workspace {
+    fn buffers(self) -> impl Iterator<Item = BufferId> {
+        let of_lane = |l: LaneBuffers| {
+            let weights = l.dropped_weight.map(|(weight, gradient)| [Some(weight), gradient]);
+            [Some(l.gates), Some(l.h), Some(l.c), l.output, l.carry].into_iter().chain(weights.into_iter().flatten()).flatten()
+        };
+        let others = [self.input, self.streams, self.targets, self.weights, self.outputs, self.row_loss];
+        let lanes = self.lanes.into_iter().flat_map(of_lane);
+        lanes.chain(others).chain(self.embedded).chain(self.index).chain(self.flow.into_iter().flatten())
+    }
+}
+
+/// What a layer reads or hands up: a part for each direction, `[T, B, width]`.
+type Parts = [Option<LanePart>; 2];
 
 /// One replica of a network on one backend.
 pub struct Model {
@@ -101,6 +120,8 @@ pub struct Model {
     grads: Vec<BufferId>,
     flags: BufferId,
     loss: BufferId,
+    /// Never written.
+    zero: BufferId,
     workspace: Option<Workspace>,
     token_index: TokenIndex,
     padded: Vec<f32>,
@@ -142,8 +163,9 @@ impl Model {
         let (params, grads) = (alloc("parameter")?, alloc("gradient")?);
         let flags = backend.alloc("flags", ALIGN)?;
         let loss = backend.alloc("loss", MAX_PARTS.max(ALIGN))?;
+        let zero = backend.alloc("zero", ALIGN)?;
         let token_index = TokenIndex::default();
-        Ok(Self { config, table, at, params, grads, flags, loss, workspace: None, token_index, padded: Vec::new() })
+        Ok(Self { config, table, at, params, grads, flags, loss, zero, workspace: None, token_index, padded: Vec::new() })
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -203,20 +225,27 @@ impl Model {
         read_buckets(&self.table, backend, &self.params, deadline)
     }
 
-    /// Floats of the carried state of one row: `[L, 2, H]`, H padded.
+    /// Floats of the carried state of one row: `[L, 2, H]`, H padded; both directions of a layer count.
     pub fn state_len(&self) -> usize {
-        self.config.n_layers * 2 * self.hidden()
+        self.config.n_lanes() * 2 * self.hidden()
     }
 
     fn hidden(&self) -> usize {
         pad_units(self.config.hidden)
     }
 
+    /// Whether a lane, a layer in one direction, runs backwards in time.
+    fn is_reverse(&self, lane: usize) -> bool {
+        lane % self.config.n_directions() == 1
+    }
+
     /// The final state's spans after a pass over this many steps and rows, in the order of [`Share::state`].
     pub fn final_state(&self, n_steps: usize, n_rows: usize) -> Vec<Span> {
         let Some(w) = &self.workspace else { return Vec::new() };
         let len = n_rows * self.hidden();
-        w.layers.iter().flat_map(|l| [l.h, l.c]).map(|buffer| Span { buffer, offset: n_steps * len, len }).collect()
+        let end = |lane: usize| if self.is_reverse(lane) { 0 } else { n_steps * len };
+        let lanes = w.lanes.iter().enumerate();
+        lanes.flat_map(|(i, l)| [l.h, l.c].map(|buffer| Span { buffer, offset: end(i), len })).collect()
     }
 
     /// Outputs after a forward pass without targets: `[rows, columns]`, and the floats from row to row. Rows are `T x B` for classes, `B` for values.
@@ -248,22 +277,7 @@ impl Model {
         let (mut t, mut b, mut gradients) = (n_steps, n_rows, gradients);
         if let Some(old) = self.workspace.take() {
             (t, b, gradients) = (t.max(old.n_steps), b.max(old.n_rows), gradients || old.flow.is_some());
-            let layers = old.layers.iter().flat_map(|l| [Some(l.gates), Some(l.h), Some(l.c), l.dropped]).flatten();
-            let others = [
-                Some(old.input),
-                old.embedded,
-                old.index,
-                Some(old.streams),
-                Some(old.targets),
-                Some(old.weights),
-                Some(old.outputs),
-                Some(old.row_loss),
-            ];
-            layers
-                .chain(others.into_iter().flatten())
-                .chain(old.flow.into_iter().flatten())
-                .chain(old.carry)
-                .for_each(|id| backend.free(id));
+            old.buffers().for_each(|id| backend.free(id));
         }
         let limits = backend.limits();
         let mut alloc = |label: &str, len: usize| -> Result<BufferId> {
@@ -285,22 +299,31 @@ impl Model {
             Output::Classes { .. } => (rows, rows),
             Output::Values { n_outputs } => (rows * n_outputs, rows * n_outputs),
         };
-        let layers = (0..self.config.n_layers)
-            .map(|l| {
-                Ok(LayerBuffers {
+        let (c, sums) = (&self.config.lstm, if self.config.lstm.peephole { PEEPHOLES } else { 0 });
+        let copies = if c.recurrent_dropout > 0.0 { 2 } else { 1 };
+        let lanes = (0..self.config.n_lanes())
+            .map(|i| {
+                let layer = i / self.config.n_directions();
+                let has_output = self.config.is_residual(layer) || (self.config.dropout > 0.0 && layer + 1 < self.config.n_layers);
+                let weights = GATES * hidden * hidden;
+                let mut weight = |label| (c.weight_drop > 0.0).then(|| alloc(label, weights)).transpose();
+                let kept = weight("kept recurrent weights")?;
+                let kept_gradient = if gradients { weight("gradients of kept recurrent weights")? } else { None };
+                Ok(LaneBuffers {
                     gates: alloc("gates", tb * hidden * GATES)?,
-                    h: alloc("hidden states", (t + 1) * b * hidden)?,
+                    h: alloc("hidden states", copies * (t + 1) * b * hidden)?,
                     c: alloc("cell states", (t + 1) * b * hidden)?,
-                    dropped: (self.config.dropout > 0.0 && l + 1 < self.config.n_layers)
-                        .then(|| alloc("dropped states", tb * hidden))
-                        .transpose()?,
+                    output: has_output.then(|| alloc("outputs of a layer", tb * hidden)).transpose()?,
+                    dropped_weight: kept.map(|kept| (kept, kept_gradient)),
+                    carry: gradients.then(|| alloc("carried gradients", (2 + sums) * b * hidden)).transpose()?,
                 })
             })
             .collect::<Result<Vec<_>>>()?;
-        let widest = (0..self.config.n_layers).map(|l| self.config.layer_input(l).padded_len()).max().unwrap_or(0).max(hidden);
-        let flow =
-            if gradients { Some([alloc("gradients of states", tb * widest)?, alloc("gradients of states", tb * widest)?]) } else { None };
-        let carry = gradients.then(|| alloc("carried gradients", 2 * b * hidden)).transpose()?;
+        let widest = (0..self.config.n_layers).map(|l| self.config.layer_input(l)).map(|axis| axis.padded_len() / axis.groups).max();
+        let widest = widest.unwrap_or(0).max(hidden);
+        let flow = gradients
+            .then(|| (0..self.flow_sets() * self.config.n_directions()).map(|_| alloc("gradients of states", tb * widest)).collect())
+            .transpose()?;
         self.workspace = Some(Workspace {
             n_steps: t,
             n_rows: b,
@@ -310,11 +333,10 @@ impl Model {
             streams: alloc("stream numbers", b)?,
             targets: alloc("targets", n_targets)?,
             weights: alloc("weights", n_weights)?,
-            layers,
+            lanes,
             outputs: alloc("outputs", rows * out_stride)?,
             row_loss: alloc("losses", rows)?,
             flow,
-            carry,
         });
         Ok(())
     }
@@ -337,12 +359,12 @@ impl Model {
         self.reserve(backend, share.n_steps, share.n_rows, pass.gradients)?;
         self.upload(backend, share, pass)?;
         let workspace = self.workspace.take().context("the workspace was just reserved")?;
-        let lanes = self.forward(backend, &workspace, share, pass);
-        let done = lanes.and_then(|mut lanes| {
+        let forward = self.forward(backend, &workspace, share, pass);
+        let done = forward.and_then(|mut forward| {
             if share.targets.is_some() {
                 self.loss_of(backend, &workspace, share, pass)?;
             }
-            if pass.gradients { self.backward(backend, &workspace, share, pass, &mut lanes, ready) } else { Ok(()) }
+            if pass.gradients { self.backward(backend, &workspace, share, pass, &mut forward, ready) } else { Ok(()) }
         });
         self.workspace = Some(workspace);
         done
@@ -414,38 +436,104 @@ impl Model {
             backend.write(at(w.weights, words.len()), share.weights)?;
         }
         let len = b * hidden;
-        for (i, buffer) in w.layers.iter().flat_map(|l| [l.h, l.c]).enumerate() {
-            match share.state {
-                Some(state) => backend.write(at(buffer, len), &state[i * len..(i + 1) * len])?,
-                None => backend.clear(at(buffer, len))?,
+        for (i, lane) in w.lanes.iter().enumerate() {
+            let start = if self.is_reverse(i) { t * len } else { 0 };
+            let learned = self.at.lanes[i].initial.map(|(h, c)| [h, c]);
+            for (which, buffer) in [lane.h, lane.c].into_iter().enumerate() {
+                let to = Span { buffer, offset: start, len };
+                match (share.state, learned) {
+                    (Some(state), _) => backend.write(to, &state[(2 * i + which) * len..][..len])?,
+                    (None, Some(learned)) => self.spread(backend, learned[which], to, b)?,
+                    (None, None) => backend.clear(to)?,
+                }
             }
         }
         Ok(())
     }
 
-    fn lane(&self, backend: &dyn Backend, w: &Workspace, l: usize, share: &Share<'_>, x: (Span, u32)) -> Lane {
+    /// Copies a vector of units to every row of a state: a product without terms, and the vector as its bias.
+    fn spread(&self, backend: &mut dyn Backend, tensor: usize, to: Span, n_rows: usize) -> Result<()> {
+        let hidden = self.hidden();
+        let (span, offset) = self.place(backend, &self.params, tensor);
+        let kernel = Gemm {
+            m: n_rows as u32,
+            n: hidden as u32,
+            k: 0,
+            trans_a: 0,
+            trans_b: 0,
+            accumulate: 0,
+            use_bias: 1,
+            bias_offset: offset,
+            a: Matrix::row_major(0, hidden),
+            b: Matrix::row_major(0, hidden),
+            c: Matrix::row_major(0, hidden),
+        };
+        backend.launch(&kernel, &[span, span, span, to])
+    }
+
+    /// How many sets of gradients are on their way at a time.
+    fn flow_sets(&self) -> usize {
+        2 + usize::from(self.config.dropout > 0.0 && self.config.lstm.residual)
+    }
+
+    /// What makes the cell of a lane in this pass.
+    fn cell(&self, lane: usize, pass: Pass) -> Cell {
+        let c = &self.config.lstm;
+        let plain = Cell {
+            coupled: u32::from(c.coupled_gates),
+            cell_clip: c.cell_clip as f32,
+            grad_clip: c.recurrent_grad_clip as f32,
+            zoneout_h: c.zoneout_h as f32,
+            zoneout_c: c.zoneout_c as f32,
+            lane: lane as u32,
+            ..Cell::PLAIN
+        };
+        let Some(key) = pass.key else { return plain };
+        let cell = Cell { draws: u32::from(c.zoneout_h > 0.0 || c.zoneout_c > 0.0), key0: key.0[0], key1: key.0[1], ..plain };
+        if c.recurrent_dropout > 0.0 {
+            let (mask_threshold, mask_scale) = drop_numbers(c.recurrent_dropout);
+            return Cell { mask_threshold, mask_scale, ..cell };
+        }
+        cell
+    }
+
+    /// A lane over the whole share.
+    fn lane(&self, backend: &dyn Backend, w: &Workspace, i: usize, share: &Share<'_>, pass: Pass, x: Parts) -> Lane {
         let (t, b, hidden) = (share.n_steps, share.n_rows, self.hidden());
-        let buffers = &w.layers[l];
+        let buffers = &w.lanes[i];
+        let cell = self.cell(i, pass);
+        let states = (t + 1) * b * hidden;
+        let mut tensors = self.lane_tensors(backend, i, &self.params);
+        if let (Some(_), Some((kept, _))) = (pass.key, buffers.dropped_weight) {
+            tensors.weight_hh = (front(kept, GATES * hidden * hidden), 0);
+        }
         Lane {
-            inputs: self.config.layer_input(l).padded_len() as u32,
             hidden: hidden as u32,
-            reverse: false,
-            tensors: self.lane_tensors(backend, l, &self.params),
+            reverse: self.is_reverse(i),
+            tensors,
             x,
             gates: front(buffers.gates, t * b * hidden * GATES),
-            h: front(buffers.h, (t + 1) * b * hidden),
-            c: front(buffers.c, (t + 1) * b * hidden),
+            h: front(buffers.h, if cell.is_masked() { 2 * states } else { states }),
+            masked: states as u32,
+            c: front(buffers.c, states),
             range: 0..t as u32,
-            lengths: None,
+            rows: Some(front(w.streams, b)),
+            use_lengths: false,
+            cell,
             backward: None,
         }
     }
 
-    fn lane_tensors(&self, backend: &dyn Backend, l: usize, buckets: &[BufferId]) -> LaneTensors {
-        let LayerParams { weight_ih, weight_hh, biases } = self.at.layers[l];
+    fn lane_tensors(&self, backend: &dyn Backend, lane: usize, buckets: &[BufferId]) -> LaneTensors {
+        let LayerParams { weight_ih, weight_hh, biases, peephole, .. } = self.at.lanes[lane];
         let at = |tensor: usize| self.place(backend, buckets, tensor);
-        let biases = biases.map(|(ih, hh)| (at(ih).0, at(ih).1, at(hh).1));
-        LaneTensors { weight_ih: at(weight_ih), weight_hh: at(weight_hh), biases }
+        let vectors = biases.map(|(ih, _)| ih).or(peephole).map(|first| LaneVectors {
+            span: at(first).0,
+            bias_ih: biases.map_or(NONE, |(ih, _)| at(ih).1),
+            bias_hh: biases.map_or(NONE, |(_, hh)| at(hh).1),
+            peephole: peephole.map_or(NONE, |peephole| at(peephole).1),
+        });
+        LaneTensors { weight_ih: at(weight_ih), weight_hh: at(weight_hh), vectors }
     }
 
     /// The bucket that a tensor lies in and where it starts there.
@@ -454,9 +542,46 @@ impl Model {
         (backend.whole(buckets[tensor.bucket]), tensor.offset as u32)
     }
 
-    fn forward(&self, backend: &mut dyn Backend, w: &Workspace, share: &Share<'_>, pass: Pass) -> Result<Vec<Lane>> {
+    /// Lanes of a layer.
+    fn lanes_of(&self, layer: usize) -> std::ops::Range<usize> {
+        let n = self.config.n_directions();
+        layer * n..(layer + 1) * n
+    }
+
+    /// Keeps the recurrent weights that this step has, or the gradients of those.
+    fn drop_weight(&self, backend: &mut dyn Backend, lane: usize, key: StepKey, (from, start): (Span, u32), to: (Span, u32)) -> Result<()> {
+        let len = (GATES * self.hidden() * self.hidden()) as u32;
+        // Masks over weights have no sequence: all rows of the batch, on all ranks, see the same.
+        let no_stream = Span { buffer: self.zero, offset: 0, len: 1 };
+        let tag = tag(Purpose::WeightDrop, lane as u32);
+        let kernel = Dropout { tag, ..Dropout::new(self.config.lstm.weight_drop, key, 0, [1, 1, len], start, to.1) };
+        backend.launch(&kernel, &[no_stream, from, to.0])
+    }
+
+    /// Dropout between layers, of one direction's outputs or their gradients.
+    #[allow(clippy::too_many_arguments, reason = "what, where from, where to")]
+    fn drop_outputs(
+        &self,
+        backend: &mut dyn Backend,
+        w: &Workspace,
+        share: &Share<'_>,
+        lane: usize,
+        key: StepKey,
+        from: LanePart,
+        to: Span,
+    ) -> Result<()> {
+        let n = self.config.n_directions();
+        let (layer, direction) = ((lane / n) as u32, (lane % n) as u32);
+        let sizes = [share.n_steps as u32, share.n_rows as u32, from.width];
+        // The reverse direction draws as a layer far above all others.
+        let kernel = Dropout::new(self.config.dropout, key, layer | direction << 16, sizes, from.offset, 0);
+        backend.launch(&kernel, &[front(w.streams, share.n_rows), from.span, to])
+    }
+
+    fn forward(&self, backend: &mut dyn Backend, w: &Workspace, share: &Share<'_>, pass: Pass) -> Result<Forward> {
         let (t, b, hidden) = (share.n_steps, share.n_rows, self.hidden());
-        let mut x = (front(w.input, t * b * self.config.layer_input(0).padded_len()), 0);
+        let inputs = self.config.layer_input(0).padded_len();
+        let mut x: Parts = [Some(LanePart { span: front(w.input, t * b * inputs), offset: 0, width: inputs as u32 }), None];
         if let (Input::Tokens { vocabulary, width }, Some(embedded), Some(table)) = (self.config.input, w.embedded, self.at.embedding) {
             let width = pad_units(width);
             let (span, offset) = self.place(backend, &self.params, table);
@@ -464,50 +589,69 @@ impl Model {
             let kernel =
                 EmbeddingGather { n_tokens: (t * b) as u32, width: width as u32, n_classes: vocabulary as u32, table: offset, out: 0 };
             backend.launch(&kernel, &[front(w.input, t * b), span, out])?;
-            x = (out, 0);
+            x = [Some(LanePart { span: out, offset: 0, width: width as u32 }), None];
         }
-        let mut lanes = Vec::with_capacity(self.config.n_layers);
+        let mut lanes = Vec::with_capacity(self.config.n_lanes());
         for l in 0..self.config.n_layers {
-            let lane = self.lane(backend, w, l, share, x);
-            let flags = front(self.flags, ALIGN);
-            backend.sweep(&SweepArgs { n_rows: b as u32, lanes: std::slice::from_ref(&lane), flags, gradients: false })?;
-            // Outputs are the states after the first.
-            x = (lane.h, (b * hidden) as u32);
-            if let (Some(key), Some(dropped)) = (pass.dropout, w.layers[l].dropped) {
-                let out = front(dropped, t * b * hidden);
-                let kernel = Dropout::new(self.config.dropout, key, l as u32, [t as u32, b as u32, hidden as u32], x.1, 0);
-                backend.launch(&kernel, &[front(w.streams, b), x.0, out])?;
-                x = (out, 0);
+            let of_layer = self.lanes_of(l);
+            for i in of_layer.clone() {
+                if let (Some(key), Some((kept, _))) = (pass.key, w.lanes[i].dropped_weight) {
+                    let from = self.place(backend, &self.params, self.at.lanes[i].weight_hh);
+                    self.drop_weight(backend, i, key, from, (front(kept, GATES * hidden * hidden), 0))?;
+                }
+                lanes.push(self.lane(backend, w, i, share, pass, x));
             }
-            lanes.push(lane);
+            let flags = front(self.flags, ALIGN);
+            backend.sweep(&SweepArgs { n_rows: b as u32, lanes: &lanes[of_layer.clone()], flags, gradients: false })?;
+            let mut above: Parts = [None; 2];
+            for (direction, i) in of_layer.enumerate() {
+                // Outputs are the states after the first, in reverse those before the last.
+                let offset = if self.is_reverse(i) { 0 } else { (b * hidden) as u32 };
+                let h = LanePart { span: lanes[i].h, offset, width: hidden as u32 };
+                above[direction] = Some(h);
+                let dropped = pass.key.filter(|_| self.config.dropout > 0.0 && l + 1 < self.config.n_layers);
+                let Some(output) = w.lanes[i].output.filter(|_| dropped.is_some() || self.config.is_residual(l)) else { continue };
+                let out = front(output, t * b * hidden);
+                match dropped {
+                    Some(key) => self.drop_outputs(backend, w, share, i, key, h, out)?,
+                    None => backend.copy(h.span.part(offset as usize, out.len), out)?,
+                }
+                if let Some(input) = x[direction].filter(|_| self.config.is_residual(l)) {
+                    let add = Add { len: out.len as u32, x_offset: input.offset, y_offset: 0, a: 1.0 };
+                    backend.launch(&add, &[input.span, out])?;
+                }
+                above[direction] = Some(LanePart { span: out, offset: 0, width: hidden as u32 });
+            }
+            x = above;
         }
-        let (rows, first) = self.head_rows(share);
         let (weight, weight_at) = self.place(backend, &self.params, self.at.head_weight);
         let (bias, bias_at) = self.place(backend, &self.params, self.at.head_bias);
         let stride = pad_inner(self.config.n_outputs());
-        let product = Gemm {
-            m: rows as u32,
-            n: stride as u32,
-            k: hidden as u32,
-            trans_a: 0,
-            trans_b: 1,
-            accumulate: 0,
-            use_bias: 1,
-            bias_offset: bias_at,
-            a: Matrix::row_major(first, hidden),
-            b: Matrix::row_major(weight_at as usize, hidden),
-            c: Matrix::row_major(0, stride),
-        };
-        backend.launch(&product, &[x.0, weight, bias, front(w.outputs, rows * stride)])?;
-        Ok(lanes)
+        let rows = self.output_rows(t, b);
+        for (column, part) in x.iter().flatten().enumerate().map(|(direction, part)| (direction * hidden, part)) {
+            let product = Gemm {
+                m: rows as u32,
+                n: stride as u32,
+                k: hidden as u32,
+                trans_a: 0,
+                trans_b: 1,
+                accumulate: u32::from(column > 0),
+                use_bias: u32::from(column == 0),
+                bias_offset: bias_at,
+                a: Matrix::row_major(part.offset as usize + self.head_row(share, column > 0) * hidden, hidden),
+                b: Matrix::row_major(weight_at as usize + column, hidden * self.config.n_directions()),
+                c: Matrix::row_major(0, stride),
+            };
+            backend.launch(&product, &[part.span, weight, bias, front(w.outputs, rows * stride)])?;
+        }
+        Ok(Forward { lanes, top: x })
     }
 
-    /// Rows that the head reads of the top layer's h, and where they start: all outputs, or those of the last step.
-    fn head_rows(&self, share: &Share<'_>) -> (usize, usize) {
-        let (t, b, hidden) = (share.n_steps, share.n_rows, self.hidden());
+    /// The first row of a direction's outputs that the head reads: all of them, or those of the step that has seen the whole sequence.
+    fn head_row(&self, share: &Share<'_>, reverse: bool) -> usize {
         match self.config.output {
-            Output::Classes { .. } => (t * b, b * hidden),
-            Output::Values { .. } => (b, t * b * hidden),
+            Output::Values { .. } if !reverse => (share.n_steps - 1) * share.n_rows,
+            _ => 0,
         }
     }
 
@@ -536,12 +680,14 @@ impl Model {
         w: &Workspace,
         share: &Share<'_>,
         pass: Pass,
-        lanes: &mut [Lane],
+        done: &mut Forward,
         ready: &mut dyn FnMut(&mut dyn Backend, usize, Span) -> Result<()>,
     ) -> Result<()> {
         let (t, b, hidden) = (share.n_steps, share.n_rows, self.hidden());
-        let ([mut above, mut below], carry) = w.flow.zip(w.carry).context("a workspace for gradients is reserved first")?;
-        let carry = front(carry, 2 * b * hidden);
+        let n = self.config.n_directions();
+        let flow = w.flow.as_ref().context("a workspace for gradients is reserved first")?;
+        let set = |i: usize| [flow[i * n], flow[i * n + n - 1]];
+        let (mut above, mut below, between) = (set(0), set(1), set(self.flow_sets() - 1));
         let accumulate = pass.part > 0;
         let mut n_ready = self.grads.len();
         // Buckets become complete from the last to the first.
@@ -558,31 +704,67 @@ impl Model {
             let (span, offset) = self.place(backend, &self.grads, embedding);
             backend.clear(span.part(offset as usize, self.table.tensors()[embedding].range.len()))?;
         }
-        self.head_backward(backend, w, share, accumulate, above, carry)?;
+        for lane in &w.lanes {
+            let carry = lane.carry.context("a workspace for gradients is reserved first")?;
+            backend.clear(front(carry, 2 * b * hidden))?;
+        }
+        // Where the head reads only final states, their gradients go straight to the carries, unless the last layer's input takes its part.
+        let by_carry = matches!(self.config.output, Output::Values { .. }) && !self.config.is_residual(self.config.n_layers - 1);
+        self.head_backward(backend, w, share, accumulate, done, (!by_carry).then_some(above))?;
         all_down_to(first_bucket(if self.config.tied { self.at.head_bias } else { self.at.head_weight }), backend)?;
         for l in (0..self.config.n_layers).rev() {
-            let from_head = matches!(self.config.output, Output::Values { .. }) && l + 1 == self.config.n_layers;
-            let inputs = self.config.layer_input(l).padded_len();
-            let dx = (l > 0 || self.at.embedding.is_some()).then(|| front(below, t * b * inputs));
-            if !from_head {
-                backend.clear(carry)?;
-            }
-            lanes[l].backward = Some(LaneGradients {
-                dh_out: (!from_head).then(|| (front(above, t * b * hidden), 0)),
-                carry,
-                tensors: self.lane_tensors(backend, l, &self.grads),
-                accumulate,
-                dx,
-            });
-            backend.sweep(&SweepArgs { n_rows: b as u32, lanes: &lanes[l..=l], flags: front(self.flags, ALIGN), gradients: true })?;
-            all_down_to(first_bucket(self.at.layers[l].weight_ih), backend)?;
-            match (pass.dropout, l.checked_sub(1).and_then(|under| w.layers[under].dropped)) {
-                (Some(key), Some(_)) => {
-                    let kernel = Dropout::new(self.config.dropout, key, l as u32 - 1, [t as u32, b as u32, hidden as u32], 0, 0);
-                    backend.launch(&kernel, &[front(w.streams, b), front(below, t * b * hidden), front(above, t * b * hidden)])?;
+            let from_head = by_carry && l + 1 == self.config.n_layers;
+            let residual = self.config.is_residual(l);
+            let dropped = pass.key.filter(|_| self.config.dropout > 0.0 && l + 1 < self.config.n_layers);
+            let whole = |buffer: BufferId| LanePart { span: front(buffer, t * b * hidden), offset: 0, width: hidden as u32 };
+            // Gradients of h, once through the dropout.
+            let mut dh = above;
+            if let Some(key) = dropped {
+                dh = if residual { between } else { below };
+                for (direction, i) in self.lanes_of(l).enumerate() {
+                    self.drop_outputs(backend, w, share, i, key, whole(above[direction]), front(dh[direction], t * b * hidden))?;
                 }
-                _ => std::mem::swap(&mut above, &mut below),
+                if !residual {
+                    // What came from above is not needed again.
+                    below = above;
+                }
             }
+            let axis = self.config.layer_input(l);
+            let (groups, width) = (axis.groups, axis.padded_len() / axis.groups);
+            let wants_dx = l > 0 || self.at.embedding.is_some();
+            let dx = |direction: usize| {
+                let span = front(below[direction], t * b * width);
+                (wants_dx && direction < groups).then_some(LanePart { span, offset: 0, width: width as u32 })
+            };
+            for (direction, i) in self.lanes_of(l).enumerate() {
+                let mut tensors = self.lane_tensors(backend, i, &self.grads);
+                if let (Some(_), Some((_, Some(gradient)))) = (pass.key, w.lanes[i].dropped_weight) {
+                    tensors.weight_hh = (front(gradient, GATES * hidden * hidden), 0);
+                }
+                let sums = if self.config.lstm.peephole { PEEPHOLES } else { 0 };
+                done.lanes[i].backward = Some(LaneGradients {
+                    dh_out: (!from_head).then(|| (front(dh[direction], t * b * hidden), 0)),
+                    carry: front(w.lanes[i].carry.context("a workspace for gradients is reserved first")?, (2 + sums) * b * hidden),
+                    tensors,
+                    accumulate,
+                    dx: [dx(0), dx(1)],
+                    accumulate_dx: direction > 0,
+                });
+            }
+            let lanes = &done.lanes[self.lanes_of(l)];
+            backend.sweep(&SweepArgs { n_rows: b as u32, lanes, flags: front(self.flags, ALIGN), gradients: true })?;
+            for i in self.lanes_of(l) {
+                self.finish_lane(backend, w, share, pass, i)?;
+            }
+            if residual {
+                for direction in 0..groups {
+                    let add = Add { len: (t * b * hidden) as u32, x_offset: 0, y_offset: 0, a: 1.0 };
+                    backend.launch(&add, &[front(above[direction], t * b * hidden), front(below[direction], t * b * hidden)])?;
+                }
+            }
+            all_down_to(first_bucket(self.at.lanes[self.lanes_of(l).start].weight_ih), backend)?;
+            // What went below comes from above now; the other set is free.
+            (above, below) = (below, if dropped.is_some() && !residual { dh } else { above });
         }
         if let (Input::Tokens { vocabulary, width }, Some(index), Some(embedding)) = (self.config.input, w.index, self.at.embedding) {
             let (grads, grad) = self.place(backend, &self.grads, embedding);
@@ -599,27 +781,59 @@ impl Model {
                     first,
                     limit: EmbeddingGradient::LIMIT,
                 };
-                backend.launch(&kernel, &[front(index, words), front(above, t * b * width), grads])?;
+                backend.launch(&kernel, &[front(index, words), front(above[0], t * b * width), grads])?;
             }
         }
         all_down_to(0, backend)
     }
 
-    /// Gradients of the head, and of the top layer's outputs: into `above` for classes, into the carry for values.
+    /// What a lane's sweep leaves to be done: gradients of the weights that were kept, and of a learned initial state.
+    fn finish_lane(&self, backend: &mut dyn Backend, w: &Workspace, share: &Share<'_>, pass: Pass, i: usize) -> Result<()> {
+        let hidden = self.hidden();
+        if let (Some(key), Some((_, Some(gradient)))) = (pass.key, w.lanes[i].dropped_weight) {
+            let to = self.place(backend, &self.grads, self.at.lanes[i].weight_hh);
+            self.drop_weight(backend, i, key, (front(gradient, GATES * hidden * hidden), 0), to)?;
+        }
+        let (Some((h, c)), Some(carry)) = (self.at.lanes[i].initial, w.lanes[i].carry) else { return Ok(()) };
+        let state = share.n_rows * hidden;
+        for (which, tensor) in [h, c].into_iter().enumerate() {
+            let (span, out) = self.place(backend, &self.grads, tensor);
+            if share.state.is_some() {
+                // The sequences go on from a state of their own.
+                if pass.part == 0 {
+                    backend.clear(span.part(out as usize, hidden))?;
+                }
+                continue;
+            }
+            let sums = ColumnSums {
+                n_rows: share.n_rows as u32,
+                n_cols: hidden as u32,
+                row_stride: hidden as u32,
+                offset: (which * state) as u32,
+                out,
+                second_out: NONE,
+                accumulate: u32::from(pass.part > 0),
+            };
+            backend.launch(&sums, &[front(carry, 2 * state), span])?;
+        }
+        Ok(())
+    }
+
+    /// Gradients of the head, and of what it reads: into `above`, or into the carries of the last layer.
     fn head_backward(
         &self,
         backend: &mut dyn Backend,
         w: &Workspace,
         share: &Share<'_>,
         accumulate: bool,
-        above: BufferId,
-        carry: Span,
+        done: &Forward,
+        above: Option<[BufferId; 2]>,
     ) -> Result<()> {
-        let hidden = self.hidden();
-        let (rows, first) = self.head_rows(share);
+        let (t, b, hidden) = (share.n_steps, share.n_rows, self.hidden());
+        let rows = self.output_rows(t, b);
         let stride = pad_inner(self.config.n_outputs());
-        let top = w.layers.last().context("a model has a layer")?;
-        let (h, outputs) = (front(top.h, (share.n_steps + 1) * share.n_rows * hidden), front(w.outputs, rows * stride));
+        let row_len = hidden * self.config.n_directions();
+        let outputs = front(w.outputs, rows * stride);
         let (weight, weight_at) = self.place(backend, &self.params, self.at.head_weight);
         let (to_weight, to_weight_at) = self.place(backend, &self.grads, self.at.head_weight);
         let (to_bias, to_bias_at) = self.place(backend, &self.grads, self.at.head_bias);
@@ -628,20 +842,23 @@ impl Model {
         for (i, start) in (0..rows).step_by(piece).enumerate() {
             let k = piece.min(rows - start);
             let accumulate = u32::from(accumulate || i > 0);
-            let product = Gemm {
-                m: stride as u32,
-                n: hidden as u32,
-                k: k as u32,
-                trans_a: 1,
-                trans_b: 0,
-                accumulate,
-                use_bias: 0,
-                bias_offset: 0,
-                a: Matrix::row_major(start * stride, stride),
-                b: Matrix::row_major(first + start * hidden, hidden),
-                c: Matrix::row_major(to_weight_at as usize, hidden),
-            };
-            backend.launch(&product, &[outputs, h, h, to_weight])?;
+            for (direction, part) in done.top.iter().flatten().enumerate() {
+                let first = part.offset as usize + self.head_row(share, direction > 0) * hidden;
+                let product = Gemm {
+                    m: stride as u32,
+                    n: hidden as u32,
+                    k: k as u32,
+                    trans_a: 1,
+                    trans_b: 0,
+                    accumulate,
+                    use_bias: 0,
+                    bias_offset: 0,
+                    a: Matrix::row_major(start * stride, stride),
+                    b: Matrix::row_major(first + start * hidden, hidden),
+                    c: Matrix::row_major(to_weight_at as usize + direction * hidden, row_len),
+                };
+                backend.launch(&product, &[outputs, part.span, part.span, to_weight])?;
+            }
             let sums = ColumnSums {
                 n_rows: k as u32,
                 n_cols: stride as u32,
@@ -653,28 +870,39 @@ impl Model {
             };
             backend.launch(&sums, &[outputs, to_bias])?;
         }
-        let to = match self.config.output {
-            Output::Classes { .. } => front(above, rows * hidden),
-            Output::Values { .. } => {
-                backend.clear(carry)?;
-                carry
+        for (direction, i) in self.lanes_of(self.config.n_layers - 1).enumerate() {
+            let first = self.head_row(share, direction > 0) * hidden;
+            let (to, at) = match above {
+                Some(above) => (front(above[direction], t * b * hidden), first),
+                None => (front(w.lanes[i].carry.context("a workspace for gradients is reserved first")?, b * hidden), 0),
+            };
+            if above.is_some() && rows < t * b {
+                backend.clear(to)?;
             }
-        };
-        let product = Gemm {
-            m: rows as u32,
-            n: hidden as u32,
-            k: stride as u32,
-            trans_a: 0,
-            trans_b: 0,
-            accumulate: 0,
-            use_bias: 0,
-            bias_offset: 0,
-            a: Matrix::row_major(0, stride),
-            b: Matrix::row_major(weight_at as usize, hidden),
-            c: Matrix::row_major(0, hidden),
-        };
-        backend.launch(&product, &[outputs, weight, weight, to])
+            let product = Gemm {
+                m: rows as u32,
+                n: hidden as u32,
+                k: stride as u32,
+                trans_a: 0,
+                trans_b: 0,
+                accumulate: 0,
+                use_bias: 0,
+                bias_offset: 0,
+                a: Matrix::row_major(0, stride),
+                b: Matrix::row_major(weight_at as usize + direction * hidden, row_len),
+                c: Matrix::row_major(at, hidden),
+            };
+            backend.launch(&product, &[outputs, weight, weight, to])?;
+        }
+        Ok(())
     }
+}
+
+/// What a forward pass leaves to the backward one.
+struct Forward {
+    lanes: Vec<Lane>,
+    /// What the head read.
+    top: Parts,
 }
 
 /// The first `len` words of a buffer.

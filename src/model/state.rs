@@ -10,7 +10,7 @@ pub struct Carried {
 }
 
 impl Carried {
-    /// Zero for `n_streams` streams; `state_len` is [`super::Model::state_len`] of `n_layers` layers.
+    /// Zero for `n_streams` streams; `state_len` is [`super::Model::state_len`] of `n_layers` layers (times directions).
     pub fn new(n_layers: usize, state_len: usize, n_streams: usize) -> Self {
         let n_blocks = 2 * n_layers;
         Self { n_blocks, n_streams, hidden: state_len / n_blocks, data: vec![0.0; state_len * n_streams] }

@@ -7,6 +7,7 @@ use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
 use crate::data::text::Encoding;
 use crate::data::vocab::Level;
+use crate::model::config::LstmConfig;
 use crate::model::init::Init;
 use crate::optim::OptimizerConfig;
 use crate::optim::schedule::ScheduleConfig;
@@ -74,6 +75,8 @@ pub struct RunConfig {
     /// Starting biases of the gates i, f, g, o.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gate_bias: Option<[f64; 4]>,
+    #[serde(flatten)]
+    pub lstm: LstmConfig,
     pub seq_len: usize,
     pub horizon: usize,
     /// Global batch: streams of a text, windows of a series.

@@ -206,7 +206,8 @@ impl Group {
             member.tell(Command::Step(StepWork {
                 batch: Arc::clone(batch),
                 rows: rows.clone(),
-                state: carried.as_ref().map(|c| c.rows(rows.clone())),
+                // Where the text begins, the model has its own initial state.
+                state: carried.as_ref().filter(|_| !batch.resets).map(|c| c.rows(rows.clone())),
                 wants_state: carried.is_some(),
                 scale,
                 key: numbers.key,
@@ -266,7 +267,8 @@ impl Group {
             member.tell(Command::Evaluate(EvaluateWork {
                 batch: Arc::clone(batch),
                 rows: rows.clone(),
-                state: carried.as_ref().map(|c| c.rows(rows.clone())),
+                // Where the text begins, the model has its own initial state.
+                state: carried.as_ref().filter(|_| !batch.resets).map(|c| c.rows(rows.clone())),
                 wants_state: carried.is_some(),
                 wants_outputs,
             }))?;

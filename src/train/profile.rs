@@ -53,6 +53,7 @@ impl Workload {
             dropout: 0.0,
             bias: true,
             tied: false,
+            lstm: Default::default(),
         };
         let series = |n_features, n_layers, hidden| ModelConfig {
             input: config::Input::Values { n_features },
@@ -62,6 +63,7 @@ impl Workload {
             dropout: 0.0,
             bias: true,
             tied: false,
+            lstm: Default::default(),
         };
         let adam = optimizer(Rule::Adam, 1e-3, 0.0);
         Some(match name {
@@ -126,7 +128,7 @@ pub fn profile_step(workload: &Workload, devices: &str, balance: &str, accumulat
     group.load(params, vec![zeros; workload.optimizer.states().len()])?;
     let batch = Arc::new(workload.batch(1));
     let model = &workload.model;
-    let mut carried = workload.carries.then(|| Carried::new(model.n_layers, model.n_layers * 2 * pad_units(model.hidden), batch.n_rows));
+    let mut carried = workload.carries.then(|| Carried::new(model.n_lanes(), model.n_lanes() * 2 * pad_units(model.hidden), batch.n_rows));
     let mut times = Vec::with_capacity(steps);
     let (mut waited, mut ring, mut sent, mut loss) = (Duration::ZERO, Duration::ZERO, 0, 0.0);
     for step in 0..steps + WARM_UP {

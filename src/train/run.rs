@@ -94,7 +94,7 @@ impl Forward for Together<'_> {
 }
 
 fn carried(model: &crate::model::config::ModelConfig, n_streams: usize) -> Carried {
-    Carried::new(model.n_layers, model.n_layers * 2 * pad_units(model.hidden), n_streams)
+    Carried::new(model.n_lanes(), model.n_lanes() * 2 * pad_units(model.hidden), n_streams)
 }
 
 /// Settles `--devices` and `--balance` on this machine. Lines tell what was chosen and why.

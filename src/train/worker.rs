@@ -256,15 +256,15 @@ impl Worker {
         let n_parts = parts.len().max(1);
         let backend = self.backend.as_mut();
         self.model.lower_flags(backend)?;
-        let (n_layers, state_len, n_rows) = (self.spec.model.n_layers, self.model.state_len(), work.rows.len());
-        let given = work.state.as_ref().map(|rows| Carried::from_rows(n_layers, n_rows, rows.clone()));
-        let mut left = Carried::new(n_layers, state_len, n_rows);
+        let (n_lanes, state_len, n_rows) = (self.spec.model.n_lanes(), self.model.state_len(), work.rows.len());
+        let given = work.state.as_ref().map(|rows| Carried::from_rows(n_lanes, n_rows, rows.clone()));
+        let mut left = Carried::new(n_lanes, state_len, n_rows);
         for part in 0..n_parts {
             let rows = parts.get(part).cloned().unwrap_or(0..0);
             let batch = work.batch.rows(work.rows.start + rows.start..work.rows.start + rows.end);
             let part_state = given.as_ref().map(|g| g.rows(rows.clone()));
             let share = share_of(&batch, part_state.as_deref(), work.scale);
-            let pass = Pass { dropout: (self.spec.model.dropout > 0.0).then_some(work.key), gradients: true, part };
+            let pass = Pass { key: self.spec.model.is_random().then_some(work.key), gradients: true, part };
             let (ring, memory) = (self.ring.as_ref(), &mut self.memory);
             let is_last = part + 1 == n_parts;
             self.model.run(backend, &share, pass, &mut |backend, bucket, span| match ring {
