@@ -156,7 +156,7 @@ fn every_mixture_of_devices_takes_the_same_steps() {
     let mut mixtures = vec!["cpu:2", "cpu:1*2", "cpu:1*4"];
     let gpus = adapters::gpus();
     if !gpus.is_empty() {
-        mixtures.extend(["gpu:0", "gpu:0,cpu:1"]);
+        mixtures.extend(["gpu:0", "gpu:0*2", "gpu:0,cpu:1"]);
     }
     if gpus.len() > 1 {
         mixtures.push("gpu:0,gpu:1");
@@ -258,6 +258,76 @@ fn a_run_stopped_and_resumed_has_the_bits_of_an_undisturbed_one() {
     if !adapters::gpus().is_empty() {
         stopped_and_resumed_equals_undisturbed("gpu:0,cpu:1", None);
     }
+}
+
+#[test]
+fn a_resumed_run_goes_on_with_the_schedule_and_the_sums_of_the_one_that_stopped() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = small(dir.path());
+    // Several epochs of several steps, whose plateau decays at every evaluation.
+    (config.batch_size, config.seq_len, config.max_steps, config.epochs) = (8, 25, None, Some(3));
+    (config.optimizer.rule, config.optimizer.momentum) = (Rule::Rmsprop, 0.5);
+    config.schedule.kind = carrousel::optim::schedule::ScheduleKind::Plateau;
+    (config.schedule.patience, config.schedule.lr_decay, config.eval_every) = (1, Some(0.5), 3);
+    config.optimizer.lr = 0.05;
+    let epochs = |ran: &Ran| -> Vec<(u64, f64, Option<f64>)> {
+        let of = |e: &Event| match e {
+            Event::Epoch { step, train_loss, valid_loss, .. } => Some((*step, *train_loss, *valid_loss)),
+            _ => None,
+        };
+        ran.events.iter().filter_map(of).collect()
+    };
+    let rates = |ran: &Ran| -> Vec<f64> {
+        ran.events.iter().filter_map(|e| if let Event::Step { lr, .. } = e { Some(*lr) } else { None }).collect()
+    };
+    let whole = dir.path().join("whole");
+    let undisturbed = train(&config, &whole, false);
+    let per_epoch = undisturbed.losses.len() / 3;
+    assert!(per_epoch >= 3, "{per_epoch} steps an epoch are too few to stop within one");
+    let all_rates = rates(&undisturbed);
+    assert!(all_rates[0] > all_rates[all_rates.len() - 1], "the plateau never decayed: {all_rates:?}");
+    for stop_after in [per_epoch as u64 - 1, per_epoch as u64, per_epoch as u64 + 2] {
+        let out = dir.path().join(format!("stopped-{stop_after}"));
+        let first = train_with(&config, options(&out, None), Some(stop_after));
+        let rest = train(&config, &out, true);
+        assert_eq!([rates(&first), rates(&rest)].concat(), all_rates, "rates, stopped after {stop_after}");
+        let mut seen = epochs(&first);
+        seen.extend(epochs(&rest));
+        seen.dedup();
+        assert_eq!(seen, epochs(&undisturbed), "epochs, stopped after {stop_after}");
+        assert_eq!(bits(&out), bits(&whole), "stopped after {stop_after}");
+        let summary = |ran: Ran| ran.outcome.unwrap().summary["train_loss"].clone();
+        assert_eq!(summary(rest), epochs(&undisturbed).last().unwrap().1, "stopped after {stop_after}");
+    }
+}
+
+#[test]
+fn an_epoch_has_one_loss_whatever_its_windows() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = small(dir.path());
+    // A rate that changes nothing: what differs could only be the state, carried from window to window and begun anew with each epoch.
+    (config.optimizer.rule, config.optimizer.lr, config.max_steps, config.epochs) = (Rule::Sgd, 1e-30, None, Some(2));
+    (config.batch_size, config.eval_batch_size) = (4, 2);
+    let mut run = |seq_len: usize, devices: &str| -> Vec<(f64, Option<f64>)> {
+        (config.seq_len, config.devices) = (seq_len, devices.into());
+        let ran = train(&config, &dir.path().join(format!("{seq_len}-{}", devices.replace([':', '*'], "-"))), false);
+        ran.outcome.unwrap();
+        let of = |e: &Event| match e {
+            Event::Epoch { train_loss, valid_loss, .. } => Some((*train_loss, *valid_loss)),
+            _ => None,
+        };
+        ran.events.iter().filter_map(of).collect()
+    };
+    let long = run(400, "cpu:1");
+    assert_eq!(long.len(), 2);
+    for got in [run(5, "cpu:1"), run(7, "cpu:1*2")] {
+        for ((train, valid), (want_train, want_valid)) in got.iter().zip(&long) {
+            let (valid, want_valid) = (valid.unwrap(), want_valid.unwrap());
+            assert!((train - want_train).abs() < 1e-5 * want_train, "training: {train} in short windows, {want_train} in one");
+            assert!((valid - want_valid).abs() < 1e-5 * want_valid, "validation: {valid} in short windows, {want_valid} in one");
+        }
+    }
+    assert!((long[0].0 - long[1].0).abs() < 1e-6, "the second epoch begins as the first: {long:?}");
 }
 
 #[test]

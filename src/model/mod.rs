@@ -81,7 +81,8 @@ struct LaneBuffers {
 }
 
 struct Workspace {
-    n_steps: usize,
+    /// T x B and B that there is room for; layouts are made for each pass.
+    n_places: usize,
     n_rows: usize,
     input: BufferId,
     embedded: Option<BufferId>,
@@ -269,24 +270,26 @@ impl Model {
     /// A buffer beyond the device's limits or memory.
     pub fn reserve(&mut self, backend: &mut dyn Backend, n_steps: usize, n_rows: usize, gradients: bool) -> Result<()> {
         if let Some(w) = &self.workspace {
-            // Layouts are made for each pass, so only the product counts, for every buffer that has no further row.
-            if w.n_steps >= n_steps && w.n_rows >= n_rows && (w.flow.is_some() || !gradients) {
+            if w.n_places >= n_steps * n_rows && w.n_rows >= n_rows && (w.flow.is_some() || !gradients) {
                 return Ok(());
             }
         }
-        let (mut t, mut b, mut gradients) = (n_steps, n_rows, gradients);
+        let (mut tb, mut b, mut gradients) = (n_steps * n_rows, n_rows, gradients);
         if let Some(old) = self.workspace.take() {
-            (t, b, gradients) = (t.max(old.n_steps), b.max(old.n_rows), gradients || old.flow.is_some());
+            (tb, b, gradients) = (tb.max(old.n_places), b.max(old.n_rows), gradients || old.flow.is_some());
             old.buffers().for_each(|id| backend.free(id));
         }
         let limits = backend.limits();
         let mut alloc = |label: &str, len: usize| -> Result<BufferId> {
-            fits(limits, label, len, "--batch-size, --seq-len or --hidden, or give more parts with --accumulate")?;
+            fits(limits, label, len, "--batch-size, --eval-batch-size, --seq-len or --hidden, or give more parts with --accumulate")?;
             backend.alloc(label, round_up(len.max(1), ALIGN))
         };
-        let (hidden, tb) = (self.hidden(), t * b);
+        let hidden = self.hidden();
         let out_stride = pad_inner(self.config.n_outputs());
-        let rows = self.output_rows(t, b);
+        let rows = match self.config.output {
+            Output::Classes { .. } => tb,
+            Output::Values { .. } => b,
+        };
         let (input, embedded, index) = match self.config.input {
             Input::Tokens { vocabulary, width } => (
                 alloc("tokens", tb)?,
@@ -311,8 +314,8 @@ impl Model {
                 let kept_gradient = if gradients { weight("gradients of kept recurrent weights")? } else { None };
                 Ok(LaneBuffers {
                     gates: alloc("gates", tb * hidden * GATES)?,
-                    h: alloc("hidden states", copies * (t + 1) * b * hidden)?,
-                    c: alloc("cell states", (t + 1) * b * hidden)?,
+                    h: alloc("hidden states", copies * (tb + b) * hidden)?,
+                    c: alloc("cell states", (tb + b) * hidden)?,
                     output: has_output.then(|| alloc("outputs of a layer", tb * hidden)).transpose()?,
                     dropped_weight: kept.map(|kept| (kept, kept_gradient)),
                     carry: gradients.then(|| alloc("carried gradients", (2 + sums) * b * hidden)).transpose()?,
@@ -325,7 +328,7 @@ impl Model {
             .then(|| (0..self.flow_sets() * self.config.n_directions()).map(|_| alloc("gradients of states", tb * widest)).collect())
             .transpose()?;
         self.workspace = Some(Workspace {
-            n_steps: t,
+            n_places: tb,
             n_rows: b,
             input,
             embedded,
@@ -443,7 +446,7 @@ impl Model {
                 let to = Span { buffer, offset: start, len };
                 match (share.state, learned) {
                     (Some(state), _) => backend.write(to, &state[(2 * i + which) * len..][..len])?,
-                    (None, Some(learned)) => self.spread(backend, learned[which], to, b)?,
+                    (None, Some(learned)) => self.spread(backend, learned[which], front(buffer, start + len), start, b)?,
                     (None, None) => backend.clear(to)?,
                 }
             }
@@ -451,8 +454,8 @@ impl Model {
         Ok(())
     }
 
-    /// Copies a vector of units to every row of a state: a product without terms, and the vector as its bias.
-    fn spread(&self, backend: &mut dyn Backend, tensor: usize, to: Span, n_rows: usize) -> Result<()> {
+    /// Copies a vector of units to every row of the state at `start`: a product without terms, and the vector as its bias.
+    fn spread(&self, backend: &mut dyn Backend, tensor: usize, to: Span, start: usize, n_rows: usize) -> Result<()> {
         let hidden = self.hidden();
         let (span, offset) = self.place(backend, &self.params, tensor);
         let kernel = Gemm {
@@ -466,7 +469,7 @@ impl Model {
             bias_offset: offset,
             a: Matrix::row_major(0, hidden),
             b: Matrix::row_major(0, hidden),
-            c: Matrix::row_major(0, hidden),
+            c: Matrix::row_major(start, hidden),
         };
         backend.launch(&kernel, &[span, span, span, to])
     }

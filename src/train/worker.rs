@@ -65,6 +65,7 @@ pub struct EvaluateWork {
     pub rows: Range<usize>,
     pub state: Option<Vec<f32>>,
     pub wants_state: bool,
+    /// Outputs of networks with numbers to give, `[rows, O]`.
     pub wants_outputs: bool,
 }
 
@@ -400,10 +401,24 @@ impl Worker {
         if work.rows.is_empty() {
             return Ok(EvaluateAnswer { loss: 0.0, non_finite: false, state: Vec::new(), outputs: Vec::new() });
         }
-        let batch = work.batch.rows(work.rows.clone());
-        let wants = [work.wants_state, work.wants_outputs];
-        let passed = pass_forward(backend, &mut self.model, &batch, work.state.as_deref(), wants)?;
-        Ok(EvaluateAnswer { loss: passed.loss, non_finite: passed.non_finite, state: passed.state, outputs: passed.outputs })
+        let (n_lanes, state_len, n_rows) = (self.spec.model.n_lanes(), self.model.state_len(), work.rows.len());
+        let given = work.state.as_ref().map(|rows| Carried::from_rows(n_lanes, n_rows, rows.clone()));
+        let mut left = Carried::new(n_lanes, state_len, if work.wants_state { n_rows } else { 0 });
+        let mut answer = EvaluateAnswer { loss: 0.0, non_finite: false, state: Vec::new(), outputs: Vec::new() };
+        // In as many parts as a training step, which bound what the device must hold.
+        for part in split_even(n_rows, self.spec.accumulate).into_iter().filter(|part| !part.is_empty()) {
+            let batch = work.batch.rows(work.rows.start + part.start..work.rows.start + part.end);
+            let state = given.as_ref().map(|given| given.rows(part.clone()));
+            let passed = pass_forward(backend, &mut self.model, &batch, state.as_deref(), [work.wants_state, work.wants_outputs])?;
+            answer.loss += passed.loss;
+            answer.non_finite |= passed.non_finite;
+            if work.wants_state {
+                left.put(part, &passed.state);
+            }
+            answer.outputs.extend(passed.outputs);
+        }
+        answer.state = left.into_rows();
+        Ok(answer)
     }
 }
 

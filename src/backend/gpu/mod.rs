@@ -22,6 +22,7 @@ use self::recording::{MAX_OPERANDS, Recording, Words};
 use super::{Backend, BufferId, DeviceInfo, Limits, Readback, Span};
 use crate::kernels::{Access, AdapterClass, Kernel};
 use crate::shape::{ALIGN, round_up};
+use crate::usage::UsageError;
 
 /// Changes whenever a shader computes other bits than before.
 const SHADER_VARIANTS: u32 = 1;
@@ -151,13 +152,14 @@ impl Backend for GpuBackend {
         // Whole lines of 64 words: a binding may then be rounded up to a vector.
         let size = round_up(len.max(1), ALIGN) as u64 * 4;
         let most = self.limits.max_buffer_bytes;
-        ensure!(
-            size <= most,
-            "{label} needs a buffer of {:.1} MiB, max_buffer_size of {} is {:.1} MiB; lower --batch-size, --window or --hidden",
-            mib(size),
-            self.health.device(),
-            mib(most)
-        );
+        UsageError::unless(size <= most, || {
+            format!(
+                "{label} needs a buffer of {:.1} MiB, max_buffer_size of {} is {:.1} MiB; lower --batch-size, --seq-len or --hidden",
+                mib(size),
+                self.health.device(),
+                mib(most)
+            )
+        })?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
         let buffer = self.device.create_buffer(&wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false });
         self.health.check().with_context(|| format!("no memory for {label}: {:.1} MiB", mib(size)))?;
@@ -235,14 +237,15 @@ impl Backend for GpuBackend {
                 span.offset
             );
             let (bytes, most) = (span.len as u64 * 4, self.limits.max_binding_bytes);
-            ensure!(
-                bytes <= most,
-                "{name}: {} binds {:.1} MiB, max_storage_buffer_binding_size of {} is {:.1} MiB; lower --batch-size, --window or --hidden",
-                binding.name,
-                mib(bytes),
-                self.health.device(),
-                mib(most)
-            );
+            UsageError::unless(bytes <= most, || {
+                format!(
+                    "{name}: {} binds {:.1} MiB, max_storage_buffer_binding_size of {} is {:.1} MiB; lower --batch-size, --seq-len or --hidden",
+                    binding.name,
+                    mib(bytes),
+                    self.health.device(),
+                    mib(most)
+                )
+            })?;
             // wgpu tracks use by whole buffers: one cannot be read and written in the same launch, even where the spans are apart.
             let other = bindings
                 .iter()
