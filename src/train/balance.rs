@@ -14,6 +14,8 @@ const WARM_UP: u64 = 3;
 const INTERVAL: u64 = 10;
 /// Weight of a new measurement.
 const SMOOTHING: f64 = 0.2;
+/// By how much the speed of a rank without rows is thought to grow at each step.
+const HOPE: f64 = 1.02;
 /// The slowest rank must be expected to become faster by this much.
 const GAIN: f64 = 1.1;
 
@@ -66,9 +68,14 @@ impl Balance {
         if self.speeds.is_empty() {
             self.speeds = measured.collect();
         } else {
-            // A rank without rows keeps its last speed, so that it is not left out for ever.
-            let known = self.speeds.iter_mut().zip(measured).filter(|(_, new)| *new > 0.0);
-            known.for_each(|(speed, new)| *speed += SMOOTHING * (new - *speed));
+            for (speed, new) in self.speeds.iter_mut().zip(measured) {
+                if new > 0.0 {
+                    *speed += SMOOTHING * (new - *speed);
+                } else {
+                    // Without rows there is nothing to measure: the estimate grows until the rank gets a row again.
+                    *speed *= HOPE;
+                }
+            }
         }
         if !self.n_seen.is_multiple_of(INTERVAL) {
             return false;
@@ -128,5 +135,21 @@ mod tests {
             changes += u32::from(balance.observe(&shares, &times));
         }
         assert_eq!((balance.shares(40), changes), (vec![0..30, 30..40], 1));
+    }
+
+    #[test]
+    fn a_rank_that_was_left_out_gets_another_chance() {
+        let mut balance = Balance::measured(2);
+        let mut of_second = Vec::new();
+        for step in 0..600 {
+            let shares = balance.shares(10);
+            // Rank 1 is busy with something else for a while, a hundred times slower than rank 0.
+            let slow = if step < 100 { 100 } else { 1 };
+            let times = [Duration::from_millis(shares[0].len() as u64), Duration::from_millis(slow * shares[1].len() as u64)];
+            balance.observe(&shares, &times);
+            of_second.push(shares[1].len());
+        }
+        assert!(of_second[..100].contains(&0), "rank 1 was never left out");
+        assert_eq!(of_second[599], 5);
     }
 }
