@@ -1,10 +1,11 @@
 //! One GPU as a backend, through wgpu: the only place that names it.
 //!
-//! Launches, copies and clears are collected and handed over by `submit`, by a readback, by a write to a buffer that they use, or when there are 4,096 of
-//! them. After a device is lost wgpu accepts and drops commands silently, so every method here asks first and returns `DeviceError::Lost`.
+//! Launches, copies and clears are collected and handed over by `submit`, by a readback, by a write to a buffer that they use, or when there are so many
+//! that they may take long (`pace`), at most 4,096. After a device is lost wgpu accepts and drops commands silently, so every method here asks first and returns `DeviceError::Lost`.
 
 pub mod adapters;
 mod health;
+mod pace;
 mod pipelines;
 mod readback;
 mod recording;
@@ -16,6 +17,7 @@ use anyhow::{Context, Result, ensure};
 
 use self::adapters::{AdapterKind, AdapterSummary};
 use self::health::{Deadline, Health};
+use self::pace::Pace;
 use self::pipelines::{Pipelines, SLOT_BYTES};
 use self::readback::{Pending, Staging};
 use self::recording::{MAX_OPERANDS, Recording, Words};
@@ -25,7 +27,7 @@ use crate::shape::{ALIGN, round_up};
 use crate::usage::UsageError;
 
 /// Changes whenever a shader computes other bits than before.
-const SHADER_VARIANTS: u32 = 1;
+const SHADER_VARIANTS: u32 = 2;
 /// Bytes written that make a submit of their own, so that staging memory stays bounded.
 const MAX_WRITTEN_BYTES: u64 = 64 << 20;
 
@@ -46,6 +48,7 @@ pub struct GpuBackend {
     buffers: Vec<Option<Memory>>,
     pipelines: Pipelines,
     recording: Recording,
+    pace: Pace,
     staging: Arc<Staging>,
     last: Option<wgpu::SubmissionIndex>,
     /// Bytes written since the last submit: they lie in staging memory of wgpu's until then.
@@ -85,6 +88,7 @@ impl GpuBackend {
             buffers: Vec::new(),
             pipelines: Pipelines::default(),
             recording,
+            pace: Pace::new(is_software),
             staging: Arc::default(),
             last: None,
             written_bytes: 0,
@@ -114,7 +118,7 @@ impl GpuBackend {
     /// Makes room for one more command.
     fn make_room(&mut self) -> Result<()> {
         self.health.check()?;
-        if self.recording.is_full() { self.flush(None).map(drop) } else { Ok(()) }
+        if self.recording.len() >= self.pace.most() { self.flush(None).map(drop) } else { Ok(()) }
     }
 
     /// Submits what was collected, and behind it the copies to a staging buffer.
@@ -123,11 +127,15 @@ impl GpuBackend {
         if self.recording.is_empty() && self.written_bytes == 0 && parts.is_none() {
             return Ok(None);
         }
+        let n_commands = self.recording.len();
         let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         self.recording.encode(&self.queue, &self.pipelines, &mut encoder);
         let pending = parts.map(|parts| Pending::encode(&self.staging, &self.device, parts, &mut encoder));
         self.last = Some(self.queue.submit([encoder.finish()]));
         self.written_bytes = 0;
+        if n_commands > 0 && self.class == AdapterClass::Hardware {
+            self.pace.watch(&self.queue, n_commands);
+        }
         self.health.check()?;
         Ok(pending)
     }

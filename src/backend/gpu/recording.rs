@@ -65,8 +65,8 @@ impl Recording {
         self.commands.is_empty()
     }
 
-    pub(super) fn is_full(&self) -> bool {
-        self.commands.len() >= MAX_LAUNCHES
+    pub(super) fn len(&self) -> usize {
+        self.commands.len()
     }
 
     /// Whether a command that is not yet submitted uses the buffer.
