@@ -307,7 +307,7 @@ fn an_epoch_has_one_loss_whatever_its_windows() {
     let mut config = small(dir.path());
     // A rate that changes nothing: what differs could only be the state, carried from window to window and begun anew with each epoch.
     (config.optimizer.rule, config.optimizer.lr, config.max_steps, config.epochs) = (Rule::Sgd, 1e-30, None, Some(2));
-    (config.batch_size, config.eval_batch_size) = (4, 2);
+    (config.batch_size, config.eval_batch_size, config.dropout) = (4, 2, 0.0);
     let mut run = |seq_len: usize, devices: &str| -> Vec<(f64, Option<f64>)> {
         (config.seq_len, config.devices) = (seq_len, devices.into());
         let ran = train(&config, &dir.path().join(format!("{seq_len}-{}", devices.replace([':', '*'], "-"))), false);
