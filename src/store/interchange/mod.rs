@@ -20,9 +20,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::StoreError;
 use super::checkpoint::{Checksum, NamedTensor, le_bytes};
 use super::storage::{Disk, Storage, write_atomic};
-use super::StoreError;
 use crate::model::config::{Input, ModelConfig, Output};
 use crate::shape::GATES;
 
@@ -259,7 +259,8 @@ impl About {
 
     /// Reads and verifies the strings of a file; `None` where another program wrote it.
     fn read(path: &Path, mut strings: BTreeMap<String, String>, tensors: &[NamedTensor]) -> Result<Option<Self>> {
-        let field = |field: &str, problem: String| InterchangeError::Field { path: path.to_path_buf(), field: format!("`{field}`"), problem };
+        let field =
+            |field: &str, problem: String| InterchangeError::Field { path: path.to_path_buf(), field: format!("`{field}`"), problem };
         if !strings.get("producer").is_some_and(|producer| producer.starts_with(PRODUCER)) {
             return Ok(None);
         }
@@ -272,14 +273,14 @@ impl About {
             _ => return Err(field("format_version", format!("is `{version}`, which is no version"))),
         }
         let sums = strings.remove("sha256").ok_or_else(|| field("sha256", "is missing".to_owned()))?;
-        let sums: BTreeMap<String, String> =
-            serde_json::from_str(&sums).map_err(|e| field("sha256", format!("is damaged: {e}")))?;
+        let sums: BTreeMap<String, String> = serde_json::from_str(&sums).map_err(|e| field("sha256", format!("is damaged: {e}")))?;
         for (name, found) in checksums(&strings, tensors) {
             match sums.get(&name) {
                 Some(sum) if *sum == found => {}
                 Some(_) if name == OF_STRINGS => return Err(field("metadata", "is damaged: its checksum does not fit".to_owned())),
                 sum => {
-                    let problem = if sum.is_some() { "is damaged: its checksum does not fit" } else { "was not in the file when it was written" };
+                    let problem =
+                        if sum.is_some() { "is damaged: its checksum does not fit" } else { "was not in the file when it was written" };
                     return Err(InterchangeError::Tensor { path: path.to_path_buf(), name, problem: problem.to_owned() });
                 }
             }
@@ -453,7 +454,10 @@ impl ModelFile {
             for (name, shape) in (0..layer.n_directions()).flat_map(|d| layer.tensors(l, d)) {
                 let tensor = self.tensor(&name).ok_or_else(|| self.wrong(&name, "is missing"))?;
                 if tensor.shape != shape {
-                    return Err(self.wrong(&name, format!("has shape {:?}, but with the other tensors of its layer it must be {shape:?}", tensor.shape)));
+                    return Err(self.wrong(
+                        &name,
+                        format!("has shape {:?}, but with the other tensors of its layer it must be {shape:?}", tensor.shape),
+                    ));
                 }
             }
             layers.push(layer);
@@ -491,13 +495,25 @@ impl ModelFile {
                 return refuse("weight_peephole", 0, "is of peepholes, which this model does not have");
             }
             if layer.coupled {
-                return refuse("weight_ih", 0, "belongs to coupled input and forget gates (`input_forget`), which this model does not have");
+                return refuse(
+                    "weight_ih",
+                    0,
+                    "belongs to coupled input and forget gates (`input_forget`), which this model does not have",
+                );
             }
             if layer.hidden != first.hidden {
-                return refuse("weight_hh", 0, &format!("has {} hidden units, but the first layer has {}; here all have the same", layer.hidden, first.hidden));
+                return refuse(
+                    "weight_hh",
+                    0,
+                    &format!("has {} hidden units, but the first layer has {}; here all have the same", layer.hidden, first.hidden),
+                );
             }
             if layer.bias != first.bias {
-                return refuse("weight_ih", 0, "belongs to a layer that differs from the first one in having biases; here all or none have");
+                return refuse(
+                    "weight_ih",
+                    0,
+                    "belongs to a layer that differs from the first one in having biases; here all or none have",
+                );
             }
         }
         let mut options = format!("layers = {n_layers}\nhidden = {}\nno_bias = {}\n", first.hidden, !first.bias);
@@ -542,7 +558,9 @@ impl ModelFile {
             params.push(self.tensors.remove(at));
         }
         match self.tensors.first() {
-            Some(left) => Err(self.wrong(&left.name, format!("of shape {:?} has no place in the model: rename it or take it out", left.shape))),
+            Some(left) => {
+                Err(self.wrong(&left.name, format!("of shape {:?} has no place in the model: rename it or take it out", left.shape)))
+            }
             None => Ok((params, started)),
         }
     }

@@ -311,7 +311,9 @@ pub(super) fn to_bytes(network: &Network, about: &About, tensors: &[NamedTensor]
     };
     let n_bytes = model.encoded_len();
     if n_bytes > MAX_BYTES {
-        return refuse(format!("its {floats} parameters make a file of {n_bytes} bytes, but a protobuf has at most {MAX_BYTES}; use safetensors"));
+        return refuse(format!(
+            "its {floats} parameters make a file of {n_bytes} bytes, but a protobuf has at most {MAX_BYTES}; use safetensors"
+        ));
     }
     Ok(model.encode_to_vec())
 }
@@ -465,15 +467,12 @@ fn lstm(b: &mut Builder, params: &Params, l: usize, layer: &Layer, [x, out]: [&s
         inputs[3] = &biases;
     }
     if layer.peephole {
-        let values: Vec<f32> =
-            directions.flat_map(|d| turn_peepholes(params.values(&tensor_name("weight_peephole", l, d)))).collect();
+        let values: Vec<f32> = directions.flat_map(|d| turn_peepholes(params.values(&tensor_name("weight_peephole", l, d)))).collect();
         b.floats(&peepholes, &[n_directions, 3 * hidden], &values);
         inputs.push(&peepholes);
     }
-    let mut attributes = vec![
-        int("hidden_size", hidden),
-        string("direction", if layer.bidirectional { "bidirectional" } else { "forward" }),
-    ];
+    let mut attributes =
+        vec![int("hidden_size", hidden), string("direction", if layer.bidirectional { "bidirectional" } else { "forward" })];
     if layer.coupled {
         attributes.push(int("input_forget", 1));
     }
@@ -514,7 +513,8 @@ impl Constants<'_> {
 
     /// Shape and values of a tensor of floats.
     fn floats(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>)> {
-        let tensor = self.tensors.get(name).ok_or_else(|| self.wrong(name, "is computed by the graph, not stored: only stored weights are read"))?;
+        let tensor =
+            self.tensors.get(name).ok_or_else(|| self.wrong(name, "is computed by the graph, not stored: only stored weights are read"))?;
         if tensor.data_location == proto::EXTERNAL {
             return Err(self.wrong(name, "lies in another file: store all data in the model file"));
         }
@@ -579,7 +579,11 @@ pub(super) fn from_bytes(bytes: &[u8], path: &Path) -> Result<ModelFile> {
 }
 
 fn attribute(path: &Path, node: &Node, name: &str, problem: impl Into<String>) -> InterchangeError {
-    InterchangeError::Field { path: path.to_path_buf(), field: format!("attribute `{name}` of the LSTM node `{}`", node.name), problem: problem.into() }
+    InterchangeError::Field {
+        path: path.to_path_buf(),
+        field: format!("attribute `{name}` of the LSTM node `{}`", node.name),
+        problem: problem.into(),
+    }
 }
 
 /// Reads a node's weights under PyTorch's names; returns whether its input and forget gates are coupled.
@@ -594,7 +598,12 @@ fn read_lstm(constants: &Constants, l: usize, node: &Node, tensors: &mut Vec<Nam
             "direction" => match attribute.s.as_slice() {
                 b"forward" => {}
                 b"bidirectional" => n_directions = 2,
-                other => return Err(refuse("direction", format!("is `{}`, but a layer here reads forward or both ways", String::from_utf8_lossy(other)))),
+                other => {
+                    return Err(refuse(
+                        "direction",
+                        format!("is `{}`, but a layer here reads forward or both ways", String::from_utf8_lossy(other)),
+                    ));
+                }
             },
             "input_forget" => coupled = attribute.i != 0,
             "activations" => {
@@ -632,7 +641,8 @@ fn read_lstm(constants: &Constants, l: usize, node: &Node, tensors: &mut Vec<Nam
     let biases = given(3).map(|name| constants.shaped(name, &[n_directions, 2 * rows])).transpose()?;
     let peepholes = given(7).map(|name| constants.shaped(name, &[n_directions, 3 * hidden])).transpose()?;
     for d in 0..n_directions {
-        let mut push = |what: &str, shape: Vec<usize>, data: Vec<f32>| tensors.push(NamedTensor { name: tensor_name(what, l, d), shape, data });
+        let mut push =
+            |what: &str, shape: Vec<usize>, data: Vec<f32>| tensors.push(NamedTensor { name: tensor_name(what, l, d), shape, data });
         let turned = |values: &[f32]| turn_gates(values, values.len() / GATES, GateOrder::OnnxToTorch);
         push("weight_ih", vec![rows, inputs], turned(&w_values[d * rows * inputs..][..rows * inputs]));
         push("weight_hh", vec![rows, hidden], turned(&r_values[d * rows * hidden..][..rows * hidden]));

@@ -8,9 +8,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::super::checkpoint::{self, NamedTensor, le_bytes};
-use super::{
-    About, EMBEDDING, Format, HEAD_WEIGHT, InterchangeError, LSTM, ModelFile, Network, Part, Result, foreign, sealed,
-};
+use super::{About, EMBEDDING, Format, HEAD_WEIGHT, InterchangeError, LSTM, ModelFile, Network, Part, Result, foreign, sealed};
 
 /// What tells an LSTM's first tensor, behind its prefix.
 const FIRST: &str = "weight_ih_l0";
@@ -42,7 +40,10 @@ pub(super) fn from_bytes(bytes: &[u8], path: &Path) -> Result<ModelFile> {
     let mut strings: BTreeMap<String, String> =
         metadata.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect();
     if strings.contains_key("carrousel") {
-        return Err(foreign(path, "this is a checkpoint, which is part of a run: write the run's model with `carrousel export`, and import that"));
+        return Err(foreign(
+            path,
+            "this is a checkpoint, which is part of a run: write the run's model with `carrousel export`, and import that",
+        ));
     }
     strings.remove("format");
     let mut tensors = checkpoint::named_tensors(&metadata, data, path)?;
