@@ -53,6 +53,7 @@ pub fn export(run: &Path, which: Which, format: Format, part: Part, output: &Pat
         step,
     };
     write(output, format, &network, &about, &tensors)?;
+    let written = if part == Part::Lstm { network.lstm_only() } else { network.clone() };
     let mut warnings = Vec::new();
     if let (Format::Safetensors, Some(reason)) = (format, &network.beyond_torch) {
         warnings.push(format!("torch.nn.LSTM computes something else from this file: {reason}"));
@@ -62,7 +63,7 @@ pub fn export(run: &Path, which: Which, format: Format, part: Part, output: &Pat
         "step": step,
         "format": format,
         "part": part,
-        "parameters": table.n_parameters(),
+        "parameters": written.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum::<usize>(),
         "bytes": std::fs::metadata(output).map(|found| found.len()).ok(),
         "output": output.display().to_string(),
     });

@@ -8,7 +8,7 @@
 //! | `.safetensors` | text | series |
 //! | --- | --- | --- |
 //! | `input` | `[N]` tokens that were read | `[N, T, I]` |
-//! | `target` | `[N]` tokens that follow | `[N, O]` |
+//! | `target` | `[N]` tokens that follow | `[N, O]`, NaN where unknown |
 //! | `output` | `[N, V]` logits | `[N, O]`, on the normalised scale |
 //! | `stream` | `[N]`: within a stream the state is carried | `[N]`: the row of the window's last input |
 //!
@@ -115,7 +115,9 @@ impl Predictions {
                         }
                         _ => Vec::new(),
                     };
-                    let target = values[b * n_outputs..][..*n_outputs].to_vec();
+                    let known = batch.weights[b * n_outputs..][..*n_outputs].iter().map(|&weight| weight != 0.0);
+                    let target = values[b * n_outputs..].iter().zip(known).map(|(&value, known)| if known { value } else { f32::NAN });
+                    let target = target.collect();
                     self.said.push(Said { stream, input, target, output: row.to_vec(), log_probability: 0.0 });
                 }
             }

@@ -261,7 +261,9 @@ impl About {
     fn read(path: &Path, mut strings: BTreeMap<String, String>, tensors: &[NamedTensor]) -> Result<Option<Self>> {
         let field =
             |field: &str, problem: String| InterchangeError::Field { path: path.to_path_buf(), field: format!("`{field}`"), problem };
-        if !strings.get("producer").is_some_and(|producer| producer.starts_with(PRODUCER)) {
+        // Either one is enough, so that damage to the other does not make a foreign file of ours.
+        let has_sums = strings.get("sha256").is_some_and(|sums| sums.contains(OF_STRINGS));
+        if !has_sums && !strings.get("producer").is_some_and(|producer| producer.starts_with(PRODUCER)) {
             return Ok(None);
         }
         let version = strings.get("format_version").cloned().unwrap_or_default();

@@ -575,6 +575,10 @@ pub(super) fn from_bytes(bytes: &[u8], path: &Path) -> Result<ModelFile> {
     tensors.sort_by(|a: &NamedTensor, b| a.name.cmp(&b.name));
     let strings: BTreeMap<String, String> = model.metadata_props.iter().map(|entry| (entry.key.clone(), entry.value.clone())).collect();
     let about = About::read(path, strings, &tensors)?;
+    if about.is_none() && model.producer_name == super::PRODUCER {
+        let problem = "is missing or damaged, though carrousel wrote the file".to_owned();
+        return Err(InterchangeError::Field { path: path.to_path_buf(), field: "`metadata_props`".to_owned(), problem });
+    }
     Ok(ModelFile { path: path.to_path_buf(), format: Format::Onnx, about, tensors, coupled: coupled.unwrap_or_default() })
 }
 
@@ -655,4 +659,108 @@ fn read_lstm(constants: &Constants, l: usize, node: &Node, tensors: &mut Vec<Nam
         }
     }
     Ok(coupled)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Part;
+    use super::*;
+
+    fn network(layers: Vec<Layer>) -> (Network, Vec<NamedTensor>) {
+        let n_features = layers[0].inputs;
+        let head = Some(Output::Values { n_outputs: 3 });
+        let network = Network { input: Input::Values { n_features }, layers, head, tied: false, beyond_torch: None, beyond_onnx: None };
+        let mut next = 0.0;
+        let tensors = network.tensors().into_iter().map(|(name, shape)| {
+            let data = (0..shape.iter().product()).map(|_| {
+                next += 0.25;
+                next
+            });
+            NamedTensor { name, data: data.collect(), shape }
+        });
+        let tensors = tensors.collect();
+        (network, tensors)
+    }
+
+    /// A model with its LSTM nodes changed, as another program could have written it.
+    fn changed(change: impl Fn(&mut Node)) -> Vec<u8> {
+        let (network, tensors) = network(vec![Layer::plain(2, 3)]);
+        let mut model = Model {
+            metadata_props: Vec::new(),
+            producer_name: "another".to_owned(),
+            ..Model::decode(to_bytes(&network, &About { part: Part::All, ..About::default() }, &tensors).unwrap().as_slice()).unwrap()
+        };
+        model.graph.as_mut().unwrap().node.iter_mut().filter(|node| node.op_type == "LSTM").for_each(change);
+        model.encode_to_vec()
+    }
+
+    fn error(bytes: &[u8]) -> String {
+        from_bytes(bytes, Path::new("m.onnx")).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn an_lstm_that_others_wrote_is_read_and_what_it_cannot_be_here_is_refused_by_its_attribute() {
+        assert_eq!(from_bytes(&changed(|_| ()), Path::new("m.onnx")).unwrap().about, None);
+        let with = |attribute: Attribute| error(&changed(|node| node.attribute.push(attribute.clone())));
+        let clip = Attribute { name: "clip".to_owned(), f: 3.0, kind: 1, ..Attribute::default() };
+        assert!(with(clip).contains("m.onnx: attribute `clip` of the LSTM node `LSTM_"), "clip");
+        let strings = ["Relu", "Tanh", "Tanh"].map(|name| name.as_bytes().to_vec()).to_vec();
+        assert!(with(Attribute { name: "activations".to_owned(), strings, kind: 8, ..Attribute::default() }).contains("`activations`"));
+        assert!(with(string("direction", "reverse")).contains("is `reverse`, but a layer here reads forward or both ways"));
+        assert!(with(string("mode", "x")).contains("`mode`"));
+        assert!(with(int("hidden_size", 4)).contains("is 4, but `lstm.l0.W` has 3 hidden units"));
+        assert!(error(&changed(|node| node.input[2] = "other".to_owned())).contains("tensor `other` is computed by the graph"));
+        assert!(error(&changed(|node| node.input[2].clear())).contains("input `R` of the LSTM node"));
+        assert!(
+            error(&changed(|node| node.input.swap(2, 3))).contains("tensor `lstm.l0.B` has shape [1, 24], but its node needs [1, 12, 3]")
+        );
+        assert!(error(&changed(|node| node.op_type.push('x'))).contains("no `LSTM` node"));
+        let usual = ["sigmoid", "tanh", "tanh"].map(|name| name.as_bytes().to_vec()).to_vec();
+        let usual = Attribute { name: "activations".to_owned(), strings: usual, kind: 8, ..Attribute::default() };
+        let read = from_bytes(&changed(|node| node.attribute.push(usual.clone())), Path::new("m.onnx")).unwrap();
+        assert!(!read.coupled && read.tensors.len() == 6);
+    }
+
+    #[test]
+    fn tensors_in_other_files_of_other_types_or_of_other_length_are_named() {
+        let with = |change: &dyn Fn(&mut Tensor)| {
+            let (network, tensors) = network(vec![Layer::plain(2, 3)]);
+            let mut model = Model::decode(to_bytes(&network, &About::default(), &tensors).unwrap().as_slice()).unwrap();
+            model.graph.as_mut().unwrap().initializer.iter_mut().filter(|tensor| tensor.name == "lstm.l0.W").for_each(change);
+            error(&model.encode_to_vec())
+        };
+        assert!(with(&|tensor| tensor.data_location = proto::EXTERNAL).contains("tensor `lstm.l0.W` lies in another file"));
+        assert!(with(&|tensor| tensor.data_type = 10).contains("tensor `lstm.l0.W` has ONNX's data type 10"));
+        assert!(with(&|tensor| tensor.raw_data.truncate(8)).contains("tensor `lstm.l0.W` of shape [1, 12, 2] has 2 values"));
+        assert!(with(&|tensor| tensor.raw_data.truncate(7)).contains("has 7 bytes, which are no whole floats"));
+        assert!(with(&|tensor| tensor.dims[0] = -1).contains("impossible shape"));
+        assert!(with(&|tensor| tensor.dims = vec![i64::MAX, i64::MAX, 4]).contains("has 24 values"));
+        assert!(with(&|tensor| tensor.raw_data[0] ^= 1).contains("tensor `lstm.weight_ih_l0` is damaged"));
+    }
+
+    #[test]
+    fn layers_of_unlike_width_have_states_of_their_own() {
+        let (network, tensors) = network(vec![Layer::plain(2, 3), Layer { bidirectional: true, ..Layer::plain(3, 2) }]);
+        let model = Model::decode(to_bytes(&network, &About::default(), &tensors).unwrap().as_slice()).unwrap();
+        let graph = model.graph.unwrap();
+        let names = |values: &[ValueInfo]| values.iter().map(|value| value.name.clone()).collect::<Vec<_>>();
+        assert_eq!(names(&graph.input), ["input", "lengths", "h_0_l0", "h_0_l1", "c_0_l0", "c_0_l1"]);
+        assert_eq!(names(&graph.output), ["output", "h_n_l0", "h_n_l1", "c_n_l0", "c_n_l1"]);
+    }
+
+    #[test]
+    fn every_name_that_a_node_reads_was_given_before() {
+        for bidirectional in [false, true] {
+            let (network, tensors) = network(vec![Layer { bidirectional, ..Layer::plain(2, 3) }; 1]);
+            let graph = graph(&network, &tensors);
+            let mut known: Vec<&str> = graph.initializer.iter().map(|tensor| tensor.name.as_str()).collect();
+            known.extend(graph.input.iter().map(|value| value.name.as_str()));
+            for node in &graph.node {
+                assert!(node.input.iter().all(|name| name.is_empty() || known.contains(&name.as_str())), "{node:?}");
+                assert!(node.output.iter().all(|name| !known.contains(&name.as_str())), "{node:?}");
+                known.extend(node.output.iter().map(String::as_str));
+            }
+            assert!(graph.output.iter().all(|value| known.contains(&value.name.as_str())));
+        }
+    }
 }
