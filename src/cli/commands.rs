@@ -209,6 +209,11 @@ pub fn import(args: &ImportArgs, bus: &mut Bus) -> anyhow::Result<Done> {
         None => file.options()?,
     };
     let has_data = layers.is_given("data");
+    if file.about.is_none() && !has_data {
+        let problem =
+            format!("{} says nothing of its data: name them with --data, and how to read them as for train", args.input.display());
+        return Err(UsageError(problem).into());
+    }
     if let Some(key) = layers.given().find(|key| OF_DATA.contains(key)).filter(|_| file.about.is_some() && !has_data) {
         let problem = format!("{} changes how data are read, which the file has settled: name the data with --data", layers.name(key));
         return Err(UsageError(problem).into());
