@@ -43,7 +43,7 @@ fn help_and_version_go_to_standard_output_with_code_0() {
     }
     assert_eq!(call(&["--version"]).out.trim(), concat!("carrousel ", env!("CARGO_PKG_VERSION")));
     let help = call(&["--help"]).out;
-    for command in ["train", "evaluate", "generate", "forecast", "devices", "profile"] {
+    for command in ["train", "evaluate", "generate", "forecast", "export", "import", "devices", "profile"] {
         assert!(help.contains(&format!("\n  {command} ")), "{help}");
     }
 }
@@ -65,6 +65,7 @@ fn a_command_line_that_cannot_be_read_is_code_2_and_names_the_nearest() {
         (&["train", "--quiet", "--verbose"], "--verbose"),
         (&["generate"], "--run"),
         (&["evaluate", "--run", "x", "--checkpoint", "worst"], "worst"),
+        (&["export", "--run", "x", "--output", "m", "--format", "keras"], "keras"),
     ] {
         let call = call(args);
         assert_eq!((call.code, call.out.as_str()), (2, ""), "{args:?}: {}", call.err);
@@ -90,6 +91,10 @@ fn what_was_given_wrongly_is_code_2_with_one_line_on_standard_error() {
         (&["generate", "--run", "x", "--top-k", "0"], "--top-k is 0"),
         (&["generate", "--run", "x", "--devices", "tpu"], "'tpu' is no device"),
         (&["evaluate", "--run", "x", "--eval-batch-size", "0"], "--eval-batch-size is 0"),
+        (&["evaluate", "--run", "x", "--output", "said.txt"], "x"),
+        (&["import", "--input", "none.onnx"], "import needs --out"),
+        (&["import", "--input", "none.onnx", "--out", "run"], "none.onnx does not exist"),
+        (&["export", "--run", "x", "--format", "onnx", "--output", "m.onnx"], "x"),
         (&["profile", "step", "--steps", "0"], "--steps is 0"),
         (&["profile", "step", "--workload", "B", "--hidden", "8"], "--hidden cannot be used with --workload B"),
         (&["profile", "step", "--keep", "2"], "--keep means nothing for profile step"),
@@ -248,4 +253,44 @@ fn a_signal_ends_training_with_a_checkpoint_and_code_130_and_resume_goes_on_from
     let changed = call_in(folder.path(), &[&resume[..], &["--hidden", "9"]].concat());
     assert_eq!(changed.code, 2, "{}", changed.err);
     assert!(changed.err.contains("--hidden"), "{}", changed.err);
+}
+
+#[test]
+fn a_model_goes_out_and_comes_back_by_the_command_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let call = |args: &[&str]| call_in(folder.path(), args);
+    let done = |args: &[&str]| {
+        let call = call(args);
+        assert_eq!(call.code, 0, "{args:?}: {}", call.err);
+        call
+    };
+    fs::write(folder.path().join("text.txt"), "a wheel turns and turns again\n".repeat(30)).unwrap();
+    done(&["train", "--data", "text.txt", "--hidden", "8", "--max-steps", "3", "--devices", "cpu:1", "--out", "run"]);
+    let csv = |run: &str| {
+        done(&["evaluate", "--run", run, "--devices", "cpu:1", "--output", "said.csv"]);
+        fs::read_to_string(folder.path().join("said.csv")).unwrap()
+    };
+    let said = csv("run");
+    assert!(said.starts_with("position,token,text,log_probability\n1,"), "{said}");
+    for (format, file) in [("safetensors", "m.safetensors"), ("onnx", "m.onnx")] {
+        let exported = done(&["export", "--run", "run", "--format", format, "--output", file, "--json"]).last_event();
+        assert_eq!((&exported["format"], &exported["step"]), (&Value::from(format), &Value::from(3)));
+        let out = format!("from-{format}");
+        let imported = done(&["import", "--input", file, "--out", &out, "--json"]).last_event();
+        assert_eq!((&imported["fresh"], &imported["imported"]["step"]), (&Value::Array(Vec::new()), &Value::from(3)));
+        assert_eq!(csv(&out), said);
+        let trained = done(&["train", "--out", &out, "--resume", "--max-steps", "2", "--devices", "cpu:1", "--json"]).last_event();
+        assert_eq!(trained["steps"], 2);
+        for (args, part) in [
+            (&["import", "--input", file, "--out", "other", "--hidden", "9"][..], "has shape"),
+            (&["import", "--input", file, "--out", "other", "--level", "word"], "--level changes how data are read"),
+            (&["import", "--input", file, "--out", "run"], "already holds a run"),
+        ] {
+            let call = call(args);
+            assert_eq!(call.code, 2, "{args:?}: {}", call.err);
+            assert!(call.err.contains(part), "{args:?}: {}", call.err);
+        }
+    }
+    done(&["export", "--run", "run", "--format", "safetensors", "--part", "lstm", "--output", "lstm.safetensors"]);
+    done(&["import", "--input", "lstm.safetensors", "--data", "text.txt", "--out", "tuned"]);
 }

@@ -9,6 +9,7 @@ mod data; // texts and series, as files and as batches
 mod gpu_gemm_lstm; // products and LSTM steps on the GPU against the CPU, at the edges of dispatches and loops
 mod gpu_smoke; // the GPU backend itself: order, readbacks, loss, limits
 mod house; // floors, and what may be named where
+mod interchange; // models as PyTorch and ONNX have them
 mod kernels; // every kernel on every device against the oracle
 mod memory; // operands between guard bands
 mod model; // whole networks against an f64 network

@@ -7,8 +7,9 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use super::resolve::{default_text, nearest};
-use super::typed::{RUN, Size, Typed};
+use super::typed::{RUN, Size, Typed, choice};
 use crate::store::Which;
+use crate::store::interchange::{Format, Part};
 use crate::train::profile::Workload;
 
 /// The whole command line.
@@ -51,6 +52,12 @@ pub enum Command {
     /// Continue a series beyond the end of its data
     #[command(after_help = FORECAST_EXAMPLES)]
     Forecast(ForecastArgs),
+    /// Write a trained network for PyTorch or for an ONNX run-time
+    #[command(after_help = EXPORT_EXAMPLES)]
+    Export(ExportArgs),
+    /// Make a run folder of a network in a safetensors or ONNX file, to use it or to train on from it
+    #[command(after_help = IMPORT_EXAMPLES)]
+    Import(Box<ImportArgs>),
     /// List the graphics adapters that --devices gpu:INDEX can name
     Devices,
     /// Measure where the time goes
@@ -94,6 +101,9 @@ pub struct EvaluateArgs {
     /// Streams of a text or windows of a series at a time; by default as in training; 1 is one stream, as papers do
     #[arg(long, value_name = "N")]
     pub eval_batch_size: Option<Size>,
+    /// Write what the network says: .csv for predictions beside the truth, .safetensors for its inputs and raw outputs
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -127,6 +137,37 @@ pub struct ForecastArgs {
     /// Write the values to a CSV file
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// The run folder
+    #[arg(long, value_name = "DIR")]
+    pub run: PathBuf,
+    /// Another checkpoint than the one that the run selected: best, last or a step
+    #[arg(long, value_name = "WHICH", default_value = "selected", hide_default_value = true)]
+    pub checkpoint: Which,
+    /// safetensors: PyTorch's names and layouts; onnx: a graph that onnxruntime runs
+    #[arg(long, value_name = "FORMAT", value_parser = choice::<Format>())]
+    pub format: Format,
+    /// The file to write; one that is there is replaced
+    #[arg(long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// all, or lstm: the LSTM layers alone, in safetensors under the names of torch.nn.LSTM
+    #[arg(long, value_name = "PART", default_value = "all", value_parser = choice::<Part>(), hide_possible_values = true)]
+    pub part: Part,
+}
+
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// A safetensors file with an LSTM under PyTorch's names, or an .onnx file
+    #[arg(long, value_name = "FILE")]
+    pub input: PathBuf,
+    #[command(flatten)]
+    pub typed: Typed,
+    /// Read options from a TOML file, whose keys are the flags' names with underscores; flags go before it
+    #[arg(long, value_name = "FILE", help_heading = RUN)]
+    pub config: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -186,6 +227,21 @@ Examples:
   carrousel forecast --run runs/sales
   carrousel forecast --run runs/sales --data sales-until-today.csv --output next.csv";
 
+const EXPORT_EXAMPLES: &str = "\
+Examples:
+  carrousel export --run runs/book --format safetensors --output book.safetensors
+  carrousel export --run runs/book --format safetensors --part lstm --output lstm.safetensors
+  carrousel export --run runs/sales --format onnx --output sales.onnx";
+
+const IMPORT_EXAMPLES: &str = "\
+A file that carrousel wrote brings its options along; a foreign one needs --data and the flags of train, less those that its tensors tell.
+The imported run stands at step 0: its options are settled here, and train --out DIR --resume begins to train from it.
+
+Examples:
+  carrousel import --input book.safetensors --out runs/book-again
+  carrousel import --input torch.safetensors --data book.txt --level char --lr 5e-4 --out runs/tuned
+  carrousel train --out runs/tuned --resume";
+
 const PROFILE_EXAMPLES: &str = "\
 Examples:
   carrousel profile step --workload B --devices cpu:2 --steps 50 --json
@@ -240,6 +296,7 @@ pub fn command() -> clap::Command {
     };
     Cli::command()
         .mut_subcommand("train", |train| train.mut_args(with_default))
+        .mut_subcommand("import", |import| import.mut_args(with_default))
         .mut_subcommand("profile", |profile| profile.mut_subcommand("step", |step| step.mut_args(in_profile)))
 }
 

@@ -10,22 +10,26 @@ use anyhow::Context;
 use serde_json::{Map, Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use super::args::{EvaluateArgs, ForecastArgs, GenerateArgs, Global, PROFILED, ProfileStepArgs, TrainArgs, Trained};
+use super::args::{
+    EvaluateArgs, ExportArgs, ForecastArgs, GenerateArgs, Global, ImportArgs, PROFILED, ProfileStepArgs, TrainArgs, Trained,
+};
 use super::resolve::{self, Layers};
 use super::{Done, INTERRUPTED, print, report};
 use crate::backend::gpu::adapters;
 use crate::backend::open;
 use crate::data::series::{Dated, Part};
 use crate::data::vocab::Level as TextLevel;
+use crate::infer::exchange;
 use crate::infer::forecast as forecasts;
 use crate::infer::generate as texts;
+use crate::infer::predictions::Predictions;
 use crate::infer::session::Session;
 use crate::infer::task::Corpus;
 use crate::infer::{evaluate as evaluation, generate::GenerateOptions};
 use crate::model::config::{Input, ModelConfig, Output};
 use crate::observe::{Bus, Level};
 use crate::store::config::{RunConfig, Task};
-use crate::store::{RunFolder, default_run_path};
+use crate::store::{RunFolder, default_run_path, interchange};
 use crate::train::devices::{self, DeviceKind};
 use crate::train::profile::{self, Workload};
 use crate::train::run::{RunOptions, run};
@@ -119,7 +123,16 @@ pub fn evaluate(args: &EvaluateArgs, bus: &mut Bus) -> anyhow::Result<Done> {
     } else {
         Corpus::load_other(&config, &args.data, &session.spec)?.eval_set(&config)?
     };
-    let evaluation = evaluation::evaluate(&set, &mut session)?;
+    let evaluation = match &args.output {
+        None => evaluation::evaluate(&set, &mut session)?,
+        Some(path) => {
+            let mut predictions = Predictions::new(path, &session.spec)?;
+            let evaluation = evaluation::evaluate_watched(&set, &mut session, Some(&mut |batch, outputs| predictions.add(batch, outputs)))?;
+            predictions.write(&set)?;
+            bus.log(Level::Info, &format!("wrote {}", path.display()));
+            evaluation
+        }
+    };
     let mut summary = about(&session);
     summary.insert("loss".to_owned(), json!(evaluation.loss));
     summary.extend(evaluation.scores());
@@ -174,6 +187,42 @@ fn write_csv(file: File, values: &[Dated]) -> anyhow::Result<()> {
         writer.write_record([&dated.time, &dated.target, &dated.value.to_string()])?;
     }
     Ok(writer.flush()?)
+}
+
+pub fn export(args: &ExportArgs, bus: &mut Bus) -> anyhow::Result<Done> {
+    let (summary, warnings) = exchange::export(&args.run, args.checkpoint, args.format, args.part, &args.output)?;
+    warnings.into_iter().for_each(|warning| bus.warn(warning));
+    Ok(Done::new(summary.clone(), vec![report::scores("export", &summary)]))
+}
+
+/// What the data are and how they are read, which a file of ours has settled for its parameters.
+const OF_DATA: [&str; 11] =
+    ["task", "level", "vocab", "encoding", "target", "features", "missing", "relative", "season", "calendar", "horizon"];
+
+pub fn import(args: &ImportArgs, bus: &mut Bus) -> anyhow::Result<Done> {
+    let layers = Layers::new(&args.typed, args.config.as_deref())?;
+    let out = layers.out().map(PathBuf::from);
+    let out = out.ok_or_else(|| UsageError("import needs --out: name the run folder to make".to_owned()))?;
+    let file = interchange::read(&args.input)?;
+    let recorded = match &file.about {
+        Some(about) => about.config.clone(),
+        None => file.options()?,
+    };
+    let has_data = layers.is_given("data");
+    if file.about.is_none() && !has_data {
+        let problem =
+            format!("{} says nothing of its data: name them with --data, and how to read them as for train", args.input.display());
+        return Err(UsageError(problem).into());
+    }
+    if let Some(key) = layers.given().find(|key| OF_DATA.contains(key)).filter(|_| file.about.is_some() && !has_data) {
+        let problem = format!("{} changes how data are read, which the file has settled: name the data with --data", layers.name(key));
+        return Err(UsageError(problem).into());
+    }
+    let layers = layers.recorded(&args.input.display().to_string(), &recorded)?;
+    let config = resolve::resolve(&layers)?;
+    let (summary, warnings) = exchange::import(file, &config, has_data, &out)?;
+    warnings.into_iter().for_each(|warning| bus.warn(warning));
+    Ok(Done::new(summary.clone(), vec![report::scores("import", &summary)]))
 }
 
 pub fn devices() -> anyhow::Result<Done> {

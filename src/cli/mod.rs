@@ -24,6 +24,7 @@ use crate::data::DataError;
 use crate::observe::sinks::{Console, Json, Verbosity};
 use crate::observe::{Bus, Event, Level, Table};
 use crate::store::StoreError;
+use crate::store::interchange::InterchangeError;
 use crate::train::devices::DeviceError;
 use crate::usage::UsageError;
 
@@ -102,6 +103,8 @@ fn run(command: &Command, global: Global, bus: &mut Bus) -> anyhow::Result<Done>
         Command::Evaluate(args) => commands::evaluate(args, bus),
         Command::Generate(args) => commands::generate(args, global, bus),
         Command::Forecast(args) => commands::forecast(args, bus),
+        Command::Export(args) => commands::export(args, bus),
+        Command::Import(args) => commands::import(args, bus),
         Command::Devices => commands::devices(),
         Command::Profile(ProfileCommand::Step(args)) => commands::profile_step(args),
     }
@@ -140,6 +143,7 @@ fn is_usage(error: &anyhow::Error) -> bool {
                 || cause.is::<NoSuchAdapter>()
                 || cause.downcast_ref::<DataError>().is_some_and(|e| !matches!(e, DataError::Prefetch { .. }))
                 || cause.downcast_ref::<StoreError>().is_some_and(StoreError::is_usage)
+                || cause.downcast_ref::<InterchangeError>().is_some_and(InterchangeError::is_usage)
         })
 }
 

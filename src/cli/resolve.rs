@@ -133,6 +133,14 @@ impl Layers {
         Ok(Self { recorded, ..self })
     }
 
+    /// Adds options that stand in a file called `name`, in place of the defaults.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn recorded(self, name: &str, options: &str) -> Result<Self, UsageError> {
+        Ok(Self { recorded: table(&parse_toml(name, options)?)?, ..self })
+    }
+
     /// What was given in all, flag before file before record.
     fn merged(&self) -> Result<Typed, UsageError> {
         let mut merged = self.recorded.clone();
@@ -146,7 +154,7 @@ impl Layers {
     }
 
     /// Whether a flag or the file gives `key`.
-    fn is_given(&self, key: &str) -> bool {
+    pub fn is_given(&self, key: &str) -> bool {
         self.flags.contains_key(key) || self.file.as_ref().is_some_and(|(_, table)| table.contains_key(key))
     }
 

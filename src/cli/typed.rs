@@ -302,7 +302,7 @@ fn whole() -> impl TypedValueParser<Value = u64> {
 }
 
 /// A flag's parser for an enum, whose names are those that its values have in a file.
-fn choice<T: DeserializeOwned + Clone + Send + Sync + 'static>() -> ValueParser {
+pub(super) fn choice<T: DeserializeOwned + Clone + Send + Sync + 'static>() -> ValueParser {
     let parser = PossibleValuesParser::new(names::<T>()).try_map(|name| {
         let name: StrDeserializer<'_, NameError> = name.as_str().into_deserializer();
         T::deserialize(name)

@@ -45,6 +45,17 @@ pub struct ForecastScores {
 /// # Errors
 /// The device's.
 pub fn evaluate(set: &EvalSet, forward: &mut dyn Forward) -> Result<Evaluation> {
+    evaluate_watched(set, forward, None)
+}
+
+/// Gets each batch with the model's outputs for it, `[rows, columns]`.
+pub type Watch<'w> = &'w mut dyn FnMut(&Batch, &[f32]);
+
+/// As [`evaluate`]; `watch` sees what the model says.
+///
+/// # Errors
+/// The device's.
+pub fn evaluate_watched(set: &EvalSet, forward: &mut dyn Forward, mut watch: Option<Watch<'_>>) -> Result<Evaluation> {
     let mut carried = (set.n_streams > 0).then(|| forward.carried(set.n_streams));
     let (mut loss, mut weight) = (0.0, 0.0);
     let mut scorer = set.series.as_ref().map(|(series, part)| (Scorer::new(series), series, *part, Vec::new(), Vec::new()));
@@ -53,7 +64,10 @@ pub fn evaluate(set: &EvalSet, forward: &mut dyn Forward) -> Result<Evaluation> 
         if let Some(carried) = carried.as_mut().filter(|_| batch.resets) {
             carried.reset();
         }
-        let (sum, outputs) = forward.forward(&batch, carried.as_mut(), scorer.is_some())?;
+        let (sum, outputs) = forward.forward(&batch, carried.as_mut(), scorer.is_some() || watch.is_some())?;
+        if let Some(watch) = &mut watch {
+            watch(&batch, &outputs);
+        }
         loss += sum;
         weight += batch.weight;
         if let Some((scorer, series, _, origins, values)) = &mut scorer {

@@ -1,7 +1,9 @@
-//! Using a trained model: evaluate, generate, forecast from a run folder.
+//! Using a trained model: evaluate, generate, forecast from a run folder; handing it to others and taking theirs.
 
 pub mod evaluate;
+pub mod exchange;
 pub mod forecast;
 pub mod generate;
+pub mod predictions;
 pub mod session;
 pub mod task;

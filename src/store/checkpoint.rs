@@ -119,24 +119,9 @@ impl Checkpoint {
     pub(super) fn encode(&self, notes: Notes) -> Result<Encoded<'_>> {
         let refuse = |reason: String| StoreError::Unwritten { reason };
         self.step()?;
-        let mut tensors: Vec<&NamedTensor> = self.tensors.iter().collect();
-        tensors.sort_by(|a, b| a.name.cmp(&b.name));
-        if let Some(pair) = tensors.windows(2).find(|pair| pair[0].name == pair[1].name) {
-            return Err(refuse(format!("it has two tensors named `{}`", pair[0].name)));
-        }
-        for tensor in &tensors {
-            if tensor.name == "__metadata__" {
-                return Err(refuse("`__metadata__` is no name for a tensor".to_owned()));
-            }
-            let len = tensor.shape.iter().try_fold(1_usize, |len, &n| len.checked_mul(n));
-            if len != Some(tensor.data.len()) {
-                return Err(refuse(format!("tensor `{}` of shape {:?} has {} values", tensor.name, tensor.shape, tensor.data.len())));
-            }
-        }
-
-        let json = |e: serde_json::Error| refuse(e.to_string());
+        let tensors = sorted(&self.tensors)?;
         let mut strings = BTreeMap::from([
-            ("carrousel", serde_json::to_string(&self.meta).map_err(json)?),
+            ("carrousel", serde_json::to_string(&self.meta).map_err(|e| refuse(e.to_string()))?),
             ("format_version", FORMAT_VERSION.to_string()),
         ]);
         // As strings: what Rust prints, it reads back to the bit.
@@ -148,32 +133,58 @@ impl Checkpoint {
             checksum.tensor(&tensor.name, &tensor.shape, &le_bytes(&tensor.data));
         }
         strings.insert("sha256", checksum.hex());
-
-        let mut text = format!("{{\"__metadata__\":{}", serde_json::to_string(&strings).map_err(json)?);
-        let mut start = 0;
-        for tensor in &tensors {
-            let end = start + size_of_val(tensor.data.as_slice());
-            let name = serde_json::to_string(&tensor.name).map_err(json)?;
-            let shape = serde_json::to_string(&tensor.shape).map_err(json)?;
-            text.push_str(&format!(",{name}:{{\"dtype\":\"F32\",\"shape\":{shape},\"data_offsets\":[{start},{end}]}}"));
-            start = end;
-        }
-        text.push('}');
-        let padded = text.len().next_multiple_of(LEN_BYTES);
-        if padded as u64 > MAX_HEADER_BYTES {
-            return Err(refuse(format!("its header would have {padded} bytes, at most {MAX_HEADER_BYTES} can be read back")));
-        }
-        let mut header = (padded as u64).to_le_bytes().to_vec();
-        header.extend_from_slice(text.as_bytes());
-        header.resize(LEN_BYTES + padded, b' ');
-        Ok(Encoded { header, tensors })
+        encode(&strings, tensors)
     }
+}
+
+/// The tensors in the order of their names, which differ, each as long as its shape says.
+pub(super) fn sorted(tensors: &[NamedTensor]) -> Result<Vec<&NamedTensor>> {
+    let refuse = |reason: String| StoreError::Unwritten { reason };
+    let mut tensors: Vec<&NamedTensor> = tensors.iter().collect();
+    tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    if let Some(pair) = tensors.windows(2).find(|pair| pair[0].name == pair[1].name) {
+        return Err(refuse(format!("it has two tensors named `{}`", pair[0].name)));
+    }
+    for tensor in &tensors {
+        if tensor.name == "__metadata__" {
+            return Err(refuse("`__metadata__` is no name for a tensor".to_owned()));
+        }
+        let len = tensor.shape.iter().try_fold(1_usize, |len, &n| len.checked_mul(n));
+        if len != Some(tensor.data.len()) {
+            return Err(refuse(format!("tensor `{}` of shape {:?} has {} values", tensor.name, tensor.shape, tensor.data.len())));
+        }
+    }
+    Ok(tensors)
+}
+
+/// A safetensors file of these strings and [`sorted`] tensors.
+pub(super) fn encode<'a, K: serde::Serialize + Ord>(strings: &BTreeMap<K, String>, tensors: Vec<&'a NamedTensor>) -> Result<Encoded<'a>> {
+    let refuse = |reason: String| StoreError::Unwritten { reason };
+    let json = |e: serde_json::Error| refuse(e.to_string());
+    let mut text = format!("{{\"__metadata__\":{}", serde_json::to_string(strings).map_err(json)?);
+    let mut start = 0;
+    for tensor in &tensors {
+        let end = start + size_of_val(tensor.data.as_slice());
+        let name = serde_json::to_string(&tensor.name).map_err(json)?;
+        let shape = serde_json::to_string(&tensor.shape).map_err(json)?;
+        text.push_str(&format!(",{name}:{{\"dtype\":\"F32\",\"shape\":{shape},\"data_offsets\":[{start},{end}]}}"));
+        start = end;
+    }
+    text.push('}');
+    let padded = text.len().next_multiple_of(LEN_BYTES);
+    if padded as u64 > MAX_HEADER_BYTES {
+        return Err(refuse(format!("its header would have {padded} bytes, at most {MAX_HEADER_BYTES} can be read back")));
+    }
+    let mut header = (padded as u64).to_le_bytes().to_vec();
+    header.extend_from_slice(text.as_bytes());
+    header.resize(LEN_BYTES + padded, b' ');
+    Ok(Encoded { header, tensors })
 }
 
 /// A checkpoint ready to be written: the header, then the data of the tensors in this order.
 pub(super) struct Encoded<'a> {
-    header: Vec<u8>,
-    tensors: Vec<&'a NamedTensor>,
+    pub header: Vec<u8>,
+    pub tensors: Vec<&'a NamedTensor>,
 }
 
 impl Encoded<'_> {
@@ -235,7 +246,7 @@ fn decode(bytes: &[u8], path: &Path) -> Result<(Checkpoint, Notes)> {
 }
 
 /// Splits a safetensors file into its header and its data. The crate's own entry adds up sizes from the header without a guard, hence this.
-fn parse<'a>(bytes: &'a [u8], path: &Path) -> Result<(Metadata, &'a [u8])> {
+pub(super) fn parse<'a>(bytes: &'a [u8], path: &Path) -> Result<(Metadata, &'a [u8])> {
     let found_bytes = bytes.len() as u64;
     let damaged = |reason: String| StoreError::Damaged { path: path.to_path_buf(), reason };
     let truncated = |expected_bytes| StoreError::Truncated { path: path.to_path_buf(), found_bytes, expected_bytes };
@@ -261,7 +272,7 @@ fn parse<'a>(bytes: &'a [u8], path: &Path) -> Result<(Metadata, &'a [u8])> {
     Ok((metadata, data))
 }
 
-fn named_tensors(metadata: &Metadata, data: &[u8], path: &Path) -> Result<Vec<NamedTensor>> {
+pub(super) fn named_tensors(metadata: &Metadata, data: &[u8], path: &Path) -> Result<Vec<NamedTensor>> {
     let infos: BTreeMap<_, _> = metadata.tensors().into_iter().collect();
     infos
         .into_iter()
@@ -278,7 +289,7 @@ fn named_tensors(metadata: &Metadata, data: &[u8], path: &Path) -> Result<Vec<Na
 }
 
 /// The values as they lie in the file: little-endian.
-fn le_bytes(values: &[f32]) -> Cow<'_, [u8]> {
+pub(super) fn le_bytes(values: &[f32]) -> Cow<'_, [u8]> {
     if cfg!(target_endian = "little") {
         Cow::Borrowed(bytemuck::cast_slice(values))
     } else {
@@ -287,11 +298,11 @@ fn le_bytes(values: &[f32]) -> Cow<'_, [u8]> {
 }
 
 /// SHA-256 over strings and tensors. Every part goes in with its length before it, so that no two contents give the same stream.
-struct Checksum(Sha256);
+pub(super) struct Checksum(Sha256);
 
 impl Checksum {
     /// `strings` in the order of their keys.
-    fn new<'a>(strings: impl ExactSizeIterator<Item = (&'a str, &'a str)>) -> Self {
+    pub fn new<'a>(strings: impl ExactSizeIterator<Item = (&'a str, &'a str)>) -> Self {
         let mut checksum = Self(Sha256::new());
         checksum.number(strings.len());
         for (key, value) in strings {
@@ -301,7 +312,7 @@ impl Checksum {
         checksum
     }
 
-    fn tensor(&mut self, name: &str, shape: &[usize], bytes: &[u8]) {
+    pub fn tensor(&mut self, name: &str, shape: &[usize], bytes: &[u8]) {
         self.part(name.as_bytes());
         self.number(shape.len());
         shape.iter().for_each(|&n| self.number(n));
@@ -317,7 +328,7 @@ impl Checksum {
         self.0.update((n as u64).to_le_bytes());
     }
 
-    fn hex(self) -> String {
+    pub fn hex(self) -> String {
         self.0.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 }

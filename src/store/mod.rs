@@ -9,6 +9,7 @@
 pub mod checkpoint;
 pub mod config;
 mod error;
+pub mod interchange;
 pub mod run_folder;
 pub mod storage;
 

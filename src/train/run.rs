@@ -180,7 +180,17 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
     let mut state = (corpus.n_streams(&config) > 0).then(|| carried(&model, corpus.n_streams(&config)));
     match found {
         Some(checkpoint) => {
-            let (params, states) = restore(checkpoint, &mut position, state.as_mut(), &group, &config, bus)?;
+            // An imported model has parameters and nothing else: it is where training begins.
+            let begins = checkpoint.meta.get("imported").is_some();
+            let (params, states) = if begins {
+                let mut checkpoint = checkpoint;
+                let tensors = group.table().tensors();
+                let params = tensors.iter().map(|t| checkpoint.take(&t.name, &t.shape)).collect::<Result<Tensors, _>>()?;
+                let zeros: Tensors = params.iter().map(|values| vec![0.0; values.len()]).collect();
+                (params, vec![zeros; config.optimizer.states().len()])
+            } else {
+                restore(checkpoint, &mut position, state.as_mut(), &group, &config, bus)?
+            };
             group.load(params, states)?;
         }
         None => {

@@ -1,0 +1,222 @@
+//! What a model said during an evaluation, as a file: a table for people, or tensors for programs.
+//!
+//! | `.csv` | a row is | columns |
+//! | --- | --- | --- |
+//! | text | a token, in the order of the text | `position` (in the part, from 0), `token`, `text`, `log_probability` |
+//! | series | a target of a window at one step of the horizon | `origin`, `time`, `step`, `target`, `value`, `truth` (in the unit; empty if unknown) |
+//!
+//! | `.safetensors` | text | series |
+//! | --- | --- | --- |
+//! | `input` | `[N]` tokens that were read | `[N, T, I]` |
+//! | `target` | `[N]` tokens that follow | `[N, O]`, NaN where unknown |
+//! | `output` | `[N, V]` logits | `[N, O]`, on the normalised scale |
+//! | `stream` | `[N]`: within a stream the state is carried | `[N]`: the row of the window's last input |
+//!
+//! All tensors are f32. What must not be here: a model, a device.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use super::task::{DataSpec, EvalSet};
+use crate::data::vocab::Vocab;
+use crate::data::{Batch, Input, Target};
+use crate::store::checkpoint::{Checkpoint, NamedTensor};
+use crate::usage::UsageError;
+
+/// The largest file of raw outputs, since all of it is gathered in memory.
+const MAX_FLOATS: usize = 1 << 30;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    Table,
+    Tensors,
+}
+
+/// One term: a token, or a window.
+struct Said {
+    stream: u32,
+    input: Vec<f32>,
+    target: Vec<f32>,
+    output: Vec<f32>,
+    log_probability: f64,
+}
+
+/// Gathers what a model says.
+pub struct Predictions {
+    path: PathBuf,
+    form: Form,
+    vocab: Option<Vocab>,
+    said: Vec<Said>,
+    /// `[T, I]` of a series.
+    window: Vec<usize>,
+    n_floats: usize,
+}
+
+impl Predictions {
+    /// For a file whose name tells the form.
+    ///
+    /// # Errors
+    /// The name ends otherwise, or its folder does not exist.
+    pub fn new(path: &Path, spec: &DataSpec) -> Result<Self, UsageError> {
+        let form = match path.extension().and_then(|extension| extension.to_str()) {
+            Some("csv") => Form::Table,
+            Some("safetensors") => Form::Tensors,
+            _ => return Err(UsageError(format!("--output {} must end in .csv or .safetensors", path.display()))),
+        };
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+        UsageError::unless(dir.is_none_or(Path::is_dir), || format!("--output {}: its folder does not exist", path.display()))?;
+        let vocab = match spec {
+            DataSpec::Text(vocab) => Some(vocab.clone()),
+            DataSpec::Series(_) => None,
+        };
+        Ok(Self { path: path.to_owned(), form, vocab, said: Vec::new(), window: Vec::new(), n_floats: 0 })
+    }
+
+    /// Takes a batch and the outputs for it, `[rows, columns]`.
+    pub fn add(&mut self, batch: &Batch, outputs: &[f32]) {
+        let keeps_outputs = self.form == Form::Tensors && self.n_floats <= MAX_FLOATS;
+        match &batch.target {
+            Target::Tokens(targets) => {
+                let columns = outputs.len() / targets.len().max(1);
+                for (term, ((&target, &weight), row)) in
+                    targets.iter().zip(&batch.weights).zip(outputs.chunks_exact(columns.max(1))).enumerate()
+                {
+                    if weight == 0.0 {
+                        continue;
+                    }
+                    self.n_floats += columns;
+                    let input = match &batch.input {
+                        Input::Tokens(tokens) => tokens.get(term).map(|&token| token as f32),
+                        Input::Values { .. } => None,
+                    };
+                    self.said.push(Said {
+                        stream: batch.streams[term % batch.n_rows],
+                        input: input.into_iter().collect(),
+                        target: vec![target as f32],
+                        output: if keeps_outputs { row.to_vec() } else { Vec::new() },
+                        log_probability: log_softmax(row, target),
+                    });
+                }
+            }
+            Target::Values { values, n_outputs } => {
+                let n_features = match &batch.input {
+                    Input::Values { n_features, .. } => *n_features,
+                    Input::Tokens(_) => 0,
+                };
+                self.window = vec![batch.n_steps, n_features];
+                for (b, (&stream, row)) in batch.streams.iter().zip(outputs.chunks_exact(*n_outputs)).enumerate() {
+                    self.n_floats += batch.n_steps * n_features;
+                    let input = match &batch.input {
+                        Input::Values { values, .. } if keeps_outputs => {
+                            (0..batch.n_steps).flat_map(|t| &values[(t * batch.n_rows + b) * n_features..][..n_features]).copied().collect()
+                        }
+                        _ => Vec::new(),
+                    };
+                    let known = batch.weights[b * n_outputs..][..*n_outputs].iter().map(|&weight| weight != 0.0);
+                    let target = values[b * n_outputs..].iter().zip(known).map(|(&value, known)| if known { value } else { f32::NAN });
+                    let target = target.collect();
+                    self.said.push(Said { stream, input, target, output: row.to_vec(), log_probability: 0.0 });
+                }
+            }
+        }
+    }
+
+    /// Writes the file.
+    ///
+    /// # Errors
+    /// It cannot be written; more raw outputs than can be gathered.
+    pub fn write(mut self, set: &EvalSet) -> Result<()> {
+        // Streams follow each other in the text; within one, terms came in order.
+        self.said.sort_by_key(|said| said.stream);
+        let bytes = match self.form {
+            Form::Table => self.table(set)?,
+            Form::Tensors => self.tensors()?,
+        };
+        let write = || std::fs::File::create(&self.path).and_then(|mut file| file.write_all(&bytes));
+        write().with_context(|| format!("cannot write {}", self.path.display()))
+    }
+
+    fn table(&self, set: &EvalSet) -> Result<Vec<u8>> {
+        let mut writer = csv::Writer::from_writer(Vec::new());
+        if let Some(vocab) = &self.vocab {
+            writer.write_record(["position", "token", "text", "log_probability"])?;
+            for (term, said) in self.said.iter().enumerate() {
+                let token = said.target[0] as u32;
+                // The very first token is nobody's target.
+                writer.write_record([
+                    (term + 1).to_string(),
+                    token.to_string(),
+                    vocab.decode(&[token]),
+                    said.log_probability.to_string(),
+                ])?;
+            }
+        } else if let Some((series, _)) = &set.series {
+            writer.write_record(["origin", "time", "step", "target", "value", "truth"])?;
+            let names: Vec<&str> = series.spec().target_columns().map(|column| column.name.as_str()).collect();
+            for said in &self.said {
+                let origin = said.stream as usize;
+                let pairs = series.denormalise(said.stream, &said.output).into_iter().zip(series.truth(said.stream));
+                for (o, (value, truth)) in pairs.enumerate() {
+                    let step = o / names.len() + 1;
+                    writer.write_record([
+                        series.time_at(origin),
+                        series.time_at(origin + step),
+                        step.to_string(),
+                        names[o % names.len()].to_owned(),
+                        value.to_string(),
+                        truth.map(|truth| truth.to_string()).unwrap_or_default(),
+                    ])?;
+                }
+            }
+        }
+        writer.into_inner().map_err(|e| anyhow::anyhow!("cannot write {}: {e}", self.path.display()))
+    }
+
+    fn tensors(&self) -> Result<Vec<u8>> {
+        UsageError::unless(self.n_floats <= MAX_FLOATS, || {
+            format!(
+                "--output {} would hold {} numbers, more than {MAX_FLOATS}: give less --data, or a .csv file",
+                self.path.display(),
+                self.n_floats
+            )
+        })?;
+        let n = self.said.len();
+        let of = |name: &str, inner: &[usize], part: &dyn Fn(&Said) -> Vec<f32>| NamedTensor {
+            name: name.to_owned(),
+            shape: [&[n], inner].concat(),
+            data: self.said.iter().flat_map(part).collect(),
+        };
+        let columns = self.said.first().map_or(0, |said| said.output.len());
+        let (input, target): (&[usize], &[usize]) = if self.vocab.is_some() { (&[], &[]) } else { (&self.window, &[columns]) };
+        let tensors = vec![
+            of("input", input, &|said| said.input.clone()),
+            of("target", target, &|said| said.target.clone()),
+            of("output", &[columns], &|said| said.output.clone()),
+            of("stream", &[], &|said| vec![said.stream as f32]),
+        ];
+        Ok(Checkpoint { meta: json!({ "step": 0, "predictions": true }), tensors }.to_bytes()?)
+    }
+}
+
+/// The logarithm of a class's probability under its logits.
+fn log_softmax(logits: &[f32], class: u32) -> f64 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&x| f64::from(x - max).exp()).sum();
+    logits.get(class as usize).map_or(f64::NAN, |&x| f64::from(x - max) - sum.ln())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn probabilities_of_all_classes_add_up_to_one() {
+        let logits = [1.5, -200.0, 300.0, 299.0];
+        let sum: f64 = (0..4).map(|class| log_softmax(&logits, class).exp()).sum();
+        assert!((sum - 1.0).abs() < 1e-12, "{sum}");
+        assert!((log_softmax(&[0.0, 0.0], 1) + 2f64.ln()).abs() < 1e-15);
+    }
+}

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Exported models against onnxruntime: makes a Python environment under target/ where there is none, builds the program, writes the samples, compares.
+# PyTorch is used as well if that environment has it (target/interchange/venv/bin/pip install torch: several gigabytes).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+place=$PWD/target/interchange
+python=$place/venv/bin/python
+if ! "$python" -c 'import onnxruntime, numpy' 2>/dev/null; then
+    python3 -m venv "$place/venv"
+    "$python" -m pip install --quiet --disable-pip-version-check onnxruntime numpy
+fi
+rm -rf "$place/samples"
+mkdir -p "$place/samples"
+CARROUSEL_INTERCHANGE_SAMPLES=$place/samples cargo test --locked --test main interchange::samples
+cargo build --locked
+"$python" tests/interchange/check_onnx.py --carrousel target/debug/carrousel --work "$place/work" --samples "$place/samples"
