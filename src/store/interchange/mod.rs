@@ -23,7 +23,7 @@ use thiserror::Error;
 use super::StoreError;
 use super::checkpoint::{Checksum, NamedTensor, le_bytes};
 use super::storage::{Disk, Storage, write_atomic};
-use crate::model::config::{Input, ModelConfig, Output};
+use crate::model::config::{Input, LstmConfig, ModelConfig, Output};
 use crate::shape::GATES;
 
 pub use onnx::{GateOrder, turn_gates};
@@ -107,8 +107,10 @@ pub struct Layer {
     pub hidden: usize,
     pub bidirectional: bool,
     pub bias: bool,
-    /// Has `weight_peephole` `[3H]`, of the gates i, f, o.
+    /// Has `weight_peephole` `[3, H]`, of the gates i, f, o.
     pub peephole: bool,
+    /// Has `initial_h` and `initial_c` `[H]`.
+    pub learned_state: bool,
     /// The forget gate is one minus the input gate (ONNX's `input_forget`).
     pub coupled: bool,
 }
@@ -116,7 +118,7 @@ pub struct Layer {
 impl Layer {
     /// A forward layer as PyTorch has it.
     pub const fn plain(inputs: usize, hidden: usize) -> Self {
-        Self { inputs, hidden, bidirectional: false, bias: true, peephole: false, coupled: false }
+        Self { inputs, hidden, bidirectional: false, bias: true, peephole: false, learned_state: false, coupled: false }
     }
 
     /// `D`.
@@ -138,7 +140,10 @@ impl Layer {
             tensors.extend(["bias_ih", "bias_hh"].map(|what| (name(what), vec![rows])));
         }
         if self.peephole {
-            tensors.push((name("weight_peephole"), vec![3 * self.hidden]));
+            tensors.push((name("weight_peephole"), vec![3, self.hidden]));
+        }
+        if self.learned_state {
+            tensors.extend(["initial_h", "initial_c"].map(|what| (name(what), vec![self.hidden])));
         }
         tensors
     }
@@ -171,8 +176,11 @@ pub struct Network {
 
 /// The network that a configuration stands for, with what each format cannot say of it. An option of the model gets its words here.
 pub fn describe(config: &ModelConfig) -> Network {
-    // Named one by one, so that a new option cannot be forgotten here. Dropout acts in training only.
-    let &ModelConfig { input, output, n_layers, hidden, dropout: _, bias, tied } = config;
+    // Named one by one, so that a new option cannot be forgotten here.
+    let &ModelConfig { input, output, n_layers, hidden, dropout: _, bias, tied, lstm } = config;
+    let LstmConfig { bidirectional, residual, learned_state, peephole, coupled_gates, cell_clip, zoneout_h, zoneout_c, .. } = lstm;
+    // These act in training only.
+    let LstmConfig { recurrent_grad_clip: _, recurrent_dropout: _, weight_drop: _, .. } = lstm;
     let width = match input {
         Input::Tokens { width, .. } => width,
         Input::Values { n_features } => n_features,
@@ -180,11 +188,25 @@ pub fn describe(config: &ModelConfig) -> Network {
     let mut inputs = width;
     let mut layers = Vec::with_capacity(n_layers);
     for _ in 0..n_layers {
-        let layer = Layer { bias, ..Layer::plain(inputs, hidden) };
+        let layer = Layer { inputs, hidden, bidirectional, bias, peephole, learned_state, coupled: coupled_gates };
         inputs = layer.outputs();
         layers.push(layer);
     }
-    Network { input, layers, head: Some(output), tied, beyond_torch: None, beyond_onnx: None }
+    let beyond = [
+        (zoneout_h > 0.0 || zoneout_c > 0.0, "zoneout changes the recurrence, without training too"),
+        (cell_clip > 0.0, "its clip of the cell state is none that the format has"),
+        (residual, "it adds the inputs of layers to their outputs"),
+        (learned_state, "its initial state is learnt"),
+    ];
+    let of_torch =
+        [(peephole, "its gates read the cell state by peepholes"), (coupled_gates, "its forget gate is one minus its input gate")];
+    let beyond_onnx = first_that_holds(&beyond);
+    let beyond_torch = first_that_holds(&of_torch).or_else(|| beyond_onnx.clone());
+    Network { input, layers, head: Some(output), tied, beyond_torch, beyond_onnx }
+}
+
+fn first_that_holds(reasons: &[(bool, &str)]) -> Option<String> {
+    reasons.iter().find(|(holds, _)| *holds).map(|(_, why)| (*why).to_owned())
 }
 
 impl Network {
@@ -451,6 +473,7 @@ impl ModelFile {
                 bidirectional: has("weight_ih", 1),
                 bias: has("bias_ih", 0),
                 peephole: has("weight_peephole", 0),
+                learned_state: has("initial_h", 0),
                 coupled: self.coupled,
             };
             for (name, shape) in (0..layer.n_directions()).flat_map(|d| layer.tensors(l, d)) {
@@ -490,18 +513,13 @@ impl ModelFile {
         let (first, n_layers) = (found.layers[0], found.layers.len());
         for (l, layer) in found.layers.iter().enumerate() {
             let refuse = |what: &str, direction, problem: &str| Err(self.wrong(&tensor_name(what, l, direction), problem));
-            if layer.bidirectional {
-                return refuse("weight_ih", 1, "is of the reverse direction, which this model does not have");
-            }
-            if layer.peephole {
-                return refuse("weight_peephole", 0, "is of peepholes, which this model does not have");
-            }
-            if layer.coupled {
-                return refuse(
-                    "weight_ih",
-                    0,
-                    "belongs to coupled input and forget gates (`input_forget`), which this model does not have",
-                );
+            let unlike = [
+                (layer.bidirectional != first.bidirectional, "weight_ih", "in having two directions"),
+                (layer.peephole != first.peephole, "weight_hh", "in having peepholes"),
+                (layer.learned_state != first.learned_state, "weight_hh", "in having a learnt initial state"),
+            ];
+            if let Some((_, what, how)) = unlike.iter().find(|(differs, ..)| *differs) {
+                return refuse(what, 0, &format!("belongs to a layer that differs from the first one {how}; here all or none have"));
             }
             if layer.hidden != first.hidden {
                 return refuse(
@@ -519,6 +537,14 @@ impl ModelFile {
             }
         }
         let mut options = format!("layers = {n_layers}\nhidden = {}\nno_bias = {}\n", first.hidden, !first.bias);
+        for (key, is_set) in [
+            ("bidirectional", first.bidirectional),
+            ("peephole", first.peephole),
+            ("learned_state", first.learned_state),
+            ("coupled_gates", first.coupled),
+        ] {
+            options.push_str(&format!("{key} = {is_set}\n"));
+        }
         if let Some((_, width)) = found.embedding {
             options.push_str(&format!("embedding = {width}\ntied = {}\n", found.tied));
         }

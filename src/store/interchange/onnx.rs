@@ -655,7 +655,7 @@ fn read_lstm(constants: &Constants, l: usize, node: &Node, tensors: &mut Vec<Nam
             push("bias_hh", vec![rows], turned(&values[(2 * d + 1) * rows..][..rows]));
         }
         if let Some(values) = &peepholes {
-            push("weight_peephole", vec![3 * hidden], turn_peepholes(&values[3 * d * hidden..][..3 * hidden]));
+            push("weight_peephole", vec![3, hidden], turn_peepholes(&values[3 * d * hidden..][..3 * hidden]));
         }
     }
     Ok(coupled)
