@@ -14,7 +14,7 @@ use carrousel::infer::evaluate::evaluate;
 use carrousel::infer::exchange;
 use carrousel::infer::session::{Session, read_config};
 use carrousel::infer::task::Corpus;
-use carrousel::model::config::{Input, ModelConfig, Output};
+use carrousel::model::config::{Input, LstmConfig, ModelConfig, Output};
 use carrousel::store::config::{RunConfig, Task};
 use carrousel::store::interchange::{
     About, Format, GateOrder, Layer, ModelFile, Network, Part, describe, from_bytes, read, to_bytes, turn_gates, write,
@@ -31,12 +31,20 @@ const SAMPLES: &str = "CARROUSEL_INTERCHANGE_SAMPLES";
 fn tokens(vocabulary: usize, width: usize, layers: Vec<Layer>, tied: bool) -> Network {
     let input = Input::Tokens { vocabulary, width };
     let head = Some(Output::Classes { n_classes: vocabulary });
-    Network { input, layers, head, tied, beyond_torch: None, beyond_onnx: None }
+    Network { input, layers, head, tied, extra: Vec::new(), beyond_torch: None, beyond_onnx: None }
 }
 
 fn values(layers: Vec<Layer>, n_outputs: usize) -> Network {
     let input = Input::Values { n_features: layers[0].inputs };
-    Network { input, layers, head: Some(Output::Values { n_outputs }), tied: false, beyond_torch: None, beyond_onnx: None }
+    Network {
+        input,
+        layers,
+        head: Some(Output::Values { n_outputs }),
+        tied: false,
+        extra: Vec::new(),
+        beyond_torch: None,
+        beyond_onnx: None,
+    }
 }
 
 fn both_ways(inputs: usize, hidden: usize) -> Layer {
@@ -119,7 +127,7 @@ fn a_described_model_has_the_tensors_of_its_table() {
     for (n_layers, bias, tied) in [(1, true, false), (2, false, true), (3, true, true), (3, false, false)] {
         let width = if tied { 5 } else { 4 };
         let (input, output) = (Input::Tokens { vocabulary: 11, width }, Output::Classes { n_classes: 11 });
-        let text = ModelConfig { input, output, n_layers, hidden: 5, dropout: 0.1, bias, tied };
+        let text = ModelConfig { input, output, n_layers, hidden: 5, dropout: 0.1, bias, tied, lstm: LstmConfig::default() };
         let (input, output) = (Input::Values { n_features: 3 }, Output::Values { n_outputs: 6 });
         let series = ModelConfig { input, output, tied: false, ..text.clone() };
         for config in [text, series] {
@@ -303,7 +311,7 @@ fn foreign_files_that_do_not_fit_are_refused_by_their_tensor() {
     assert!(found(&[("bias_ih_l0", &[12], Dtype::F32)]).contains("`lstm.bias_hh_l0` is missing"));
     assert!(found(&[("weight_ih_l0_reverse", &[12, 4], Dtype::F32)]).contains("`lstm.weight_ih_l0_reverse` has shape [12, 4]"));
     assert!(found(&[("weight_ih_l1", &[12, 4], Dtype::F32)]).contains("`lstm.weight_ih_l1` reads 4 columns, but the layer below has 3"));
-    assert!(found(&[("weight_hr_l0", &[2, 3], Dtype::F32)]).contains("`lstm.weight_hr_l0` is a projection"));
+    assert!(found(&[("weight_hr_l0", &[2, 3], Dtype::F32)]).contains("`lstm.weight_hh_l0` has shape [12, 3], but"));
 
     let network = values(vec![Layer { bias: false, ..Layer::plain(5, 3) }], 2);
     let fresh = parameters(&network);
@@ -332,6 +340,22 @@ fn what_a_format_has_no_words_for_is_refused_with_the_reason() {
     assert_eq!(write(Format::Onnx, Part::All).unwrap_err(), "onnx cannot hold this model: zoneout changes the recurrence");
     assert_eq!(write(Format::Safetensors, Part::Lstm).unwrap_err(), "safetensors cannot hold this model: peepholes are unknown to it");
     assert!(write(Format::Safetensors, Part::All).is_ok(), "all parameters are there, whoever reads them");
+    let projecting = values(vec![Layer { projection: 2, ..Layer::plain(4, 3) }], 2);
+    let error = to_bytes(Format::Onnx, &projecting, &about(Part::All), &parameters(&projecting)).unwrap_err().to_string();
+    assert!(error.contains("`lstm.weight_hr_l0`"), "{error}");
+    let file = there_and_back(Format::Safetensors, &projecting, Part::All);
+    assert_eq!(file.found().unwrap().layers, projecting.layers);
+    assert!(file.options().unwrap_err().to_string().contains("`lstm.weight_hr_l0` is a projection"));
+}
+
+#[test]
+fn parameters_that_only_this_program_knows_go_along_in_safetensors() {
+    let extra = vec![("lstm.norm_l0".to_owned(), vec![8]), ("other.scale".to_owned(), vec![2, 3])];
+    let network = Network { extra: extra.clone(), ..values(vec![Layer::plain(2, 2)], 1) };
+    let file = there_and_back(Format::Safetensors, &network, Part::All);
+    let (params, fresh) = file.into_parameters(&network, &[]).unwrap();
+    assert_eq!((params, fresh), (parameters(&network), Vec::new()));
+    assert_eq!(network.lstm_only().extra, extra[..1]);
 }
 
 #[test]
@@ -365,6 +389,55 @@ fn samples_of_every_kind_are_written_as_files() {
     let missing = dir.join("no such folder").join("m.onnx");
     let (_, network) = &networks()[0];
     assert!(write(&missing, Format::Onnx, network, &about(Part::All), &parameters(network)).unwrap_err().is_usage());
+}
+
+/// Folders with cases that PyTorch computed.
+fn vectors() -> Vec<PathBuf> {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors");
+    std::iter::once(own).chain(std::env::var_os("CARROUSEL_VECTORS").map(PathBuf::from)).collect()
+}
+
+/// Beside the other samples, so that `check_onnx.py` compares onnxruntime with PyTorch's own results.
+#[test]
+fn a_bare_lstm_is_written_as_torch_itself_names_it() {
+    let mut n_cases = 0;
+    for json in vectors().iter().flat_map(|dir| fs::read_dir(dir).unwrap()).map(|entry| entry.unwrap().path()) {
+        let bytes = fs::read(json.with_extension("f32.safetensors"));
+        let (Some(true), Ok(bytes)) = (json.extension().map(|extension| extension == "json"), bytes) else { continue };
+        let case = SafeTensors::deserialize(&bytes).unwrap();
+        let is_parameter = |name: &str| name.starts_with("weight_") || name.starts_with("bias_");
+        let mut parameters: Vec<NamedTensor> = Vec::new();
+        for (name, view) in case.tensors().into_iter().filter(|(name, _)| is_parameter(name)) {
+            let data = view.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+            parameters.push(NamedTensor { name, shape: view.shape().to_vec(), data });
+        }
+        parameters.sort_by(|a, b| a.name.cmp(&b.name));
+        let views = parameters.iter().map(|tensor| (tensor.name.as_str(), case.tensor(&tensor.name).unwrap()));
+        let torchs = from_bytes(&safetensors::serialize(views, None).unwrap(), &json, Format::Safetensors).unwrap();
+        let network = values(torchs.found().unwrap().layers, 1).lstm_only();
+        let bytes = to_bytes(Format::Safetensors, &network, &about(Part::Lstm), &torchs.tensors).unwrap();
+        let ours = SafeTensors::deserialize(&bytes).unwrap();
+        let mut names: Vec<&str> = ours.names();
+        names.sort_unstable();
+        assert_eq!(names, parameters.iter().map(|tensor| tensor.name.as_str()).collect::<Vec<_>>(), "{}", json.display());
+        for tensor in &parameters {
+            let view = ours.tensor(&tensor.name).unwrap();
+            assert!(view.shape() == tensor.shape && view.data() == case.tensor(&tensor.name).unwrap().data(), "{}", tensor.name);
+        }
+        n_cases += 1;
+        let projects = network.layers.iter().any(|layer| layer.projection > 0);
+        let onnx = to_bytes(Format::Onnx, &network, &about(Part::Lstm), &torchs.tensors).map_err(|e| e.to_string());
+        if projects {
+            assert!(onnx.unwrap_err().contains("does not project its state, as `lstm.weight_hr_l0` does"), "{}", json.display());
+        } else if let (Some(dir), Some(stem)) = (std::env::var_os(SAMPLES), json.file_stem()) {
+            let dir = PathBuf::from(dir).join("torch");
+            fs::create_dir_all(&dir).unwrap();
+            fs::copy(&json, dir.join(stem).with_extension("json")).unwrap();
+            fs::copy(json.with_extension("f32.safetensors"), dir.join(stem).with_extension("safetensors")).unwrap();
+            write(&dir.join(stem).with_extension("onnx"), Format::Onnx, &network, &about(Part::Lstm), &torchs.tensors).unwrap();
+        }
+    }
+    assert!(n_cases >= 4, "only {n_cases} cases");
 }
 
 /// A trained run of each task.

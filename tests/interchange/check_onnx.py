@@ -5,7 +5,7 @@
 
 trains a small run for each configuration, exports it in both formats, and compares onnxruntime's outputs with those of `carrousel evaluate`:
 all at once, in windows with the state carried from one to the next, and in batches of unequal lengths. Samples are files of networks that the
-program cannot train yet, which `tests/interchange.rs` writes where CARROUSEL_INTERCHANGE_SAMPLES says; they are compared with numpy only.
+program cannot train yet, and LSTMs with PyTorch's results; `tests/interchange.rs` writes them where CARROUSEL_INTERCHANGE_SAMPLES says.
 Exit code 0: everything agrees to 1e-5. `run.sh` beside this file does it all.
 """
 
@@ -64,9 +64,9 @@ def read_safetensors(path):
     metadata = header.pop("__metadata__", {})
     tensors = {}
     for name, info in header.items():
-        assert info["dtype"] == "F32", name
         start, end = info["data_offsets"]
-        tensors[name] = np.frombuffer(data[8 + n + start : 8 + n + end], "<f4").reshape(info["shape"])
+        kind = {"F32": "<f4", "I64": "<i8"}[info["dtype"]]
+        tensors[name] = np.frombuffer(data[8 + n + start : 8 + n + end], kind).reshape(info["shape"])
     return tensors, metadata
 
 
@@ -331,6 +331,19 @@ def check_sample(checker, path):
     check_against_numpy(checker, session(path), reference, vocabulary, n_features, is_text)
 
 
+def check_torchs_case(checker, path):
+    """An LSTM alone, against what PyTorch computed (tests/vectors)."""
+    case, _ = read_safetensors(path.with_suffix(".safetensors"))
+    batch_first = json.loads(path.with_suffix(".json").read_text()).get("batch_first")
+    turned = lambda name: case[name].swapaxes(0, 1) if batch_first else case[name]
+    feeds = {"input": np.ascontiguousarray(turned("input"))}
+    feeds.update({name: case[name] for name in ("h_0", "c_0") if name in case})
+    if "lengths" in case:
+        feeds["lengths"] = case["lengths"].astype(np.int32)
+    for name, found in zip(("output", "h_n", "c_n"), session(path).run(["output", "h_n", "c_n"], feeds)):
+        checker.compare(f"{name}, PyTorch's", found, turned(name) if name == "output" else case[name])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--carrousel", type=Path, required=True, help="the program")
@@ -351,7 +364,11 @@ def main():
     for path in samples:
         print(f"sample {path.stem}")
         check_sample(checker, path)
-    print(f"{len(CONFIGS)} configurations and {len(samples)} samples, {checker.failed} failures")
+    cases = sorted((args.samples / "torch").glob("*.onnx")) if args.samples else []
+    for path in cases:
+        print(f"case {path.stem}")
+        check_torchs_case(checker, path)
+    print(f"{len(CONFIGS)} configurations, {len(samples)} samples, {len(cases)} cases of PyTorch's: {checker.failed} failures")
     sys.exit(1 if checker.failed else 0)
 
 

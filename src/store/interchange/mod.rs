@@ -105,6 +105,8 @@ pub struct Layer {
     pub inputs: usize,
     /// `H`, of each direction.
     pub hidden: usize,
+    /// Columns that `weight_hr` projects h to (Sak et al. 2014); 0: none.
+    pub projection: usize,
     pub bidirectional: bool,
     pub bias: bool,
     /// Has `weight_peephole` `[3, H]`, of the gates i, f, o.
@@ -118,7 +120,7 @@ pub struct Layer {
 impl Layer {
     /// A forward layer as PyTorch has it.
     pub const fn plain(inputs: usize, hidden: usize) -> Self {
-        Self { inputs, hidden, bidirectional: false, bias: true, peephole: false, learned_state: false, coupled: false }
+        Self { inputs, hidden, projection: 0, bidirectional: false, bias: true, peephole: false, learned_state: false, coupled: false }
     }
 
     /// `D`.
@@ -126,18 +128,26 @@ impl Layer {
         if self.bidirectional { 2 } else { 1 }
     }
 
-    /// Columns that come out: `D * H`.
+    /// Columns of h: `H`, or what it is projected to.
+    pub const fn state_width(&self) -> usize {
+        if self.projection > 0 { self.projection } else { self.hidden }
+    }
+
+    /// Columns that come out, of all directions.
     pub const fn outputs(&self) -> usize {
-        self.n_directions() * self.hidden
+        self.n_directions() * self.state_width()
     }
 
     /// Names and shapes of layer `l`, as PyTorch has them, of one direction.
     fn tensors(&self, l: usize, direction: usize) -> Vec<(String, Vec<usize>)> {
         let name = |what: &str| tensor_name(what, l, direction);
         let rows = GATES * self.hidden;
-        let mut tensors = vec![(name("weight_ih"), vec![rows, self.inputs]), (name("weight_hh"), vec![rows, self.hidden])];
+        let mut tensors = vec![(name("weight_ih"), vec![rows, self.inputs]), (name("weight_hh"), vec![rows, self.state_width()])];
         if self.bias {
             tensors.extend(["bias_ih", "bias_hh"].map(|what| (name(what), vec![rows])));
+        }
+        if self.projection > 0 {
+            tensors.push((name("weight_hr"), vec![self.projection, self.hidden]));
         }
         if self.peephole {
             tensors.push((name("weight_peephole"), vec![3, self.hidden]));
@@ -168,6 +178,8 @@ pub struct Network {
     pub head: Option<Output>,
     /// The head's weight is the embedding's.
     pub tied: bool,
+    /// Further parameters, names and shapes, that only this program's own file carries.
+    pub extra: Vec<(String, Vec<usize>)>,
     /// Why `torch.nn.LSTM` computes something else from these tensors, where it does.
     pub beyond_torch: Option<String>,
     /// Why ONNX's LSTM computes something else, where it does.
@@ -188,7 +200,7 @@ pub fn describe(config: &ModelConfig) -> Network {
     let mut inputs = width;
     let mut layers = Vec::with_capacity(n_layers);
     for _ in 0..n_layers {
-        let layer = Layer { inputs, hidden, bidirectional, bias, peephole, learned_state, coupled: coupled_gates };
+        let layer = Layer { inputs, hidden, projection: 0, bidirectional, bias, peephole, learned_state, coupled: coupled_gates };
         inputs = layer.outputs();
         layers.push(layer);
     }
@@ -202,7 +214,18 @@ pub fn describe(config: &ModelConfig) -> Network {
         [(peephole, "its gates read the cell state by peepholes"), (coupled_gates, "its forget gate is one minus its input gate")];
     let beyond_onnx = first_that_holds(&beyond);
     let beyond_torch = first_that_holds(&of_torch).or_else(|| beyond_onnx.clone());
-    Network { input, layers, head: Some(output), tied, beyond_torch, beyond_onnx }
+    let mut network = Network { input, layers, head: Some(output), tied, extra: Vec::new(), beyond_torch, beyond_onnx };
+    // A parameter that has no words above is carried along by its name, and never silently left out of what others compute.
+    let named = network.tensors();
+    let table = config.table();
+    let further = table.tensors().iter().filter(|tensor| !named.iter().any(|(name, _)| *name == tensor.name));
+    network.extra = further.map(|tensor| (tensor.name.clone(), tensor.shape.clone())).collect();
+    if let Some((name, _)) = network.extra.first() {
+        let reason = format!("it has no word for the parameter `{name}`");
+        network.beyond_torch.get_or_insert(reason.clone());
+        network.beyond_onnx.get_or_insert(reason);
+    }
+    network
 }
 
 fn first_that_holds(reasons: &[(bool, &str)]) -> Option<String> {
@@ -213,7 +236,8 @@ impl Network {
     /// The LSTM alone, which reads numbers.
     pub fn lstm_only(&self) -> Self {
         let n_features = self.layers.first().map_or(0, |layer| layer.inputs);
-        Self { input: Input::Values { n_features }, head: None, tied: false, ..self.clone() }
+        let extra = self.extra.iter().filter(|(name, _)| name.starts_with(LSTM)).cloned().collect();
+        Self { input: Input::Values { n_features }, head: None, tied: false, extra, ..self.clone() }
     }
 
     /// Columns of the last layer's outputs.
@@ -229,7 +253,7 @@ impl Network {
         })
     }
 
-    /// Names and shapes of all parameters in PyTorch's terms, in order of first use; without `head.weight` where that is the embedding's.
+    /// Names and shapes of all parameters in PyTorch's terms, in order of first use, further ones last; without `head.weight` where that is the embedding's.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let mut tensors = Vec::new();
         if let Input::Tokens { vocabulary, width } = self.input {
@@ -245,6 +269,7 @@ impl Network {
             }
             tensors.push((HEAD_BIAS.to_owned(), bias));
         }
+        tensors.extend(self.extra.iter().cloned());
         tensors
     }
 }
@@ -464,12 +489,18 @@ impl ModelFile {
                 return Err(self.wrong(&name, format!("reads {inputs} columns, but the layer below has {outputs}")));
             }
             let has = |what: &str, direction| self.tensor(&tensor_name(what, l, direction)).is_some();
-            if has("weight_hr", 0) {
-                return Err(self.wrong(&tensor_name("weight_hr", l, 0), "is a projection, which this model does not have"));
-            }
+            let projection = match self.tensor(&tensor_name("weight_hr", l, 0)).map(|tensor| &tensor.shape[..]) {
+                None => 0,
+                Some(&[columns, _]) if columns > 0 => columns,
+                Some(shape) => {
+                    let problem = format!("has shape {shape:?}, but a projection's is [columns, hidden units]");
+                    return Err(self.wrong(&tensor_name("weight_hr", l, 0), problem));
+                }
+            };
             let layer = Layer {
                 inputs,
                 hidden,
+                projection,
                 bidirectional: has("weight_ih", 1),
                 bias: has("bias_ih", 0),
                 peephole: has("weight_peephole", 0),
@@ -518,6 +549,9 @@ impl ModelFile {
                 (layer.peephole != first.peephole, "weight_hh", "in having peepholes"),
                 (layer.learned_state != first.learned_state, "weight_hh", "in having a learnt initial state"),
             ];
+            if layer.projection > 0 {
+                return refuse("weight_hr", 0, "is a projection, which this model does not have");
+            }
             if let Some((_, what, how)) = unlike.iter().find(|(differs, ..)| *differs) {
                 return refuse(what, 0, &format!("belongs to a layer that differs from the first one {how}; here all or none have"));
             }

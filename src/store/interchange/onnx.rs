@@ -297,6 +297,9 @@ pub(super) fn to_bytes(network: &Network, about: &About, tensors: &[NamedTensor]
     if let Some(reason) = &network.beyond_onnx {
         return refuse(reason.clone());
     }
+    if let Some(l) = network.layers.iter().position(|layer| layer.projection > 0) {
+        return refuse(format!("ONNX's LSTM does not project its state, as `{}` does", tensor_name("weight_hr", l, 0)));
+    }
     let floats: usize = tensors.iter().map(|tensor| tensor.data.len()).sum();
     let strings = sealed(about, tensors);
     let model = Model {
@@ -669,7 +672,15 @@ mod tests {
     fn network(layers: Vec<Layer>) -> (Network, Vec<NamedTensor>) {
         let n_features = layers[0].inputs;
         let head = Some(Output::Values { n_outputs: 3 });
-        let network = Network { input: Input::Values { n_features }, layers, head, tied: false, beyond_torch: None, beyond_onnx: None };
+        let network = Network {
+            input: Input::Values { n_features },
+            layers,
+            head,
+            tied: false,
+            extra: Vec::new(),
+            beyond_torch: None,
+            beyond_onnx: None,
+        };
         let mut next = 0.0;
         let tensors = network.tensors().into_iter().map(|(name, shape)| {
             let data = (0..shape.iter().product()).map(|_| {
