@@ -10,6 +10,7 @@ pub mod embedding;
 pub mod gemm;
 pub mod loss;
 pub mod lstm;
+pub mod microkernel;
 pub mod reduce;
 pub mod update;
 
