@@ -24,6 +24,7 @@ use anyhow::{Result, ensure};
 use bytemuck::{Pod, Zeroable};
 
 use super::gemm::{Gemm, Matrix};
+use super::microkernel::{self, Ends, Factors, Left, MatrixMut, Stored};
 use super::reduce::ColumnSums;
 use super::{
     AdapterClass, Binding, Case, Dispatch, Entry, Fill, Fragment, Kernel, MAX_LOOP_TRIPS, MAX_WORKGROUPS, ODD, Operand, Shader, ShapeError,
@@ -146,13 +147,10 @@ impl Kernel for LstmStepForward {
             if n == 0 {
                 return;
             }
-            let h_in =
-                ndarray::ArrayView2::from_shape((n, hidden), &h_prev[range.start * hidden..range.end * hidden]).expect("a block of rows");
-            let mut z_view = ndarray::ArrayViewMut2::from_shape((n, width), &mut *z.data).expect("a block of rows");
-            for (mut z, panel) in z_view.axis_chunks_iter_mut(ndarray::Axis(1), PANEL).zip(weight.chunks_exact(hidden * PANEL)) {
-                let panel = ndarray::ArrayView2::from_shape((hidden, PANEL), panel).expect("a panel");
-                ndarray::linalg::general_mat_mul(1.0, &h_in, &panel, 1.0, &mut z);
-            }
+            let h_in = &h_prev[range.start * hidden..range.end * hidden];
+            let mut to = MatrixMut::row_major(z.data, n, width, width);
+            let factors = Factors::of_panels(hidden, Left::Rows(h_in, hidden), weight);
+            microkernel::multiply(isa, &mut to, [Some(factors), None], Ends { add: true, bias: None });
             let mut non_finite = 0u32;
             for row in 0..n {
                 let z = &mut z.data[row * width..][..width];
@@ -196,7 +194,7 @@ fn two_parts(data: &mut [f32], from: usize, to: usize, len: usize) -> (&mut [f32
 
 /// One row: activates z in place, updates the state.
 #[inline(always)]
-fn gate_forward(z: &mut [f32], c_prev: &[f32], h: &mut [f32], c: &mut [f32], non_finite: &mut u32) {
+pub(super) fn gate_forward(z: &mut [f32], c_prev: &[f32], h: &mut [f32], c: &mut [f32], non_finite: &mut u32) {
     let mut bad = 0u32;
     for (((z, c_prev), h), c) in z
         .chunks_exact_mut(PANEL)
@@ -301,8 +299,13 @@ impl Kernel for LstmStepBackward {
         };
         let (dh_last, dc) = carry.as_mut_slice()[self.carry as usize..][..2 * rows * hidden].split_at_mut(rows * hidden);
         let isa = ctx.isa;
-        // The sum over gates and panels needs somewhere to lie.
-        let dh = ctx.scratch.take(rows * hidden);
+        let (packed, dh) = ctx.scratch.take(microkernel::packed_len(isa, width, hidden) + rows * hidden).split_at_mut(
+            if self.last == 1 { 0 } else { microkernel::packed_len(isa, width, hidden) },
+        );
+        if self.last == 0 {
+            microkernel::pack(isa, Stored::panels(weight, hidden).transposed(), 0..width, 0..hidden, packed);
+        }
+        let packed = &*packed;
         let state = |data| Rows { data, width: hidden };
         let work = (Rows { data: gates, width }, state(dc), (state(dh_last), state(dh)));
         let min_rows = (1usize << 17).div_ceil(hidden * width).max(1);
@@ -313,15 +316,10 @@ impl Kernel for LstmStepBackward {
                 return;
             }
             if self.last == 0 {
-                let dz = ndarray::ArrayView2::from_shape((n, width), &dz_after[range.start * width..range.end * width])
-                    .expect("a block of rows");
-                let mut dh = ndarray::ArrayViewMut2::from_shape((n, hidden), &mut *dh.data).expect("a block of rows");
-                let mut beta = 0.0;
-                for (dz, panel) in dz.axis_chunks_iter(ndarray::Axis(1), PANEL).zip(weight.chunks_exact(hidden * PANEL)) {
-                    let panel = ndarray::ArrayView2::from_shape((hidden, PANEL), panel).expect("a panel");
-                    ndarray::linalg::general_mat_mul(1.0, &dz, &panel.reversed_axes(), beta, &mut dh);
-                    beta = 1.0;
-                }
+                let mut to = MatrixMut::row_major(dh.data, n, hidden, hidden);
+                let dz = &dz_after[range.start * width..range.end * width];
+                let factors = Factors::packed(isa, width, Left::Rows(dz, width), packed);
+                microkernel::multiply(isa, &mut to, [Some(factors), None], Ends::default());
             }
             for row in 0..n {
                 let b = range.start + row;
@@ -351,7 +349,7 @@ impl Kernel for LstmStepBackward {
 
 /// One row: gates become dz, dc moves one step back.
 #[inline(always)]
-fn gate_backward(gates: &mut [f32], dh: &[f32], dc: &mut [f32], c_prev: &[f32], c: &[f32]) {
+pub(super) fn gate_backward(gates: &mut [f32], dh: &[f32], dc: &mut [f32], c_prev: &[f32], c: &[f32]) {
     for (p, z) in gates.chunks_exact_mut(PANEL).enumerate() {
         let units = p * PANEL_UNITS..(p + 1) * PANEL_UNITS;
         let (dh, dc, c_prev, c) = (&dh[units.clone()], &mut dc[units.clone()], &c_prev[units.clone()], &c[units]);
@@ -542,6 +540,16 @@ fn backward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Resul
         let through = back_through(weight_ih.1, lane.inputs, steps * rows, dz_at(lane.range.start), to, 0);
         launch(&through, &[lane.gates, weight_ih.0, weight_ih.0, dx])?;
     }
+    weight_gradients(args, lane, launch)
+}
+
+/// The last part of a backward plan: gradients of weights and biases from x, h and dz of all steps.
+///
+/// # Errors
+/// The launch's.
+pub(super) fn weight_gradients(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result<()> {
+    let Some(grads) = &lane.backward else { anyhow::bail!("a lane without places for its gradients cannot be swept backward") };
+    let (rows, state, width) = (args.n_rows, args.n_rows * lane.hidden, lane.hidden * GATES as u32);
     // Sums over T x B in pieces that one invocation's loop can run; a piece may end within a step.
     let (begin, end) = (lane.range.start * rows, lane.range.end * rows);
     for row in (begin..end).step_by(MAX_LOOP_TRIPS as usize / 2) {

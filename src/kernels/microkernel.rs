@@ -5,6 +5,7 @@
 //! not depend on which rows or columns are computed with it. No layer, no kernel and no thread is known here; what is unsafe in the CPU kernels is here.
 
 use crate::pool::Isa;
+use crate::shape::{PANEL, round_up};
 
 /// Rows of the highest tile: with 2 vectors of columns it leaves registers for what is loaded.
 pub const TILE_ROWS: usize = 6;
@@ -222,6 +223,63 @@ impl<'a> MatrixMut<'a> {
     }
 }
 
+/// `[steps, rows, width]` of which each thread has some rows in all steps.
+pub struct Steps<'a> {
+    start: *mut f32,
+    n_steps: usize,
+    /// Floats from step to step.
+    step: usize,
+    rows: usize,
+    width: usize,
+    life: std::marker::PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: a part reaches its own rows only, as a `&mut` to them would.
+unsafe impl Send for Steps<'_> {}
+
+impl<'a> Steps<'a> {
+    pub fn new(data: &'a mut [f32], n_steps: usize, rows: usize, width: usize) -> Self {
+        assert!(n_steps * rows * width <= data.len(), "steps within their slice");
+        Self { start: data.as_mut_ptr(), n_steps, step: rows * width, rows, width, life: std::marker::PhantomData }
+    }
+
+    /// This part's rows at one step.
+    pub fn at(&self, step: usize) -> &[f32] {
+        assert!(step < self.n_steps, "step {step} of {}", self.n_steps);
+        // SAFETY: within the slice that it was made of; no other part has these rows.
+        unsafe { std::slice::from_raw_parts(self.start.add(step * self.step), self.rows * self.width) }
+    }
+
+    /// This part's rows at one step.
+    pub fn at_mut(&mut self, step: usize) -> &mut [f32] {
+        assert!(step < self.n_steps, "step {step} of {}", self.n_steps);
+        // SAFETY: as above, and borrowed for as long as the result.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(step * self.step), self.rows * self.width) }
+    }
+
+    /// Two different steps, the second to be written.
+    pub fn two(&mut self, from: usize, to: usize) -> (&[f32], &mut [f32]) {
+        assert!(from != to && from < self.n_steps && to < self.n_steps, "steps {from} and {to} of {}", self.n_steps);
+        let len = self.rows * self.width;
+        // SAFETY: as above; two steps share nothing, since `len` is at most a step.
+        unsafe {
+            (
+                std::slice::from_raw_parts(self.start.add(from * self.step), len),
+                std::slice::from_raw_parts_mut(self.start.add(to * self.step), len),
+            )
+        }
+    }
+}
+
+impl crate::pool::Divide for Steps<'_> {
+    fn divide(self, at: usize) -> (Self, Self) {
+        assert!(at <= self.rows, "a row of the part");
+        // SAFETY: within the slice, or one past it; a part without rows reads nothing.
+        let start = if at < self.rows { unsafe { self.start.add(at * self.width) } } else { self.start };
+        (Self { rows: at, ..self }, Self { start, rows: self.rows - at, ..self })
+    }
+}
+
 /// The left factor.
 #[derive(Clone, Copy)]
 pub enum Left<'a> {
@@ -248,6 +306,11 @@ impl<'a> Factors<'a> {
     pub fn packed(isa: Isa, k: usize, a: Left<'a>, b: &'a [f32]) -> Self {
         let width = tile_cols(isa);
         Self { k, a, b, row_stride: width, panel: width, panel_stride: width * k }
+    }
+
+    /// B `[k, n]` as weights lie: panels of 64 columns.
+    pub fn of_panels(k: usize, a: Left<'a>, b: &'a [f32]) -> Self {
+        Self { k, a, b, row_stride: PANEL, panel: PANEL, panel_stride: PANEL * k }
     }
 
     /// B where it lies, if it can be read so: not transposed, whole tiles.
@@ -285,7 +348,10 @@ pub fn multiply(isa: Isa, c: &mut MatrixMut<'_>, factors: [Option<Factors<'_>>; 
             Left::Packed(a) => assert!(m * f.k <= a.len(), "the packed left factor within its slice"),
         }
         let last = (n - 1) / width * width;
-        assert!(f.tile_at(last).max(f.tile_at(f.panel.min(n) / width * width - width)) + (f.k - 1) * f.row_stride + width <= f.b.len(), "the panels within their slice");
+        // The last tile of the panel before the last one may lie further.
+        let before = if last >= f.panel { f.tile_at(last / f.panel * f.panel - width) } else { 0 };
+        let end = f.tile_at(last).max(before) + (f.k - 1) * f.row_stride + width;
+        assert!(f.panel >= width && end <= f.b.len(), "the panels within their slice");
     }
     assert!(ends.bias.is_none_or(|b| b.len() >= n), "a bias for every column");
     assert!(c.panel == usize::MAX || (c.panel.is_multiple_of(width) && c.first_col.is_multiple_of(width)), "no tile across two panels");
@@ -516,7 +582,17 @@ pub struct Stored<'a> {
     pub transposed: bool,
 }
 
-impl Stored<'_> {
+impl<'a> Stored<'a> {
+    /// `[k, n]` in panels of 64 columns.
+    pub fn panels(data: &'a [f32], k: usize) -> Self {
+        Self { data, row_stride: PANEL, panel: PANEL, panel_stride: PANEL * k, transposed: false }
+    }
+
+    /// The same memory, rows for columns.
+    pub fn transposed(self) -> Self {
+        Self { transposed: !self.transposed, ..self }
+    }
+
     /// The same from stored (row, col) on, of a B that is not transposed; `col` is where a panel starts, or it is row-major.
     pub fn part(&self, row: usize, col: usize) -> Self {
         let panels = if self.panel == usize::MAX { col } else { col / self.panel * self.panel_stride + col % self.panel };
@@ -528,6 +604,11 @@ impl Stored<'_> {
         let (panel, within) = if self.panel == usize::MAX { (0, col) } else { (col / self.panel, col % self.panel) };
         &self.data[panel * self.panel_stride + row * self.row_stride + within..]
     }
+}
+
+/// Floats of a packed B `[k, n]`.
+pub const fn packed_len(isa: Isa, k: usize, n: usize) -> usize {
+    k * round_up(n, tile_cols(isa))
 }
 
 /// Packs rows `ks` and columns `cols` of B for tiles: `[cols / width][k][width]`, zero beyond the last column.

@@ -12,6 +12,7 @@ pub mod loss;
 pub mod lstm;
 pub mod microkernel;
 pub mod reduce;
+pub mod sweep_cpu;
 pub mod update;
 
 use crate::pool::CpuContext;
