@@ -4,8 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Backend, BufferId, DeviceInfo, Limits, Readback, Span};
-use crate::kernels::lstm::SweepArgs;
+use super::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan};
 use crate::kernels::{Access, Kernel, Operand, sweep_cpu};
 use crate::pool::CpuContext;
 
@@ -162,8 +161,8 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn sweep(&mut self, args: &SweepArgs<'_>) -> Result<()> {
-        sweep_cpu::sweep(args, &mut |kernel, operands| self.launch(kernel, operands))
+    fn plan(&self) -> SweepPlan {
+        sweep_cpu::sweep
     }
 
     fn read(&mut self, spans: &[Span], mut memory: Vec<f32>) -> Result<Box<dyn Readback>> {

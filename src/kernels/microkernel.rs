@@ -4,6 +4,7 @@
 //! panels as wide as a tile, `[n / width][k][width]`, packed by [`pack`] or lying so already. Each sum runs over k in order, so an element's bits do
 //! not depend on which rows or columns are computed with it. No layer, no kernel and no thread is known here; what is unsafe in the CPU kernels is here.
 
+use crate::for_isa;
 use crate::pool::Isa;
 use crate::shape::{PANEL, round_up};
 
@@ -615,10 +616,14 @@ pub const fn packed_len(isa: Isa, k: usize, n: usize) -> usize {
 /// `to` needs `ks.len() * cols.len()` floats, the latter rounded up to whole panels.
 pub fn pack(isa: Isa, b: Stored<'_>, ks: std::ops::Range<usize>, cols: std::ops::Range<usize>, to: &mut [f32]) {
     let width = tile_cols(isa);
-    let k = ks.len();
-    if k == 0 {
-        return;
+    if !ks.is_empty() {
+        for_isa!(isa, pack_tiles(width: usize, b: Stored<'_>, ks: std::ops::Range<usize>, cols: std::ops::Range<usize>, to: &mut [f32]));
     }
+}
+
+#[inline(always)]
+fn pack_tiles(width: usize, b: Stored<'_>, ks: std::ops::Range<usize>, cols: std::ops::Range<usize>, to: &mut [f32]) {
+    let k = ks.len();
     for (to, first) in to.chunks_exact_mut(k * width).zip(cols.clone().step_by(width)) {
         let valid = width.min(cols.end - first);
         if b.transposed {
@@ -628,7 +633,7 @@ pub fn pack(isa: Isa, b: Stored<'_>, ks: std::ops::Range<usize>, cols: std::ops:
                 // A piece of 16 columns never crosses a panel of 64 unless it starts within one.
                 let from = b.from(row, first);
                 if valid == width && (b.panel == usize::MAX || first % b.panel + width <= b.panel) {
-                    copy_columns(from, to);
+                    copy_columns(&from[..width], to);
                 } else {
                     to.fill(0.0);
                     for (i, to) in to[..valid].iter_mut().enumerate() {
@@ -643,12 +648,13 @@ pub fn pack(isa: Isa, b: Stored<'_>, ks: std::ops::Range<usize>, cols: std::ops:
 /// A copy whose length the compiler knows.
 #[inline(always)]
 fn copy_columns(from: &[f32], to: &mut [f32]) {
-    for (to, from) in to.chunks_exact_mut(16).zip(from.chunks_exact(16)) {
-        to.copy_from_slice(from);
+    for (to, from) in to.as_chunks_mut::<16>().0.iter_mut().zip(from.as_chunks::<16>().0) {
+        *to = *from;
     }
 }
 
 /// One panel from B stored `[n, k]`: blocks of 8 x 8 go through registers.
+#[inline(always)]
 fn transpose(b: Stored<'_>, ks: std::ops::Range<usize>, first: usize, valid: usize, width: usize, to: &mut [f32]) {
     if valid < width {
         to.fill(0.0);
@@ -682,11 +688,25 @@ fn transpose(b: Stored<'_>, ks: std::ops::Range<usize>, first: usize, valid: usi
 /// Packs A that is stored `[k, m]` in rows of `stride` floats: rows `ks` of it and columns `rows`, in blocks of a tile's rows, `[k][rows of the tile]`.
 pub fn pack_left(a: &[f32], stride: usize, ks: std::ops::Range<usize>, rows: std::ops::Range<usize>, to: &mut [f32]) {
     let k = ks.len();
-    for (row, n_rows) in row_cuts(rows.len()) {
+    for (row, n_rows) in row_cuts(rows.len()).filter(|cut| cut.1 > 0 && k > 0) {
         let to = &mut to[row * k..(row + n_rows) * k];
-        let first = rows.start + row;
-        for (i, to) in ks.clone().zip(to.chunks_exact_mut(n_rows.max(1))) {
-            to.copy_from_slice(&a[i * stride + first..][..n_rows]);
+        let from = &a[ks.start * stride + rows.start + row..];
+        // A length that the compiler knows: a call for six floats costs more than they do.
+        match n_rows {
+            1 => copy_rows::<1>(from, stride, to),
+            2 => copy_rows::<2>(from, stride, to),
+            3 => copy_rows::<3>(from, stride, to),
+            4 => copy_rows::<4>(from, stride, to),
+            5 => copy_rows::<5>(from, stride, to),
+            _ => copy_rows::<TILE_ROWS>(from, stride, to),
+        }
+    }
+}
+
+fn copy_rows<const R: usize>(from: &[f32], stride: usize, to: &mut [f32]) {
+    for (i, to) in to.as_chunks_mut::<R>().0.iter_mut().enumerate() {
+        if let Some(from) = from[i * stride..].first_chunk::<R>() {
+            *to = *from;
         }
     }
 }
