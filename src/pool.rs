@@ -41,7 +41,7 @@ impl Isa {
 }
 
 /// Compiles `$body` (an `#[inline(always)]` function) once for each instruction set and calls the one in `$isa`.
-/// The arithmetic is the same in all of them: no multiplication and addition are fused.
+/// The arithmetic is the same in all of them: no multiplication and addition are fused. (Products are: see `kernels::microkernel`.)
 #[macro_export]
 macro_rules! for_isa {
     ($isa:expr, $body:ident($($arg:ident: $ty:ty),* $(,)?)) => {{
@@ -158,12 +158,18 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// `len` floats with unspecified values.
+    /// Floats of a cache line.
+    const LINE: usize = 16;
+
+    /// `len` floats with unspecified values, from the start of a cache line on: a vector across two lines costs two loads.
     pub fn take(&mut self, len: usize) -> &mut [f32] {
-        if self.data.len() < len {
-            self.data.resize(len, 0.0);
+        if self.data.len() < len + Self::LINE {
+            // What is there need not be kept, so it is not copied, and never lies twice.
+            self.data = Vec::new();
+            self.data.resize(len + Self::LINE, 0.0);
         }
-        &mut self.data[..len]
+        let skip = self.data.as_ptr().align_offset(Self::LINE * 4).min(Self::LINE);
+        &mut self.data[skip..skip + len]
     }
 }
 

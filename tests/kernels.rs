@@ -189,8 +189,10 @@ fn run_with(isa: Isa, case: &Case, inputs: &[Vec<u32>]) -> Vec<Vec<u32>> {
 }
 
 #[test]
-fn every_instruction_set_gives_the_same_bits() {
-    for entry in ALL {
+fn every_instruction_set_gives_the_same_bits_but_for_products() {
+    // Products fuse multiplication and addition where the processor can; each set is judged against the oracle instead.
+    let has_product = |name: &str| ["gemm", "lstm_step_forward", "lstm_step_backward"].contains(&name);
+    for entry in ALL.iter().filter(|entry| !has_product(entry.name)) {
         for (idx, case) in (entry.cases)().iter().enumerate().filter(|(_, case)| case.operands.iter().all(|o| o.len < 1 << 20)) {
             let inputs: Vec<Vec<u32>> = case.operands.iter().enumerate().map(|(i, o)| words_of(o, 2000 + idx as u64, i)).collect();
             let plain = run_with(Isa::Baseline, case, &inputs);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use carrousel::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span};
+use carrousel::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan};
 use carrousel::kernels::Kernel;
 use carrousel::observe::Event;
 use carrousel::optim::Rule;
@@ -81,6 +81,9 @@ impl Backend for Changed {
     fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> Result<()> {
         self.inner.launch(kernel, operands)?;
         (self.after)(self.inner.as_mut(), kernel.name(), operands)
+    }
+    fn plan(&self) -> SweepPlan {
+        self.inner.plan()
     }
     fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>> {
         self.inner.read(spans, memory)

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Backend, BufferId, DeviceInfo, Limits, Readback, Span};
-use crate::kernels::{Access, Kernel, Operand};
+use super::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan};
+use crate::kernels::{Access, Kernel, Operand, sweep_cpu};
 use crate::pool::CpuContext;
 
 /// The backend `cpu:THREADS`.
@@ -123,7 +123,7 @@ impl Backend for CpuBackend {
         let _span = tracing::trace_span!("launch", kernel = kernel.name()).entered();
         let bindings = kernel.bindings();
         ensure!(bindings.len() == operands.len(), "{} takes {} operands, not {}", kernel.name(), bindings.len(), operands.len());
-        const MOST: usize = 8;
+        const MOST: usize = 10;
         let mut lens = [0; MOST];
         lens.iter_mut().zip(operands).for_each(|(len, span)| *len = span.len);
         kernel.check(&lens[..operands.len()])?;
@@ -159,6 +159,10 @@ impl Backend for CpuBackend {
             None => Ok(()),
             Some(name) => anyhow::bail!("{}: {name} is also written, freed, or shorter than its span", kernel.name()),
         }
+    }
+
+    fn plan(&self) -> SweepPlan {
+        sweep_cpu::sweep
     }
 
     fn read(&mut self, spans: &[Span], mut memory: Vec<f32>) -> Result<Box<dyn Readback>> {

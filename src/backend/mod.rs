@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use crate::kernels::Kernel;
-use crate::kernels::lstm::{SweepArgs, sweep_plan};
+use crate::kernels::lstm::{Launch, SweepArgs, sweep_plan};
 
 pub use crate::kernels::{BufferId, Span};
 
@@ -62,6 +62,9 @@ pub trait Readback: Send {
     fn wait(self: Box<Self>, deadline: Duration) -> Result<Vec<f32>>;
 }
 
+/// Launches that make up a sweep.
+pub type SweepPlan = fn(&SweepArgs<'_>, Launch<'_>) -> Result<()>;
+
 /// Where kernels run. Object-safe; every method may fail when the device is lost.
 pub trait Backend {
     fn info(&self) -> &DeviceInfo;
@@ -84,9 +87,13 @@ pub trait Backend {
     fn clear(&mut self, span: Span) -> Result<()>;
     /// Runs a kernel on spans, one for each of its bindings.
     fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> Result<()>;
-    /// Runs the recurrent sweep of some lanes; the default is the plan of launches in `kernels::lstm`.
+    /// How this backend sweeps; the default is the plan of launches in `kernels::lstm`. A backend around another hands its plan on.
+    fn plan(&self) -> SweepPlan {
+        sweep_plan
+    }
+    /// Runs the recurrent sweep of some lanes as [`Self::plan`] says.
     fn sweep(&mut self, args: &SweepArgs<'_>) -> Result<()> {
-        sweep_plan(args, &mut |kernel, operands| self.launch(kernel, operands))
+        (self.plan())(args, &mut |kernel, operands| self.launch(kernel, operands))
     }
     /// Begins to read spans, one behind another, into `memory` (which is resized); everything launched before is done first.
     fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>>;

@@ -1,17 +1,19 @@
 //! Matrix product C = op(A) op(B) (+ bias), or added to C; op is nothing or the transpose.
 //!
-//! Matrices lie row-major or in panels (see [`Matrix`]), anywhere within their binding. On the CPU the arithmetic is `matrixmultiply`'s,
-//! by way of ndarray. 2 M N K floating-point operations.
+//! Matrices lie row-major or in panels (see [`Matrix`]), anywhere within their binding. On the CPU blocks of B, and of
+//! a transposed A, are packed for the register tiles of [`microkernel`]. 2 M N K floating-point operations.
+
+use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
-use ndarray::{ArrayView2, ArrayViewMut2, ShapeBuilder, linalg::general_mat_mul};
 
+use super::microkernel::{self, Ends, Factors, Left, MatrixMut, Stored};
 use super::{
     AdapterClass, Binding, Case, Dispatch, Entry, Fill, Fragment, Kernel, MAX_WORKGROUPS, ODD, Operand, Shader, ShapeError, Tolerance,
     at_least, kernel_basics, operand, read, read_write,
 };
 use crate::pool::{CpuContext, Divide};
-use crate::shape::PANEL;
+use crate::shape::{PANEL, round_up};
 
 /// Columns a row-major matrix reports as its panel width.
 const ONE_PANEL: u32 = u32::MAX;
@@ -157,108 +159,115 @@ impl Kernel for Gemm {
     }
 }
 
-/// The rows of C that one thread computes, as a stored matrix from its first row on.
-struct RowsOfC<'a> {
-    panels: PanelRows<'a>,
+/// Terms of a sum that a tile adds up before it goes on to other columns, columns of B that are packed at a time, and rows of a transposed A:
+/// a packed tile of B (16 KiB) stays in the first cache, rows of A (192 KiB) in the second, all packed columns (1 MiB) in the third.
+const BLOCK_K: usize = 256;
+const BLOCK_N: usize = 1024;
+const BLOCK_M: usize = 192;
+/// Rows of A up to which B is read where it lies: packing costs about as much as two tiles of rows.
+const UNPACKED_ROWS: usize = 2 * microkernel::TILE_ROWS;
+
+/// What one thread computes: rows or columns of C, and memory to pack in.
+struct Part<'a> {
+    c: MatrixMut<'a>,
+    /// Columns in a unit of division; 0 where a unit is a row.
+    unit_cols: usize,
+    scratch: &'a mut [f32],
+    /// Floats of scratch for each unit.
+    unit_scratch: usize,
 }
 
-/// Row-major C is one panel of all its columns.
-enum PanelRows<'a> {
-    One(ArrayViewMut2<'a, f32>),
-    Many(ndarray::ArrayViewMut3<'a, f32>),
-}
-
-impl Divide for RowsOfC<'_> {
+impl Divide for Part<'_> {
     fn divide(self, at: usize) -> (Self, Self) {
-        match self.panels {
-            PanelRows::One(c) => {
-                let (x, y) = c.split_at(ndarray::Axis(0), at);
-                (Self { panels: PanelRows::One(x) }, Self { panels: PanelRows::One(y) })
+        let (c, rest) = match self.unit_cols {
+            0 => self.c.split_rows(at),
+            width => {
+                let at = (at * width).min(self.c.cols());
+                self.c.split_cols(at)
             }
-            PanelRows::Many(c) => {
-                let (x, y) = c.split_at(ndarray::Axis(1), at);
-                (Self { panels: PanelRows::Many(x) }, Self { panels: PanelRows::Many(y) })
-            }
-        }
+        };
+        let (scratch, more) = self.scratch.split_at_mut(at * self.unit_scratch);
+        (Self { c, scratch, ..self }, Self { c: rest, scratch: more, ..self })
     }
 }
 
-/// Stored columns `cols` (within one panel) of a stored matrix.
-fn view<'a>(data: &'a [f32], m: Matrix, rows: u32, cols: std::ops::Range<usize>) -> ArrayView2<'a, f32> {
-    let (panel, first) = if m.is_panels() { (cols.start / m.panel as usize, cols.start % m.panel as usize) } else { (0, cols.start) };
-    let start = m.offset as usize + panel * m.panel_stride as usize + first;
-    let (rows, n) = (rows as usize, cols.len());
-    if rows == 0 || n == 0 {
-        return ArrayView2::from_shape((rows, n), &[]).expect("nothing has any shape");
-    }
-    let data = &data[start..start + (rows - 1) * m.row_stride as usize + n];
-    ArrayView2::from_shape((rows, n).strides((m.row_stride as usize, 1)), data).expect("the check has compared lengths")
+/// Cuts a range into the fewest pieces of at most `most`, nearly equal and, but for the last, multiples of `of`; one empty piece where there is nothing.
+fn pieces(range: Range<usize>, most: usize, of: usize) -> impl Iterator<Item = Range<usize>> {
+    let n = range.len().div_ceil(most).max(1);
+    let each = round_up(range.len().div_ceil(n).max(1), of);
+    (0..n).map(move |i| (range.start + i * each).min(range.end)..(range.start + (i + 1) * each).min(range.end))
 }
 
-/// The product on the CPU, rows of C split over the threads.
-pub(crate) fn product(ctx: &CpuContext, g: &Gemm, a: &[f32], b: &[f32], bias: Option<&[f32]>, c: &mut [f32]) {
-    let (m, n, k) = (g.m as usize, g.n as usize, g.k as usize);
+/// The product on the CPU, columns or rows of C split over the threads. The split changes no bit: each sum runs over k in order.
+pub(crate) fn product(ctx: &mut CpuContext, g: &Gemm, a: &[f32], b: &[f32], bias: Option<&[f32]>, c: &mut [f32]) {
+    let (m, n, k, isa) = (g.m as usize, g.n as usize, g.k as usize, ctx.isa);
     if m == 0 || n == 0 {
         return;
     }
-    let start = g.c.offset as usize;
+    let c = &mut c[g.c.offset as usize..];
     let c = if g.c.is_panels() {
-        let n_panels = n.div_ceil(PANEL);
-        let len = (n_panels - 1) * g.c.panel_stride as usize + m * PANEL;
-        let shape = (n_panels, m, PANEL).strides((g.c.panel_stride as usize, PANEL, 1));
-        PanelRows::Many(ndarray::ArrayViewMut3::from_shape(shape, &mut c[start..start + len]).expect("the check has compared lengths"))
+        MatrixMut::panels(c, m, n, g.c.panel as usize, g.c.panel_stride as usize)
     } else {
-        let len = (m - 1) * g.c.row_stride as usize + n;
-        let shape = (m, n).strides((g.c.row_stride as usize, 1));
-        PanelRows::One(ArrayViewMut2::from_shape(shape, &mut c[start..start + len]).expect("the check has compared lengths"))
+        MatrixMut::row_major(c, m, n, g.c.row_stride as usize)
     };
+    let a = if k == 0 { &[] } else { &a[g.a.offset as usize..] };
+    let a_stride = g.a.row_stride as usize;
+    let b = Stored {
+        data: if k == 0 { &[] } else { &b[g.b.offset as usize..] },
+        row_stride: g.b.row_stride as usize,
+        panel: if g.b.is_panels() { g.b.panel as usize } else { usize::MAX },
+        panel_stride: g.b.panel_stride as usize,
+        transposed: g.trans_b == 1,
+    };
+    let width = microkernel::tile_cols(isa);
+    let n_threads = ctx.pool.n_threads();
+    let (row_blocks, col_blocks) = (m.div_ceil(microkernel::TILE_ROWS), n.div_ceil(width));
+    // Parts of at least eight tiles differ by little; columns leave no column to be packed twice, unless the rows are by far more.
+    let by_cols = if col_blocks >= 8 * n_threads && 2 * n >= m {
+        true
+    } else if row_blocks >= 8 * n_threads {
+        false
+    } else {
+        col_blocks > row_blocks
+    };
+    let (n_units, unit_cols, unit_work) = if by_cols { (col_blocks, width, m * width * k) } else { (m, 0, n * k) };
+    let packed_cols = (col_blocks * width).min(BLOCK_N);
+    let left_len = if g.trans_a == 1 { BLOCK_K.min(k) * BLOCK_M.min(m) } else { 0 };
+    let needed = BLOCK_K.min(k) * packed_cols + left_len;
+    let unit_scratch = needed.div_ceil((n_units / n_threads).max(1));
     // Below about a million operations a second thread costs more than it saves.
-    let min_rows = (1usize << 19).div_ceil(n * k.max(1)).max(4);
-    let beta = if g.accumulate == 1 { 1.0 } else { 0.0 };
-    ctx.pool.run(RowsOfC { panels: c }, m, min_rows, &|part: RowsOfC<'_>, rows| {
-        let a_part = |cols: std::ops::Range<usize>| -> ArrayView2<'_, f32> {
-            // op(A), rows of this part, columns `cols` of k.
-            if g.trans_a == 1 {
-                view(a, g.a, g.k, rows.clone()).slice_move(ndarray::s![cols, ..]).reversed_axes()
-            } else {
-                view(a, g.a, g.m, cols).slice_move(ndarray::s![rows.clone(), ..])
-            }
-        };
-        let into = |mut c: ArrayViewMut2<'_, f32>, cols: std::ops::Range<usize>| {
-            let mut beta = beta;
-            if g.trans_b == 1 && g.b.is_panels() {
-                // B^T in panels along k: one product a panel, added up.
-                for k0 in (0..k).step_by(PANEL) {
-                    let ks = k0..(k0 + PANEL).min(k);
-                    let b = view(b, g.b, g.n, ks.clone()).slice_move(ndarray::s![cols.clone(), ..]).reversed_axes();
-                    general_mat_mul(1.0, &a_part(ks), &b, beta, &mut c);
-                    beta = 1.0;
+    let min_units = (1usize << 19).div_ceil(unit_work.max(1)).max(if by_cols { 1 } else { 4 });
+    let work = Part { c, unit_cols, scratch: ctx.scratch.take(unit_scratch * n_units), unit_scratch };
+    ctx.pool.run(work, n_units, min_units, &|mut part: Part<'_>, units: Range<usize>| {
+        let (rows, cols) = if by_cols { (0..m, units.start * width..(units.end * width).min(n)) } else { (units, 0..n) };
+        let (packed_left, packed) = part.scratch.split_at_mut(left_len);
+        for cols_now in pieces(cols.clone(), BLOCK_N, PANEL) {
+            for ks in pieces(0..k, BLOCK_K, 1) {
+                let is_aligned = b.panel == usize::MAX || cols_now.start % b.panel == 0;
+                let raw = (rows.len() <= UNPACKED_ROWS && k > 0 && is_aligned)
+                    .then(|| Factors::unpacked(isa, ks.len(), Left::Rows(&[], 0), b.part(ks.start, cols_now.start), cols_now.len()))
+                    .flatten();
+                if raw.is_none() {
+                    microkernel::pack(isa, b, ks.clone(), cols_now.clone(), packed);
                 }
-            } else if g.trans_b == 1 {
-                let b = view(b, g.b, g.n, 0..k).slice_move(ndarray::s![cols.clone(), ..]).reversed_axes();
-                general_mat_mul(1.0, &a_part(0..k), &b, beta, &mut c);
-            } else {
-                general_mat_mul(1.0, &a_part(0..k), &view(b, g.b, g.k, cols.clone()), beta, &mut c);
-            }
-            if let Some(bias) = bias {
-                c.rows_mut().into_iter().for_each(|mut row| row.iter_mut().zip(&bias[cols.clone()]).for_each(|(c, b)| *c += b));
-            }
-        };
-        // Columns go in pieces that lie within one panel of B and of C.
-        let piecewise = g.b.is_panels() && g.trans_b == 0;
-        match part.panels {
-            PanelRows::One(mut c) if piecewise => {
-                for (i, piece) in c.axis_chunks_iter_mut(ndarray::Axis(1), PANEL).enumerate() {
-                    let cols = i * PANEL..i * PANEL + piece.ncols();
-                    into(piece, cols);
-                }
-            }
-            PanelRows::One(c) => into(c, 0..n),
-            PanelRows::Many(mut c) => {
-                for (i, piece) in c.outer_iter_mut().enumerate() {
-                    let cols = i * PANEL..((i + 1) * PANEL).min(n);
-                    let width = cols.len();
-                    into(piece.slice_move(ndarray::s![.., ..width]), cols);
+                for rows_now in pieces(rows.clone(), BLOCK_M, 1) {
+                    let left = if g.trans_a == 1 {
+                        microkernel::pack_left(a, a_stride, ks.clone(), rows_now.clone(), packed_left);
+                        Left::Packed(packed_left)
+                    } else {
+                        Left::Rows(&a[(rows_now.start * a_stride + ks.start).min(a.len())..], a_stride)
+                    };
+                    let factors = match raw {
+                        Some(raw) => Factors { a: left, ..raw },
+                        None => Factors::packed(isa, ks.len(), left, packed),
+                    };
+                    let ends = Ends {
+                        add: g.accumulate == 1 || ks.start > 0,
+                        bias: bias.filter(|_| ks.end == k).map(|bias| &bias[cols_now.clone()]),
+                    };
+                    let to = |range: &Range<usize>, first: usize| range.start - first..range.end - first;
+                    let mut c = part.c.part(to(&rows_now, rows.start), to(&cols_now, cols.start));
+                    microkernel::multiply(isa, &mut c, [Some(factors), None], ends);
                 }
             }
         }

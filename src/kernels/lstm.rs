@@ -36,6 +36,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::dropout::PHILOX;
 use super::gemm::{Gemm, Matrix};
+use super::microkernel::{self, Ends, Factors, Left, MatrixMut, Stored};
 use super::reduce::ColumnSums;
 use super::{
     AdapterClass, Binding, Case, Dispatch, Entry, Fill, Fragment, Kernel, MAX_LOOP_TRIPS, MAX_WORKGROUPS, ODD, Operand, Shader, ShapeError,
@@ -306,13 +307,10 @@ impl Kernel for LstmStepForward {
             if n == 0 {
                 return;
             }
-            let h_in = ndarray::ArrayView2::from_shape((n, hidden), &masked_prev[range.start * hidden..range.end * hidden])
-                .expect("a block of rows");
-            let mut z_view = ndarray::ArrayViewMut2::from_shape((n, width), &mut *z.data).expect("a block of rows");
-            for (mut z, panel) in z_view.axis_chunks_iter_mut(ndarray::Axis(1), PANEL).zip(weight.chunks_exact(hidden * PANEL)) {
-                let panel = ndarray::ArrayView2::from_shape((hidden, PANEL), panel).expect("a panel");
-                ndarray::linalg::general_mat_mul(1.0, &h_in, &panel, 1.0, &mut z);
-            }
+            let h_in = &masked_prev[range.start * hidden..range.end * hidden];
+            let mut to = MatrixMut::row_major(z.data, n, width, width);
+            let factors = Factors::of_panels(hidden, Left::Rows(h_in, hidden), weight);
+            microkernel::multiply(isa, &mut to, [Some(factors), None], Ends { add: true, bias: None });
             let mut non_finite = 0u32;
             for row in 0..n {
                 let b = range.start + row;
@@ -482,7 +480,7 @@ fn parts(data: &mut [f32], offsets: [usize; 4], len: usize) -> [&mut [f32]; 4] {
 
 /// One row of the plain cell: activates z in place, updates the state.
 #[inline(always)]
-fn gate_forward(z: &mut [f32], c_prev: &[f32], h: &mut [f32], c: &mut [f32], non_finite: &mut u32) {
+pub(super) fn gate_forward(z: &mut [f32], c_prev: &[f32], h: &mut [f32], c: &mut [f32], non_finite: &mut u32) {
     let mut bad = 0u32;
     for (((z, c_prev), h), c) in z
         .chunks_exact_mut(PANEL)
@@ -598,8 +596,15 @@ impl Kernel for LstmStepBackward {
         let (carry_h, carry) = carry.split_at_mut(rows * hidden);
         let (dc, sums) = carry.split_at_mut(rows * hidden);
         let isa = ctx.isa;
-        // The sum over gates and panels needs somewhere to lie.
-        let dh = ctx.scratch.take(rows * hidden);
+        let (packed, dh) = ctx.scratch.take(microkernel::packed_len(isa, width, hidden) + rows * hidden).split_at_mut(if self.last == 1 {
+            0
+        } else {
+            microkernel::packed_len(isa, width, hidden)
+        });
+        if self.last == 0 {
+            microkernel::pack(isa, Stored::panels(weight, hidden).transposed(), 0..width, 0..hidden, packed);
+        }
+        let packed = &*packed;
         let state = |data| Rows { data, width: hidden };
         let gates_width = if self.initial == 1 { 0 } else { width };
         let sums = Rows { data: sums, width: sums_width };
@@ -616,15 +621,10 @@ impl Kernel for LstmStepBackward {
                 return;
             }
             if self.last == 0 {
-                let dz = ndarray::ArrayView2::from_shape((n, width), &dz_after[range.start * width..range.end * width])
-                    .expect("a block of rows");
-                let mut dh = ndarray::ArrayViewMut2::from_shape((n, hidden), &mut *dh.data).expect("a block of rows");
-                let mut beta = 0.0;
-                for (dz, panel) in dz.axis_chunks_iter(ndarray::Axis(1), PANEL).zip(weight.chunks_exact(hidden * PANEL)) {
-                    let panel = ndarray::ArrayView2::from_shape((hidden, PANEL), panel).expect("a panel");
-                    ndarray::linalg::general_mat_mul(1.0, &dz, &panel.reversed_axes(), beta, &mut dh);
-                    beta = 1.0;
-                }
+                let mut to = MatrixMut::row_major(dh.data, n, hidden, hidden);
+                let dz = &dz_after[range.start * width..range.end * width];
+                let factors = Factors::packed(isa, width, Left::Rows(dz, width), packed);
+                microkernel::multiply(isa, &mut to, [Some(factors), None], Ends::default());
             } else {
                 dh.data.fill(0.0);
                 sums.data.fill(0.0);
@@ -726,7 +726,7 @@ fn cell_backward(
 
 /// One row of the plain cell: gates become dz, dc moves one step back.
 #[inline(always)]
-fn gate_backward(gates: &mut [f32], dh: &[f32], dc: &mut [f32], c_prev: &[f32]) {
+pub(super) fn gate_backward(gates: &mut [f32], dh: &[f32], dc: &mut [f32], c_prev: &[f32]) {
     for (p, z) in gates.chunks_exact_mut(PANEL).enumerate() {
         let units = p * PANEL_UNITS..(p + 1) * PANEL_UNITS;
         let (dh, dc, c_prev) = (&dh[units.clone()], &mut dc[units.clone()], &c_prev[units]);
@@ -968,6 +968,16 @@ fn backward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Resul
         };
         launch(&through, &[lane.gates, weight_ih.0, weight_ih.0, to.span])?;
     }
+    weight_gradients(args, lane, launch)
+}
+
+/// The last part of a backward plan: gradients of weights and biases from x, h and dz of all steps.
+///
+/// # Errors
+/// The launch's.
+pub(super) fn weight_gradients(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result<()> {
+    let Some(grads) = &lane.backward else { anyhow::bail!("a lane without places for its gradients cannot be swept backward") };
+    let (rows, state, width) = (args.n_rows, args.n_rows * lane.hidden, lane.hidden * GATES as u32);
     // Sums over T x B in pieces that one invocation's loop can run; a piece may end within a step.
     let (begin, end) = (lane.range.start * rows, lane.range.end * rows);
     for row in (begin..end).step_by(MAX_LOOP_TRIPS as usize / 2) {
@@ -992,7 +1002,7 @@ fn backward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Resul
             launch(&product, &[part.span, lane.gates, lane.gates, to_ih.0])?;
         }
         // What the recurrent product read: the states before the steps.
-        let h_before = if cell.is_masked() { lane.masked } else { 0 } + row * lane.hidden + u32::from(lane.reverse) * state;
+        let h_before = if lane.cell.is_masked() { lane.masked } else { 0 } + row * lane.hidden + u32::from(lane.reverse) * state;
         launch(&weight(h_before, lane.hidden, to_hh.1, lane.hidden), &[lane.h, lane.gates, lane.gates, to_hh.0])?;
         let Some(to) = grads.tensors.vectors else { continue };
         if to.bias_ih != NONE || to.bias_hh != NONE {

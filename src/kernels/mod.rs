@@ -10,7 +10,9 @@ pub mod embedding;
 pub mod gemm;
 pub mod loss;
 pub mod lstm;
+pub mod microkernel;
 pub mod reduce;
+pub mod sweep_cpu;
 pub mod update;
 
 use crate::pool::CpuContext;

@@ -11,7 +11,7 @@ use super::balance::Balance;
 use super::devices::Resolved;
 use super::group::{DEADLINE, Group, GroupSpec, StepNumbers, Wrap};
 use super::run::settle;
-use crate::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span};
+use crate::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan};
 use crate::data::{Batch, Input, Target};
 use crate::kernels::Kernel;
 use crate::model::config::{self, ModelConfig};
@@ -250,6 +250,9 @@ impl Backend for Timed {
         *n += 1;
         *time += start.elapsed();
         Ok(())
+    }
+    fn plan(&self) -> SweepPlan {
+        self.inner.plan()
     }
     fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>> {
         self.inner.read(spans, memory)

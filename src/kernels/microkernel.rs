@@ -1,0 +1,712 @@
+//! Products of f32 matrices on a CPU core: register tiles, and the two loops around them.
+//!
+//! A tile is up to 6 rows by some vectors of columns: with AVX2 2 vectors (12 of 16 registers hold sums), with AVX-512 and NEON 4. B is read from
+//! panels as wide as a tile, `[n / width][k][width]`, packed by [`pack`] or lying so already. Each sum runs over k in order, so an element's bits do
+//! not depend on which rows or columns are computed with it. No layer, no kernel and no thread is known here; what is unsafe in the CPU kernels is here.
+
+use crate::for_isa;
+use crate::pool::Isa;
+use crate::shape::{PANEL, round_up};
+
+/// Rows of the highest tile: with 2 vectors of columns it leaves registers for what is loaded.
+pub const TILE_ROWS: usize = 6;
+
+/// Floats of B below which the second cache holds all of it, so that nothing needs to be fetched ahead.
+const SECOND_CACHE: usize = 1 << 16;
+
+/// Columns of a tile, which is the width of the panels of B.
+pub const fn tile_cols(isa: Isa) -> usize {
+    match isa {
+        Isa::Avx512 => 64,
+        Isa::Avx2 | Isa::Baseline => 16,
+    }
+}
+
+/// What a register of some instruction set can do.
+///
+/// # Safety
+/// The methods may be called only where the processor has the instruction set, with pointers to `LANES` floats (`splat`: one).
+trait Simd: Copy {
+    const LANES: usize;
+    unsafe fn zero() -> Self;
+    unsafe fn splat(from: *const f32) -> Self;
+    unsafe fn load(from: *const f32) -> Self;
+    unsafe fn store(self, to: *mut f32);
+    unsafe fn add(self, other: Self) -> Self;
+    /// `self + a * b`.
+    unsafe fn fma(self, a: Self, b: Self) -> Self;
+    /// Brings a line into the second cache; any address will do.
+    #[inline(always)]
+    fn prefetch(_: *const f32) {}
+}
+
+/// A [`Simd`] of intrinsics.
+macro_rules! simd {
+    ($(#[$doc:meta])* $name:ident, $register:ty, $lanes:literal, $zero:expr, $splat:ident, $load:ident, $store:ident, $add:ident, |$c:ident, $a:ident, $b:ident| $fma:expr) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy)]
+        pub(super) struct $name($register);
+
+        // SAFETY (all): the caller keeps the trait's contract, which is the intrinsics' own.
+        impl Simd for $name {
+            const LANES: usize = $lanes;
+            #[inline(always)]
+            unsafe fn zero() -> Self {
+                unsafe { Self($zero) }
+            }
+            #[inline(always)]
+            unsafe fn splat(from: *const f32) -> Self {
+                unsafe { Self($splat(*from)) }
+            }
+            #[inline(always)]
+            unsafe fn load(from: *const f32) -> Self {
+                unsafe { Self($load(from)) }
+            }
+            #[inline(always)]
+            unsafe fn store(self, to: *mut f32) {
+                unsafe { $store(to, self.0) }
+            }
+            #[inline(always)]
+            unsafe fn add(self, other: Self) -> Self {
+                unsafe { Self($add(self.0, other.0)) }
+            }
+            #[inline(always)]
+            unsafe fn fma(self, a: Self, b: Self) -> Self {
+                let ($c, $a, $b) = (self.0, a.0, b.0);
+                unsafe { Self($fma) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[inline(always)]
+            fn prefetch(at: *const f32) {
+                // SAFETY: a prefetch never faults.
+                unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast()) }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+mod vectors {
+    use std::arch::x86_64::*;
+
+    use super::Simd;
+
+    simd!(
+        /// Eight floats of AVX2 with FMA.
+        Avx2, __m256, 8, _mm256_setzero_ps(), _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps,
+        |c, a, b| _mm256_fmadd_ps(a, b, c)
+    );
+    simd!(
+        /// Sixteen floats of AVX-512.
+        Avx512, __m512, 16, _mm512_setzero_ps(), _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps,
+        |c, a, b| _mm512_fmadd_ps(a, b, c)
+    );
+}
+
+#[cfg(target_arch = "aarch64")]
+mod vectors {
+    use std::arch::aarch64::*;
+
+    use super::Simd;
+
+    simd!(
+        /// Four floats of NEON, which every aarch64 has.
+        Neon, float32x4_t, 4, vdupq_n_f32(0.0), vdupq_n_f32, vld1q_f32, vst1q_f32, vaddq_f32, |c, a, b| vfmaq_f32(c, a, b)
+    );
+}
+
+/// Four floats of whatever the compiler has; multiplication and addition are not fused.
+#[derive(Clone, Copy)]
+struct Portable([f32; 4]);
+
+// SAFETY (all): the pointers are valid as the trait asks; no instruction set is needed.
+impl Simd for Portable {
+    const LANES: usize = 4;
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        Self([0.0; 4])
+    }
+    #[inline(always)]
+    unsafe fn splat(from: *const f32) -> Self {
+        unsafe { Self([*from; 4]) }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        unsafe { Self(from.cast::<[f32; 4]>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        unsafe { to.cast::<[f32; 4]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] + other.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn fma(self, a: Self, b: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] + a.0[i] * b.0[i]))
+    }
+}
+
+/// A part of a matrix that is written: some rows and columns of it, disjoint from every other part.
+/// Element (row, col) of the whole lies at `col / panel * panel_stride + row * row_stride + col % panel`.
+pub struct MatrixMut<'a> {
+    start: *mut f32,
+    rows: usize,
+    first_col: usize,
+    cols: usize,
+    row_stride: usize,
+    panel: usize,
+    panel_stride: usize,
+    life: std::marker::PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: a part reaches its own elements only, as a `&mut` to them would.
+unsafe impl Send for MatrixMut<'_> {}
+
+impl<'a> MatrixMut<'a> {
+    /// Row-major rows of `stride` floats.
+    pub fn row_major(data: &'a mut [f32], rows: usize, cols: usize, stride: usize) -> Self {
+        assert!(cols <= stride && (rows == 0 || cols == 0 || (rows - 1) * stride + cols <= data.len()), "a matrix within its slice");
+        Self::unchecked(data, rows, cols, stride, usize::MAX, 0)
+    }
+
+    /// Panels of `panel` columns, rows within one behind another.
+    pub fn panels(data: &'a mut [f32], rows: usize, cols: usize, panel: usize, panel_stride: usize) -> Self {
+        let n_panels = cols.div_ceil(panel);
+        let needed = if rows == 0 || cols == 0 { 0 } else { (n_panels - 1) * panel_stride + (rows - 1) * panel + (cols - 1) % panel + 1 };
+        assert!(rows * panel <= panel_stride && needed <= data.len(), "panels within their slice");
+        Self::unchecked(data, rows, cols, panel, panel, panel_stride)
+    }
+
+    fn unchecked(data: &'a mut [f32], rows: usize, cols: usize, row_stride: usize, panel: usize, panel_stride: usize) -> Self {
+        Self { start: data.as_mut_ptr(), rows, first_col: 0, cols, row_stride, panel, panel_stride, life: std::marker::PhantomData }
+    }
+
+    /// The first `at` rows and the rest.
+    pub fn split_rows(self, at: usize) -> (Self, Self) {
+        assert!(at <= self.rows, "a row within the matrix");
+        // SAFETY: within the slice that the matrix was made of, or one past it where no row is left.
+        let start = if at < self.rows { unsafe { self.start.add(at * self.row_stride) } } else { self.start };
+        (Self { rows: at, ..self }, Self { start, rows: self.rows - at, ..self })
+    }
+
+    /// The first `at` columns and the rest.
+    pub fn split_cols(self, at: usize) -> (Self, Self) {
+        assert!(at <= self.cols, "a column within the matrix");
+        (Self { cols: at, ..self }, Self { first_col: self.first_col + at, cols: self.cols - at, ..self })
+    }
+
+    /// Some rows and columns of this part for a while.
+    pub fn part(&mut self, rows: std::ops::Range<usize>, cols: std::ops::Range<usize>) -> MatrixMut<'_> {
+        let whole = MatrixMut { life: std::marker::PhantomData, ..*self };
+        whole.split_rows(rows.end).0.split_rows(rows.start).1.split_cols(cols.end).0.split_cols(cols.start).1
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Where (0, col) of this part lies.
+    ///
+    /// # Safety
+    /// `col` is below `cols`, and there is a row.
+    #[inline(always)]
+    unsafe fn column(&self, col: usize) -> *mut f32 {
+        let col = self.first_col + col;
+        // Row-major is one panel of all columns; its division would cost as much as a short tile.
+        let at = if self.panel == usize::MAX { col } else { col / self.panel * self.panel_stride + col % self.panel };
+        unsafe { self.start.add(at) }
+    }
+}
+
+/// `[steps, rows, width]` of which each thread has some rows in all steps.
+pub struct Steps<'a> {
+    start: *mut f32,
+    n_steps: usize,
+    /// Floats from step to step.
+    step: usize,
+    rows: usize,
+    width: usize,
+    life: std::marker::PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: a part reaches its own rows only, as a `&mut` to them would.
+unsafe impl Send for Steps<'_> {}
+
+impl<'a> Steps<'a> {
+    pub fn new(data: &'a mut [f32], n_steps: usize, rows: usize, width: usize) -> Self {
+        assert!(n_steps * rows * width <= data.len(), "steps within their slice");
+        Self { start: data.as_mut_ptr(), n_steps, step: rows * width, rows, width, life: std::marker::PhantomData }
+    }
+
+    /// This part's rows at one step.
+    pub fn at(&self, step: usize) -> &[f32] {
+        assert!(step < self.n_steps, "step {step} of {}", self.n_steps);
+        // SAFETY: within the slice that it was made of; no other part has these rows.
+        unsafe { std::slice::from_raw_parts(self.start.add(step * self.step), self.rows * self.width) }
+    }
+
+    /// This part's rows at one step.
+    pub fn at_mut(&mut self, step: usize) -> &mut [f32] {
+        assert!(step < self.n_steps, "step {step} of {}", self.n_steps);
+        // SAFETY: as above, and borrowed for as long as the result.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(step * self.step), self.rows * self.width) }
+    }
+
+    /// Two different steps, the second to be written.
+    pub fn two(&mut self, from: usize, to: usize) -> (&[f32], &mut [f32]) {
+        assert!(from != to && from < self.n_steps && to < self.n_steps, "steps {from} and {to} of {}", self.n_steps);
+        let len = self.rows * self.width;
+        // SAFETY: as above; two steps share nothing, since `len` is at most a step.
+        unsafe {
+            (
+                std::slice::from_raw_parts(self.start.add(from * self.step), len),
+                std::slice::from_raw_parts_mut(self.start.add(to * self.step), len),
+            )
+        }
+    }
+}
+
+impl crate::pool::Divide for Steps<'_> {
+    fn divide(self, at: usize) -> (Self, Self) {
+        assert!(at <= self.rows, "a row of the part");
+        // SAFETY: within the slice, or one past it; a part without rows reads nothing.
+        let start = if at < self.rows { unsafe { self.start.add(at * self.width) } } else { self.start };
+        (Self { rows: at, ..self }, Self { start, rows: self.rows - at, ..self })
+    }
+}
+
+/// The left factor.
+#[derive(Clone, Copy)]
+pub enum Left<'a> {
+    /// Row-major rows of so many floats.
+    Rows(&'a [f32], usize),
+    /// As [`pack_left`] leaves it.
+    Packed(&'a [f32]),
+}
+
+/// One product of a sum: A `[m, k]` by B `[k, n]`.
+#[derive(Clone, Copy)]
+pub struct Factors<'a> {
+    pub k: usize,
+    pub a: Left<'a>,
+    /// Panels of a multiple of [`tile_cols`] columns: element (k, col) at `col / panel * panel_stride + k * row_stride + col % panel`, whole tiles.
+    pub b: &'a [f32],
+    pub row_stride: usize,
+    pub panel: usize,
+    pub panel_stride: usize,
+}
+
+impl<'a> Factors<'a> {
+    /// B as [`pack`] leaves it.
+    pub fn packed(isa: Isa, k: usize, a: Left<'a>, b: &'a [f32]) -> Self {
+        let width = tile_cols(isa);
+        Self { k, a, b, row_stride: width, panel: width, panel_stride: width * k }
+    }
+
+    /// B `[k, n]` as weights lie: panels of 64 columns.
+    pub fn of_panels(k: usize, a: Left<'a>, b: &'a [f32]) -> Self {
+        Self { k, a, b, row_stride: PANEL, panel: PANEL, panel_stride: PANEL * k }
+    }
+
+    /// B where it lies, if it can be read so: not transposed, whole tiles.
+    pub fn unpacked(isa: Isa, k: usize, a: Left<'a>, b: Stored<'a>, n: usize) -> Option<Self> {
+        let (width, panel) = (tile_cols(isa), b.panel);
+        let whole = n.is_multiple_of(width) && (panel == usize::MAX || panel.is_multiple_of(width));
+        (whole && !b.transposed).then_some(Self { k, a, b: b.data, row_stride: b.row_stride, panel, panel_stride: b.panel_stride })
+    }
+
+    /// Where the tile that starts at `col` lies.
+    #[inline(always)]
+    fn tile_at(&self, col: usize) -> usize {
+        if self.panel == usize::MAX { col } else { col / self.panel * self.panel_stride + col % self.panel }
+    }
+}
+
+/// What a product starts with and ends with.
+#[derive(Clone, Copy, Default)]
+pub struct Ends<'a> {
+    /// The product is added to C instead of replacing it.
+    pub add: bool,
+    /// Added to every row, last.
+    pub bias: Option<&'a [f32]>,
+}
+
+/// C = A B, or C += A B, with the sum of one or two products, and a bias.
+pub fn multiply(isa: Isa, c: &mut MatrixMut<'_>, factors: [Option<Factors<'_>>; 2], ends: Ends<'_>) {
+    let (m, n, width) = (c.rows, c.cols, tile_cols(isa));
+    if m == 0 || n == 0 {
+        return;
+    }
+    for f in factors.iter().flatten().filter(|f| f.k > 0) {
+        match f.a {
+            Left::Rows(a, stride) => assert!((m - 1) * stride + f.k <= a.len(), "the left factor within its slice"),
+            Left::Packed(a) => assert!(m * f.k <= a.len(), "the packed left factor within its slice"),
+        }
+        let last = (n - 1) / width * width;
+        // The last tile of the panel before the last one may lie further.
+        let before = if last >= f.panel { f.tile_at(last / f.panel * f.panel - width) } else { 0 };
+        let end = f.tile_at(last).max(before) + (f.k - 1) * f.row_stride + width;
+        assert!(f.panel >= width && end <= f.b.len(), "the panels within their slice");
+    }
+    assert!(ends.bias.is_none_or(|b| b.len() >= n), "a bias for every column");
+    assert!(c.panel == usize::MAX || (c.panel.is_multiple_of(width) && c.first_col.is_multiple_of(width)), "no tile across two panels");
+    // SAFETY: lengths are checked above; an `Isa` other than the baseline is only made after the processor reported it.
+    unsafe {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512(c, &factors, ends),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2(c, &factors, ends),
+            #[cfg(target_arch = "aarch64")]
+            _ => tiles::<vectors::Neon, 4>(c, &factors, ends),
+            #[cfg(not(target_arch = "aarch64"))]
+            _ => tiles::<Portable, 4>(c, &factors, ends),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
+unsafe fn avx512(c: &mut MatrixMut<'_>, factors: &[Option<Factors<'_>>; 2], ends: Ends<'_>) {
+    unsafe { tiles::<vectors::Avx512, 4>(c, factors, ends) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2(c: &mut MatrixMut<'_>, factors: &[Option<Factors<'_>>; 2], ends: Ends<'_>) {
+    unsafe { tiles::<vectors::Avx2, 2>(c, factors, ends) }
+}
+
+/// Rows are cut evenly, since a tile of 1 to 3 rows waits for its own sums: 13 are 5 + 4 + 4, not 6 + 6 + 1.
+fn row_cuts(m: usize) -> impl Iterator<Item = (usize, usize)> {
+    let n = m.div_ceil(TILE_ROWS).max(1);
+    let (each, rest) = (m / n, m % n);
+    (0..n).map(move |i| (i * each + i.min(rest), each + usize::from(i < rest)))
+}
+
+/// The pointers of one tile's factors.
+#[derive(Clone, Copy)]
+struct Walk {
+    k: usize,
+    a: *const f32,
+    /// From row to row; 0 where A is packed.
+    a_stride: usize,
+    b: *const f32,
+    b_stride: usize,
+    /// What is brought near meanwhile, one behind another: half of the next panel, if `does_prefetch`. Never read.
+    ahead: *const f32,
+    does_prefetch: bool,
+}
+
+/// All tiles: panels of B outside, so that one stays in the nearest cache while the rows pass.
+///
+/// # Safety
+/// Lengths as [`multiply`] checks them; the processor has V's instructions.
+#[inline(always)]
+unsafe fn tiles<V: Simd, const N: usize>(c: &mut MatrixMut<'_>, factors: &[Option<Factors<'_>>; 2], ends: Ends<'_>) {
+    let width = V::LANES * N;
+    let none =
+        Walk { k: 0, a: std::ptr::null(), a_stride: 0, b: std::ptr::null(), b_stride: 0, ahead: std::ptr::null(), does_prefetch: false };
+    for col in (0..c.cols).step_by(width) {
+        let valid = width.min(c.cols - col);
+        let bias = ends.bias.map_or(std::ptr::null(), |b| b[col..].as_ptr());
+        // Behind the last panel comes the first: a sweep reads it again at once.
+        let next = if col + width < c.cols { col + width } else { 0 };
+        for (block, (row, n_rows)) in row_cuts(c.rows).enumerate() {
+            let mut walks = [none; 2];
+            for (walk, f) in walks.iter_mut().zip(factors) {
+                if let Some(f) = f
+                    && f.k > 0
+                {
+                    let (a, a_stride) = match f.a {
+                        Left::Rows(a, stride) => (a[row * stride..].as_ptr(), stride),
+                        Left::Packed(a) => (a[row * f.k..].as_ptr(), 0),
+                    };
+                    *walk = Walk {
+                        k: f.k,
+                        a,
+                        a_stride,
+                        b: f.b[f.tile_at(col)..].as_ptr(),
+                        b_stride: f.row_stride,
+                        // The first two blocks of rows fetch a half each.
+                        ahead: f.b.as_ptr().wrapping_add(f.tile_at(next) + block * (f.k / 2) * width),
+                        does_prefetch: block < 2 && f.row_stride == width && f.k * c.cols > SECOND_CACHE,
+                    };
+                }
+            }
+            // SAFETY: `col` is below the columns; `row + n_rows` at most the rows.
+            unsafe {
+                let to = c.column(col).add(row * c.row_stride);
+                if valid == width {
+                    tile_of::<V, N>(n_rows, &walks, to, c.row_stride, ends.add, bias);
+                } else {
+                    // The last columns by way of a whole tile beside.
+                    let mut whole = [0f32; TILE_ROWS * 64];
+                    let mut whole_bias = [0f32; 64];
+                    for r in 0..n_rows {
+                        std::ptr::copy_nonoverlapping(to.add(r * c.row_stride), whole[r * width..].as_mut_ptr(), valid);
+                    }
+                    if !bias.is_null() {
+                        std::ptr::copy_nonoverlapping(bias, whole_bias.as_mut_ptr(), valid);
+                    }
+                    tile_of::<V, N>(n_rows, &walks, whole.as_mut_ptr(), width, ends.add, whole_bias.as_ptr());
+                    for r in 0..n_rows {
+                        std::ptr::copy_nonoverlapping(whole[r * width..].as_ptr(), to.add(r * c.row_stride), valid);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`tile`].
+#[inline(always)]
+unsafe fn tile_of<V: Simd, const N: usize>(n_rows: usize, walks: &[Walk; 2], c: *mut f32, c_stride: usize, add: bool, bias: *const f32) {
+    // SAFETY: handed on.
+    unsafe {
+        match n_rows {
+            1 => tile::<V, 1, N>(walks, c, c_stride, add, bias),
+            2 => tile::<V, 2, N>(walks, c, c_stride, add, bias),
+            3 => tile::<V, 3, N>(walks, c, c_stride, add, bias),
+            4 => tile::<V, 4, N>(walks, c, c_stride, add, bias),
+            5 => tile::<V, 5, N>(walks, c, c_stride, add, bias),
+            _ => tile::<V, 6, N>(walks, c, c_stride, add, bias),
+        }
+    }
+}
+
+/// R rows by N vectors: sums start at zero, take both products, then C where it is added to, then the bias.
+///
+/// # Safety
+/// Every pointer reaches what R, N and the walks say; the processor has V's instructions.
+#[inline(always)]
+unsafe fn tile<V: Simd, const R: usize, const N: usize>(walks: &[Walk; 2], c: *mut f32, c_stride: usize, add: bool, bias: *const f32) {
+    unsafe {
+        let mut sums = [[V::zero(); N]; R];
+        for walk in walks {
+            if walk.a_stride == 0 {
+                sums = walk_along::<V, R, N>(sums, walk, R, 1);
+            } else {
+                sums = walk_along::<V, R, N>(sums, walk, 1, walk.a_stride);
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            for (v, &sum) in sums.iter().enumerate() {
+                let to = c.add(r * c_stride + v * V::LANES);
+                let mut sum = sum;
+                if add {
+                    sum = V::load(to).add(sum);
+                }
+                if !bias.is_null() {
+                    sum = sum.add(V::load(bias.add(v * V::LANES)));
+                }
+                sum.store(to);
+            }
+        }
+    }
+}
+
+/// The loop over k.
+///
+/// # Safety
+/// As [`tile`].
+#[inline(always)]
+unsafe fn walk_along<V: Simd, const R: usize, const N: usize>(
+    mut sums: [[V; N]; R],
+    walk: &Walk,
+    a_step: usize,
+    a_stride: usize,
+) -> [[V; N]; R] {
+    unsafe {
+        let (mut a, mut b, mut left, mut ahead) = (walk.a, walk.b, walk.k, walk.ahead);
+        // Four steps share the arithmetic of addresses.
+        while left >= 4 {
+            if walk.does_prefetch {
+                // Half of four rows, in lines of 16 floats.
+                for i in 0..V::LANES * N / 8 {
+                    V::prefetch(ahead.wrapping_add(i * 16));
+                }
+                ahead = ahead.wrapping_add(2 * V::LANES * N);
+            }
+            for i in 0..4 {
+                step_along::<V, R, N>(&mut sums, a.add(i * a_step), a_stride, b.add(i * walk.b_stride));
+            }
+            a = a.wrapping_add(4 * a_step);
+            b = b.wrapping_add(4 * walk.b_stride);
+            left -= 4;
+        }
+        for _ in 0..left {
+            step_along::<V, R, N>(&mut sums, a, a_stride, b);
+            a = a.wrapping_add(a_step);
+            b = b.wrapping_add(walk.b_stride);
+        }
+    }
+    sums
+}
+
+/// One k: a row of B's panel, times an element of each row of A.
+///
+/// # Safety
+/// As [`tile`].
+#[inline(always)]
+unsafe fn step_along<V: Simd, const R: usize, const N: usize>(sums: &mut [[V; N]; R], a: *const f32, a_stride: usize, b: *const f32) {
+    unsafe {
+        let mut columns = [V::zero(); N];
+        for (v, column) in columns.iter_mut().enumerate() {
+            *column = V::load(b.add(v * V::LANES));
+        }
+        for (r, sums) in sums.iter_mut().enumerate() {
+            let x = V::splat(a.add(r * a_stride));
+            for (sum, &column) in sums.iter_mut().zip(&columns) {
+                *sum = sum.fma(x, column);
+            }
+        }
+    }
+}
+
+/// Where the elements of a stored B lie, `[k, n]` or, transposed, `[n, k]`: stored (row, col) at
+/// `col / panel * panel_stride + row * row_stride + col % panel`.
+#[derive(Clone, Copy)]
+pub struct Stored<'a> {
+    pub data: &'a [f32],
+    pub row_stride: usize,
+    /// `usize::MAX` for row-major.
+    pub panel: usize,
+    pub panel_stride: usize,
+    pub transposed: bool,
+}
+
+impl<'a> Stored<'a> {
+    /// `[k, n]` in panels of 64 columns.
+    pub fn panels(data: &'a [f32], k: usize) -> Self {
+        Self { data, row_stride: PANEL, panel: PANEL, panel_stride: PANEL * k, transposed: false }
+    }
+
+    /// The same memory, rows for columns.
+    pub fn transposed(self) -> Self {
+        Self { transposed: !self.transposed, ..self }
+    }
+
+    /// The same from stored (row, col) on, of a B that is not transposed; `col` is where a panel starts, or it is row-major.
+    pub fn part(&self, row: usize, col: usize) -> Self {
+        let panels = if self.panel == usize::MAX { col } else { col / self.panel * self.panel_stride + col % self.panel };
+        Self { data: &self.data[(panels + row * self.row_stride).min(self.data.len())..], ..*self }
+    }
+
+    /// Stored (row, col) up to the end of its panel, as long as the data goes.
+    fn from(&self, row: usize, col: usize) -> &[f32] {
+        let (panel, within) = if self.panel == usize::MAX { (0, col) } else { (col / self.panel, col % self.panel) };
+        &self.data[panel * self.panel_stride + row * self.row_stride + within..]
+    }
+}
+
+/// Floats of a packed B `[k, n]`.
+pub const fn packed_len(isa: Isa, k: usize, n: usize) -> usize {
+    k * round_up(n, tile_cols(isa))
+}
+
+/// Packs rows `ks` and columns `cols` of B for tiles: `[cols / width][k][width]`, zero beyond the last column.
+/// `to` needs `ks.len() * cols.len()` floats, the latter rounded up to whole panels.
+pub fn pack(isa: Isa, b: Stored<'_>, ks: std::ops::Range<usize>, cols: std::ops::Range<usize>, to: &mut [f32]) {
+    let width = tile_cols(isa);
+    if !ks.is_empty() {
+        for_isa!(isa, pack_tiles(width: usize, b: Stored<'_>, ks: std::ops::Range<usize>, cols: std::ops::Range<usize>, to: &mut [f32]));
+    }
+}
+
+#[inline(always)]
+fn pack_tiles(width: usize, b: Stored<'_>, ks: std::ops::Range<usize>, cols: std::ops::Range<usize>, to: &mut [f32]) {
+    let k = ks.len();
+    for (to, first) in to.chunks_exact_mut(k * width).zip(cols.clone().step_by(width)) {
+        let valid = width.min(cols.end - first);
+        if b.transposed {
+            transpose(b, ks.clone(), first, valid, width, to);
+        } else {
+            for (row, to) in ks.clone().zip(to.chunks_exact_mut(width)) {
+                // A piece of 16 columns never crosses a panel of 64 unless it starts within one.
+                let from = b.from(row, first);
+                if valid == width && (b.panel == usize::MAX || first % b.panel + width <= b.panel) {
+                    copy_columns(&from[..width], to);
+                } else {
+                    to.fill(0.0);
+                    for (i, to) in to[..valid].iter_mut().enumerate() {
+                        *to = b.from(row, first + i)[0];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A copy whose length the compiler knows.
+#[inline(always)]
+fn copy_columns(from: &[f32], to: &mut [f32]) {
+    for (to, from) in to.as_chunks_mut::<16>().0.iter_mut().zip(from.as_chunks::<16>().0) {
+        *to = *from;
+    }
+}
+
+/// One panel from B stored `[n, k]`: blocks of 8 x 8 go through registers.
+#[inline(always)]
+fn transpose(b: Stored<'_>, ks: std::ops::Range<usize>, first: usize, valid: usize, width: usize, to: &mut [f32]) {
+    if valid < width {
+        to.fill(0.0);
+    }
+    let mut k0 = ks.start;
+    while k0 < ks.end {
+        // Up to 8 of k that lie one behind another in the stored rows.
+        let run = (ks.end - k0).min(8).min(if b.panel == usize::MAX { 8 } else { b.panel - k0 % b.panel });
+        let to = &mut to[(k0 - ks.start) * width..];
+        let mut i = 0;
+        if run == 8 {
+            while i + 8 <= valid {
+                let block: [[f32; 8]; 8] =
+                    std::array::from_fn(|r| b.from(first + i + r, k0)[..8].try_into().expect("eight floats of a stored row"));
+                for k in 0..8 {
+                    let column: [f32; 8] = std::array::from_fn(|r| block[r][k]);
+                    to[k * width + i..][..8].copy_from_slice(&column);
+                }
+                i += 8;
+            }
+        }
+        for i in i..valid {
+            for (k, value) in b.from(first + i, k0)[..run].iter().enumerate() {
+                to[k * width + i] = *value;
+            }
+        }
+        k0 += run;
+    }
+}
+
+/// Packs A that is stored `[k, m]` in rows of `stride` floats: rows `ks` of it and columns `rows`, in blocks of a tile's rows, `[k][rows of the tile]`.
+pub fn pack_left(a: &[f32], stride: usize, ks: std::ops::Range<usize>, rows: std::ops::Range<usize>, to: &mut [f32]) {
+    let k = ks.len();
+    for (row, n_rows) in row_cuts(rows.len()).filter(|cut| cut.1 > 0 && k > 0) {
+        let to = &mut to[row * k..(row + n_rows) * k];
+        let from = &a[ks.start * stride + rows.start + row..];
+        // A length that the compiler knows: a call for six floats costs more than they do.
+        match n_rows {
+            1 => copy_rows::<1>(from, stride, to),
+            2 => copy_rows::<2>(from, stride, to),
+            3 => copy_rows::<3>(from, stride, to),
+            4 => copy_rows::<4>(from, stride, to),
+            5 => copy_rows::<5>(from, stride, to),
+            _ => copy_rows::<TILE_ROWS>(from, stride, to),
+        }
+    }
+}
+
+fn copy_rows<const R: usize>(from: &[f32], stride: usize, to: &mut [f32]) {
+    for (i, to) in to.as_chunks_mut::<R>().0.iter_mut().enumerate() {
+        if let Some(from) = from[i * stride..].first_chunk::<R>() {
+            *to = *from;
+        }
+    }
+}
