@@ -755,6 +755,43 @@ fn model_and_naive_forecasts_are_scored_alike() {
     assert!((model.rmse[0][2] - naive.rmse[0][2]).abs() < 1e-9);
 }
 
+#[test]
+fn decimal_commas_are_read_between_semicolons() {
+    let o = SeriesOptions { target: vec!["b".into()], ..SeriesOptions::new(2, 1) };
+    let rows = |decimal: &str| (0..9).map(|i| format!("2001-01-0{};{i}{decimal}5;-1{decimal}25e1\n", i + 1)).collect::<String>();
+    let [comma, point] = [",", "."].map(|decimal| series_of(&format!("date;a;b\n{}", rows(decimal)), &o).expect("a series"));
+    assert!(comma.words().eq(point.words()));
+    assert_eq!(comma.value(3, 0), -12.5);
+    // Between commas a comma is no part of a number.
+    assert!(series_of("a,b\n1,5,2\n", &o).is_err());
+}
+
+#[test]
+fn text_decoded_token_by_token_is_the_text_of_all_tokens() {
+    let bytes = Vocab::bytes();
+    let long = "a\u{e9}\u{20ac}\u{1f600}".as_bytes();
+    for cut in 0..long.len() {
+        for bytes_of in [&long[..cut], &long[cut..], &[&long[cut..], &long[..cut]].concat(), &[0xFF, 0xC3, b'x', 0xE2, 0x82, 0xE2]] {
+            let tokens = bytes.encode_bytes(bytes_of);
+            let mut decoder = bytes.decoder_after("");
+            let pieces: String = tokens.iter().map(|&token| decoder.push(token)).collect();
+            assert_eq!(pieces + decoder.finish(), String::from_utf8_lossy(bytes_of), "{bytes_of:?}");
+        }
+    }
+    let words = Vocab::words(["to", "be", EOS], None).expect("words");
+    let to = words.encode_words(["to"])[0];
+    for (prompt, piece) in [("", "to"), ("to", " to"), ("to ", "to"), ("be\n", "to")] {
+        assert_eq!(words.decoder_after(prompt).push(to), piece, "{prompt:?}");
+    }
+    assert_eq!(words.unknown_in("to do or to  do"), ["do", "or"]);
+}
+
+#[test]
+fn an_unknown_character_is_answered_with_those_that_there_are_blanks_in_a_form_that_is_seen() {
+    let error = Vocab::chars("b a\n\u{a0}", None).expect("characters").encode_prompt("a\tb").expect_err("a tab");
+    assert_says(&error, &["'\\t'", r"'\n' ' ' '\u{a0}' ab"]);
+}
+
 // ---- series: refused ----
 
 #[test]

@@ -15,6 +15,7 @@ use super::devices::{self, Resolved};
 use super::group::{Group, GroupSpec, NonFinite, RankStep, StepNumbers, Tensors, Wrap};
 use super::ring::Update;
 use crate::data::Batch;
+use crate::data::baselines::at_end;
 use crate::data::prefetch::Prefetch;
 use crate::data::series::Part;
 use crate::infer::evaluate::{Evaluation, Forward, evaluate, truth_at_end};
@@ -685,13 +686,18 @@ impl Trainer<'_> {
             let name = series.spec().target_columns().next().map_or_else(String::new, |c| c.name.clone());
             let times = forecast.origins.iter().map(|&o| series.axis(o as usize + horizon)).collect();
             let truth = forecast.origins.iter().map(|&o| truth_at_end(series, o).unwrap_or(f64::NAN)).collect();
+            let errors = evaluation.map(|e| e.rmse(0)).unwrap_or_default();
+            let best = errors.into_iter().skip(1).filter(|(_, rmse)| rmse.is_finite()).min_by(|a, b| a.1.total_cmp(&b.1));
             let plot = ForecastPlot {
                 title: format!("{name}: held-out values and forecasts {horizon} steps ahead"),
-                unit: name,
+                unit: format!("{name}, the data's unit"),
                 times: Times::Numbers(times),
                 truth,
                 forecast: forecast.values.iter().map(|v| v[last]).collect(),
-                baseline: None,
+                baseline: best.map(|(name, _)| {
+                    let values = at_end(series, &name, &forecast.origins);
+                    (name, values)
+                }),
             };
             match plot::forecast(&dir.join("forecast"), &plot) {
                 Ok(()) => drawn.push("forecast.png".to_owned()),
