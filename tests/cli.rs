@@ -216,6 +216,45 @@ fn a_trained_network_is_used_from_any_folder_and_a_second_run_does_not_overwrite
     assert!(second.err.contains("--resume"), "{}", second.err);
 }
 
+#[test]
+fn a_failed_start_does_not_bar_the_way_of_the_corrected_one() {
+    let folder = folder_with_text();
+    let wrong = call_in(folder.path(), &[&SMALL[..], &["--max-steps", "2", "--seq-len", "900000", "--batch-size", "5000"]].concat());
+    assert_eq!(wrong.code, 2, "{}", wrong.err);
+    assert!(!folder.path().join("run").exists());
+    // A start that was killed before its first checkpoint recorded other options.
+    fs::create_dir_all(folder.path().join("run/checkpoints")).unwrap();
+    fs::write(folder.path().join("run/.lock"), "").unwrap();
+    fs::write(folder.path().join("run/config.toml"), "hidden = 77\ntask = \"forecast\"\n").unwrap();
+    let right = call_in(folder.path(), &[&SMALL[..], &["--max-steps", "2", "--resume"]].concat());
+    assert_eq!(right.code, 0, "{}", right.err);
+    let config = fs::read_to_string(folder.path().join("run/config.toml")).unwrap();
+    assert!(config.contains("hidden = 8") && !config.contains("balance"), "{config}");
+}
+
+#[test]
+fn a_prompt_of_words_comes_back_as_typed_and_unknown_words_are_told() {
+    let folder = folder_with_text();
+    let trained = call_in(folder.path(), &[&SMALL[..], &["--level", "word", "--max-steps", "2"]].concat());
+    assert_eq!(trained.code, 0, "{}", trained.err);
+    let generate = ["generate", "--run", "run", "--devices", "cpu:1", "--length", "2", "--prompt"];
+    let call = call_in(folder.path(), &[&generate[..], &["the  quick zebra"]].concat());
+    assert!(call.code == 0 && call.out.starts_with("the  quick zebra"), "{}", call.out);
+    assert!(call.err.contains("\"zebra\"") && !call.err.contains("quick"), "{}", call.err);
+    let known = call_in(folder.path(), &[&generate[..], &["the quick "]].concat());
+    assert!(known.out.starts_with("the quick ") && !known.out.starts_with("the quick  "), "{}", known.out);
+    assert!(!known.err.contains("warning"), "{}", known.err);
+}
+
+#[test]
+fn launches_are_whole_numbers() {
+    let profile = ["profile", "step", "--task", "lm", "--hidden", "8", "--layers", "1", "--batch-size", "4", "--seq-len", "5"];
+    let call = call(&[&profile[..], &["--steps", "1", "--devices", "cpu:1*2", "--json"]].concat());
+    let event = call.last_event();
+    let kernels = event["kernels"].as_array().unwrap();
+    assert!(!kernels.is_empty() && kernels.iter().all(|kernel| kernel["launches"].as_u64().is_some_and(|n| n > 0)), "{kernels:?}");
+}
+
 #[cfg(unix)]
 #[test]
 fn a_signal_ends_training_with_a_checkpoint_and_code_130_and_resume_goes_on_from_there() {

@@ -755,6 +755,43 @@ fn model_and_naive_forecasts_are_scored_alike() {
     assert!((model.rmse[0][2] - naive.rmse[0][2]).abs() < 1e-9);
 }
 
+#[test]
+fn decimal_commas_are_read_between_semicolons() {
+    let o = SeriesOptions { target: vec!["b".into()], ..SeriesOptions::new(2, 1) };
+    let rows = |decimal: &str| (0..9).map(|i| format!("2001-01-0{};{i}{decimal}5;-1{decimal}25e1\n", i + 1)).collect::<String>();
+    let [comma, point] = [",", "."].map(|decimal| series_of(&format!("date;a;b\n{}", rows(decimal)), &o).expect("a series"));
+    assert!(comma.words().eq(point.words()));
+    assert_eq!(comma.value(3, 0), -12.5);
+    // Between commas a comma is no part of a number.
+    assert!(series_of("a,b\n1,5,2\n", &o).is_err());
+}
+
+#[test]
+fn text_decoded_token_by_token_is_the_text_of_all_tokens() {
+    let bytes = Vocab::bytes();
+    let long = "a\u{e9}\u{20ac}\u{1f600}".as_bytes();
+    for cut in 0..long.len() {
+        for bytes_of in [&long[..cut], &long[cut..], &[&long[cut..], &long[..cut]].concat(), &[0xFF, 0xC3, b'x', 0xE2, 0x82, 0xE2]] {
+            let tokens = bytes.encode_bytes(bytes_of);
+            let mut decoder = bytes.decoder_after("");
+            let pieces: String = tokens.iter().map(|&token| decoder.push(token)).collect();
+            assert_eq!(pieces + decoder.finish(), String::from_utf8_lossy(bytes_of), "{bytes_of:?}");
+        }
+    }
+    let words = Vocab::words(["to", "be", EOS], None).expect("words");
+    let to = words.encode_words(["to"])[0];
+    for (prompt, piece) in [("", "to"), ("to", " to"), ("to ", "to"), ("be\n", "to")] {
+        assert_eq!(words.decoder_after(prompt).push(to), piece, "{prompt:?}");
+    }
+    assert_eq!(words.unknown_in("to do or to  do"), ["do", "or"]);
+}
+
+#[test]
+fn an_unknown_character_is_answered_with_those_that_there_are_blanks_in_a_form_that_is_seen() {
+    let error = Vocab::chars("b a\n\u{a0}", None).expect("characters").encode_prompt("a\tb").expect_err("a tab");
+    assert_says(&error, &["'\\t'", r"'\n' ' ' '\u{a0}' ab"]);
+}
+
 // ---- series: refused ----
 
 #[test]
@@ -771,8 +808,8 @@ fn series_that_cannot_be_used_are_refused_with_place_and_remedy() {
         ("a,b\n1,2\n\n# note\n3,4,5\n5,6\n", o(), vec!["x.csv", "line 5", "3 cells", "has 2", "quotes"]),
         ("a,b\r\n1,2\r\n\r\n3,4,5\r\n", o(), vec!["x.csv", "line 4", "3 cells"]),
         ("a,b\n1,2\n3,oops\n5,6\n7,8\n", o(), vec!["x.csv", "line 3", "'b'", "'oops'", "--features"]),
-        ("a;b\n1;2\n3;4,5\n5;6\n7;8\n", o(), vec!["x.csv", "line 3", "'b'", "'4,5'", "decimals with a point"]),
-        ("a;b\n1;2,5\n3;4,5\n5;6,5\n", target("b"), vec!["x.csv", "line 2", "'b'", "'2,5'", "decimals with a point"]),
+        ("a;b\n1.5;2\n3;4,5\n5;6\n7;8\n", o(), vec!["x.csv", "line 3", "'b'", "'4,5'", "decimals with a point"]),
+        ("a;b\n1;2,5\n3;4,5,6\n5;6,5\n", target("b"), vec!["x.csv", "line 3", "'b'", "'4,5,6'"]),
         ("y\n1\ninf\n3\n4\n", o(), vec!["x.csv", "line 3", "'y'", "'inf'"]),
         ("y\na\nb\nc\n", o(), vec!["x.csv", "'a'", "not a number"]),
         (good, target("tmp"), vec!["--target 'tmp'", "x.csv", "did you mean 'temp'", "date, temp, rain"]),

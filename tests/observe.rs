@@ -7,8 +7,10 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use carrousel::observe::plot::{self, ForecastPlot, Series, Times};
-use carrousel::observe::sinks::{Console, Json, Losses, METRICS_FILE, Metrics, Verbosity, losses, truncate_to};
+use carrousel::observe::sinks::{Console, Json, Losses, Metrics, Verbosity, losses, up_to};
 use carrousel::observe::{Bus, CheckpointKind, Event, Level, RunInfo, Sink, Table, Throughput, format};
+use carrousel::store::RunFolder;
+use carrousel::store::run_folder::METRICS;
 use serde_json::{Map, Value, json};
 
 fn step(step: u64, loss: f64) -> Event {
@@ -79,7 +81,7 @@ fn every_event_is_written_under_the_names_of_the_contract() {
                 rank: 1,
                 name: "cpu:2".into(),
                 share: 0.25,
-                loss: 1.5,
+                loss: Some(1.5),
                 tokens_per_second: 10.0,
                 waited_seconds: 0.5,
                 bytes_sent: 4096,
@@ -188,7 +190,7 @@ fn without_a_limit_each_step_has_its_line() {
 
 fn metrics_with(events: &[Event], tail: &[u8]) -> (tempfile::TempDir, std::path::PathBuf) {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join(METRICS_FILE);
+    let path = folder.path().join(METRICS);
     let mut metrics = Metrics::open(&path).unwrap();
     for event in events {
         metrics.event(event).unwrap();
@@ -221,8 +223,8 @@ fn lines_of(path: &Path) -> Vec<String> {
 fn metrics_are_cut_back_to_a_step_whatever_the_last_line_looks_like() {
     // Half a line; half a character; a line that would be whole but for its end; nothing.
     for tail in [&b"{\"event\":\"step\",\"st"[..], b"{\"event\":\"\xC3", b"{\"event\":\"step\",\"step\":2,\"loss\":1}", b""] {
-        let (_folder, path) = metrics_with(&run_of_four_steps(), tail);
-        truncate_to(&path, 2).unwrap();
+        let (folder, path) = metrics_with(&run_of_four_steps(), tail);
+        RunFolder::open_or_create(folder.path()).unwrap().retain_lines(METRICS, up_to(2)).unwrap();
         let events: Vec<Value> = lines_of(&path).iter().map(|line| serde_json::from_str(line).unwrap()).collect();
         let expected: Vec<Value> = run_of_four_steps()[..4].iter().map(to_json).collect();
         assert_eq!(events, expected, "tail {tail:?}");
@@ -232,17 +234,8 @@ fn metrics_are_cut_back_to_a_step_whatever_the_last_line_looks_like() {
 #[test]
 fn metrics_cut_back_to_step_zero_hold_only_what_came_before_the_first_step() {
     let (folder, path) = metrics_with(&run_of_four_steps(), b"");
-    truncate_to(&path, 0).unwrap();
+    RunFolder::open_or_create(folder.path()).unwrap().retain_lines(METRICS, up_to(0)).unwrap();
     assert_eq!(lines_of(&path), [r#"{"event":"warning","message":"early"}"#]);
-    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file stays");
-}
-
-#[test]
-fn cutting_back_metrics_that_do_not_exist_is_fine() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join(METRICS_FILE);
-    truncate_to(&path, 3).unwrap();
-    assert!(!path.exists());
 }
 
 #[test]
@@ -263,7 +256,7 @@ fn appending_to_metrics_cuts_off_a_torn_line_and_nothing_else() {
 #[test]
 fn metrics_in_a_folder_that_is_missing_are_an_error_that_names_the_file() {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("gone").join(METRICS_FILE);
+    let path = folder.path().join("gone").join(METRICS);
     let error = Metrics::open(&path).err().expect("the folder is missing");
     assert!(format!("{error:#}").contains(&path.display().to_string()), "{error:#}");
 }

@@ -268,7 +268,26 @@ fn a_fresh_start_in_the_folder_of_another_run_is_refused_with_the_remedy() {
         assert!(matches!(error, StoreError::HoldsRun { .. }), "{file}: {error}");
         let message = error.to_string();
         assert!(message.contains(dir.path().to_str().unwrap()) && message.contains("--resume") && message.contains("--out"), "{message}");
+        assert!(RunFolder::check_free(dir.path()).is_err(), "{file}");
+        assert!(!dir.path().join(".lock").exists(), "a refused folder was touched");
     }
+}
+
+#[test]
+fn what_a_start_without_a_checkpoint_left_is_no_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = RunFolder::create(dir.path()).unwrap();
+    for file in ["config.toml", "metrics.jsonl"] {
+        first.write_file(file, b"left").unwrap();
+    }
+    drop(first);
+    assert!(!RunFolder::is_begun(dir.path()).unwrap());
+    RunFolder::check_free(dir.path()).unwrap();
+    let mut second = RunFolder::create(dir.path()).unwrap();
+    second.save(&checkpoint(1), None, 1, Select::Last).unwrap();
+    drop(second);
+    assert!(RunFolder::is_begun(dir.path()).unwrap());
+    assert!(matches!(RunFolder::create(dir.path()), Err(StoreError::HoldsRun { .. })));
 }
 
 #[test]

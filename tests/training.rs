@@ -375,10 +375,173 @@ fn a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint() {
         let ran = train(&config, &out, false);
         let error = format!("{:#}", ran.outcome.err().expect("no rate that high goes well"));
         assert!(error.contains("not finite") && error.contains("--lr") && error.contains("checkpoint"), "{error}");
+        let named = error.split_whitespace().map(|word| word.trim_matches([',', ':'])).filter(|word| word.ends_with(".safetensors"));
+        assert!(named.clone().count() > 0 && named.clone().all(|file| Path::new(file).is_file()), "{error}");
         let last = last_checkpoint(&out);
         assert_eq!(last.step().unwrap(), ran.losses.len() as u64);
         assert!(last.tensors.iter().all(|t| t.data.iter().all(|v| v.is_finite())));
     }
+}
+
+#[test]
+fn a_checkpoint_whose_next_loss_is_not_finite_is_not_called_good() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = small(dir.path());
+    (config.optimizer.lr, config.checkpoint_every) = (1e38, 1);
+    let error = format!("{:#}", train(&config, &dir.path().join("run"), false).outcome.err().expect("no rate that high goes well"));
+    assert!(error.contains("not finite") && !error.contains("the last good"), "{error}");
+    assert!(error.contains("no good checkpoint") || error.contains("before the first checkpoint"), "{error}");
+}
+
+#[test]
+fn parameters_that_a_single_step_ruined_are_an_error_and_no_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = small(dir.path());
+    (config.optimizer.rule, config.optimizer.lr, config.optimizer.clip_norm) = (Rule::Sgd, 1e38, 0.0);
+    config.max_steps = Some(1);
+    for split in [[0.85, 0.05, 0.1], [0.9, 0.0, 0.1]] {
+        config.split = split.into();
+        let out = dir.path().join(format!("run-{}", split[1]));
+        let error = train(&config, &out, false).outcome.err().expect("no rate that high goes well");
+        assert!(format!("{error:#}").contains("not finite"), "{error:#}");
+        if split[1] > 0.0 {
+            assert!(RunFolder::read(&out).unwrap().entries().is_empty());
+        }
+    }
+}
+
+#[test]
+fn a_spoilt_network_says_nothing() {
+    use carrousel::backend::open;
+    use carrousel::infer::generate::{GenerateOptions, generate};
+    use carrousel::infer::session::Session;
+
+    let dir = tempfile::tempdir().unwrap();
+    let (config, out) = (small(dir.path()), dir.path().join("run"));
+    train(&config, &out, false).outcome.unwrap();
+    let mut folder = RunFolder::open(&out).unwrap();
+    let mut spoilt = folder.load(Which::Last).unwrap();
+    spoilt.meta["step"] = 13.into();
+    spoilt.tensors.iter_mut().filter(|t| t.name == "lstm.weight_hh_l0").for_each(|t| t.data[5] = f32::NAN);
+    folder.save(&spoilt, None, 9, carrousel::store::Select::Last).unwrap();
+    drop(folder);
+    for (which, good) in [(Which::Step(12), true), (Which::Step(13), false)] {
+        let mut session = Session::open(&out, which, open::cpu(1).unwrap()).unwrap();
+        let options = GenerateOptions { prompt: "the ".into(), length: 3, temperature: 0.0, top_k: None, seed: 1 };
+        let result = generate(&mut session, &options, &mut |_| {});
+        assert_eq!(result.is_ok(), good, "{which:?}");
+        if let Err(error) = result {
+            assert!(error.to_string().contains("not finite"), "{error:#}");
+        }
+    }
+}
+
+#[test]
+fn a_start_that_fails_leaves_nothing_and_the_folder_can_be_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut config, out) = (small(dir.path()), dir.path().join("run"));
+    let good = config.clone();
+    config.devices = "gpu:999".into();
+    assert!(train(&config, &out, false).outcome.is_err());
+    (config.devices, config.data) = ("cpu:1".into(), vec!["none.txt".into()]);
+    assert!(train(&config, &out, false).outcome.is_err());
+    assert!(train(&config, &out, true).outcome.is_err());
+    assert!(!out.exists());
+    // A start that was killed before its first checkpoint.
+    let folder = RunFolder::create(&out).unwrap();
+    folder.write_file("config.toml", b"hidden = 77\n").unwrap();
+    folder.write_file("metrics.jsonl", b"{\"event\":\"warning\",\"message\":\"old\"}\n").unwrap();
+    drop(folder);
+    train(&good, &out, false).outcome.unwrap();
+    assert!(!std::fs::read_to_string(out.join("metrics.jsonl")).unwrap().contains("old"));
+}
+
+#[test]
+fn a_run_resumed_beyond_its_schedule_says_that_the_rate_is_zero() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut config, out) = (small(dir.path()), dir.path().join("run"));
+    config.schedule.kind = carrousel::optim::schedule::ScheduleKind::Cosine;
+    let warns = |ran: &Ran| ran.events.iter().any(|e| matches!(e, Event::Warning { message } if message.contains("learning rate is 0")));
+    let first = train_with(&config, options(&out, None), Some(5));
+    assert!(!warns(&first));
+    assert!(!warns(&train(&config, &out, true)), "the schedule ends with the run");
+    config.max_steps = Some(14);
+    let beyond = train(&config, &out, true);
+    assert!(warns(&beyond));
+    assert_eq!(beyond.losses.len(), 2);
+}
+
+#[test]
+fn a_finished_run_tells_its_summary_without_its_data_and_a_run_is_not_resumed_on_other_data() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut config, out) = (small(dir.path()), dir.path().join("run"));
+    let file = dir.path().join("text.txt");
+    let first = train(&config, &out, false).outcome.unwrap();
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    let again = train(&config, &out, true).outcome.unwrap();
+    assert!(!again.interrupted && again.tables.len() == 1);
+    for (key, value) in &first.summary {
+        assert_eq!(&again.summary[key], value, "{key}");
+    }
+    config.max_steps = Some(15);
+    for changed in [text.replacen("turns", "snrut", 1), format!("{text}the")] {
+        std::fs::write(&file, changed).unwrap();
+        let error = format!("{:#}", train(&config, &out, true).outcome.err().expect("other data"));
+        assert!(error.contains("text.txt has changed") && error.contains("--out"), "{error}");
+    }
+    std::fs::write(&file, text).unwrap();
+    assert_eq!(train(&config, &out, true).losses.len(), 3);
+}
+
+#[test]
+fn the_first_and_the_last_step_are_told_however_seldom_steps_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = small(dir.path());
+    config.log_every = 1000;
+    for (epochs, max_steps, name) in [(None, Some(12), "steps"), (Some(1), None, "epochs")] {
+        (config.epochs, config.max_steps) = (epochs, max_steps);
+        let ran = train(&config, &dir.path().join(name), false);
+        let n = ran.outcome.unwrap().summary["steps"].as_u64().unwrap();
+        let told = ran.events.iter().filter_map(|e| if let Event::Step { step, .. } = e { Some(*step) } else { None });
+        assert_eq!(told.collect::<Vec<u64>>(), [1, n], "{name}");
+    }
+}
+
+#[test]
+fn devices_tell_their_mean_loss_of_the_last_step_and_an_interrupted_run_its_final_checkpoint() {
+    use carrousel::observe::CheckpointKind;
+
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = small(dir.path());
+    (config.devices, config.balance) = ("cpu:1*3".into(), "2:1:0".into());
+    let ran = train_with(&config, options(&dir.path().join("run"), None), Some(4));
+    assert!(ran.outcome.unwrap().interrupted);
+    let told = ran.events.iter().filter_map(|e| if let Event::Device { loss, .. } = e { Some(*loss) } else { None });
+    let told: Vec<Option<f64>> = told.collect();
+    let [Some(a), Some(b), None] = told[..] else { panic!("{told:?}") };
+    // 13 rows are shared as 9 and 4.
+    let mean = (9.0 * a + 4.0 * b) / 13.0;
+    assert!((mean / ran.losses[3] - 1.0).abs() < 1e-6, "{told:?} against {}", ran.losses[3]);
+    let kinds: Vec<CheckpointKind> =
+        ran.events.iter().filter_map(|e| if let Event::Checkpoint { kind, .. } = e { Some(*kind) } else { None }).collect();
+    assert_eq!(kinds, [CheckpointKind::Final]);
+}
+
+#[test]
+fn errors_of_several_targets_are_told_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("two.csv");
+    let rows: String = (0..300).map(|i| format!("{i},{},{}\n", (i * 7) % 5, 1000 * ((i * 3) % 7))).collect();
+    std::fs::write(&file, format!("row,small,large\n{rows}")).unwrap();
+    let mut config = config(Task::Forecast, &[&file]);
+    (config.target, config.max_steps) = (vec!["small".into(), "large".into()], Some(3));
+    let outcome = train(&config, &dir.path().join("run"), false).outcome.unwrap();
+    let (rmse, by_target) = (&outcome.summary["rmse"], &outcome.summary["rmse_by_target"]);
+    assert_eq!(rmse, &by_target["small"]);
+    assert!(rmse["model"].as_f64().unwrap() < 10.0 && by_target["large"]["last"].as_f64().unwrap() > 100.0, "{by_target}");
+    let table = outcome.tables[0].to_string();
+    assert!(table.contains("RMSE of small") && table.contains("RMSE of large"), "{table}");
 }
 
 #[test]

@@ -148,6 +148,10 @@ pub fn generate(args: &GenerateArgs, global: Global, bus: &mut Bus) -> anyhow::R
     needs(&session, &args.trained, Task::Lm, "forecast")?;
     let options =
         GenerateOptions { prompt: args.prompt.clone(), length: args.length.0, temperature: args.temperature, top_k, seed: args.seed };
+    let unknown: Vec<String> = texts::unknown_in_prompt(&session, &args.prompt).iter().map(|symbol| format!("{symbol:?}")).collect();
+    if !unknown.is_empty() {
+        bus.warn(format!("the model does not know {} of the prompt and reads <unk> there", unknown.join(", ")));
+    }
     // The text may be long in coming, so it is shown as it comes. A reader that has gone away is found out at the end.
     let mut printed = Ok(());
     let mut show = |text: &str| {

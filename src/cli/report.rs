@@ -11,6 +11,12 @@ pub fn scores(title: &str, summary: &Map<String, Value>) -> Table {
     let mut table = Table::new(title).pairs("result", plain.map(|(name, value)| (words(name), text(value))));
     for (name, value) in summary {
         match value {
+            Value::Object(parts) if !parts.is_empty() && parts.values().all(Value::is_object) => {
+                for (part, fields) in parts.iter().filter_map(|(part, fields)| Some((part, fields.as_object()?))) {
+                    let title = format!("{}: {part}", words(name));
+                    table = table.pairs(title, fields.iter().map(|(name, value)| (words(name), text(value))));
+                }
+            }
             Value::Object(fields) => table = table.pairs(words(name), fields.iter().map(|(name, value)| (words(name), text(value)))),
             Value::Array(rows) if is_table(value) => {
                 let Some(Value::Object(first)) = rows.first() else { continue };

@@ -18,7 +18,7 @@ use crate::model::init::Init;
 use crate::optim::schedule::{ScheduleConfig, ScheduleKind};
 use crate::optim::{OptimizerConfig, Rule};
 use crate::store::config::{LossReduction, RunConfig, Task};
-use crate::store::{Select, run_folder};
+use crate::store::{RunFolder, Select, run_folder};
 use crate::train::devices;
 use crate::usage::UsageError;
 
@@ -123,13 +123,15 @@ impl Layers {
         Ok(Self { flags: table(flags)?, file, recorded: Table::new() })
     }
 
-    /// Adds what the run in `folder` recorded, if there is one, in place of the defaults.
+    /// Adds what the run in `folder` recorded, if there is one, in place of the defaults. A start that left no checkpoint is none.
     ///
     /// # Errors
     /// As [`Self::new`].
     pub fn resumed(self, folder: &Path) -> Result<Self, UsageError> {
         let path = folder.join(run_folder::CONFIG);
-        let recorded = if path.exists() { table(&read(&path)?)? } else { Table::new() };
+        // What cannot be looked into is refused with its reason when the run begins.
+        let is_begun = RunFolder::is_begun(folder).unwrap_or(false);
+        let recorded = if is_begun && path.exists() { table(&read(&path)?)? } else { Table::new() };
         Ok(Self { recorded, ..self })
     }
 

@@ -154,20 +154,18 @@ impl Scorer {
     }
 }
 
-/// The naive forecasts of a part by name, those that the data allow, in the order of the module's list. Empty for a part without windows.
-pub fn baselines(series: &Series, part: Part) -> Vec<(&'static str, Scores)> {
-    type Rule<'a> = Box<dyn Fn(usize, usize, usize) -> Option<f64> + 'a>;
+/// What a naive forecast says of a target, by the row of the window's last input, the step ahead and the target; none where history is missing.
+type Rule<'a> = Box<dyn Fn(usize, usize, usize) -> Option<f64> + 'a>;
+
+fn rules(series: &Series) -> [(&'static str, Rule<'_>); 4] {
     let spec = series.spec();
-    let (origins, season) = (series.windows(part), spec.season.map(|season| season.steps).filter(|&s| s > 0));
-    if origins.is_empty() {
-        return Vec::new();
-    }
+    let season = spec.season.map(|season| season.steps).filter(|&s| s > 0);
     let back = move |o: usize, h: usize| {
         let s = season?;
         let k = h.div_ceil(s);
         (o + h).checked_sub(k * s).map(|row| (row, k, s))
     };
-    let rules: [(&'static str, Rule); 4] = [
+    [
         ("last", Box::new(|o, _, k| Some(series.value(o, k)))),
         ("seasonal", Box::new(move |o, h, k| back(o, h).map(|(row, _, _)| series.value(row, k)))),
         (
@@ -185,8 +183,16 @@ pub fn baselines(series: &Series, part: Part) -> Vec<(&'static str, Scores)> {
                 Some(fitted.at(series.position(o + h)) + series.value(o, k) - fitted.at(series.position(o)))
             }),
         ),
-    ];
-    rules
+    ]
+}
+
+/// The naive forecasts of a part by name, those that the data allow, in the order of the module's list. Empty for a part without windows.
+pub fn baselines(series: &Series, part: Part) -> Vec<(&'static str, Scores)> {
+    let (spec, origins) = (series.spec(), series.windows(part));
+    if origins.is_empty() {
+        return Vec::new();
+    }
+    rules(series)
         .into_iter()
         .filter_map(|(name, rule)| {
             let mut scorer = Scorer::new(series);
@@ -198,4 +204,11 @@ pub fn baselines(series: &Series, part: Part) -> Vec<(&'static str, Scores)> {
             Some((name, scorer.scores()))
         })
         .collect()
+}
+
+/// What the naive forecast `name` says of the first target at the last step of the horizon, for each window; NaN where it says nothing.
+pub fn at_end(series: &Series, name: &str, origins: &[u32]) -> Vec<f64> {
+    let rule = rules(series).into_iter().find(|(other, _)| *other == name);
+    let say = |origin: u32| rule.as_ref().and_then(|(_, rule)| rule(origin as usize, series.spec().horizon, 0));
+    origins.iter().map(|&origin| say(origin).unwrap_or(f64::NAN)).collect()
 }

@@ -403,6 +403,16 @@ impl Series {
         self.ticks.len()
     }
 
+    /// All that the series consists of, as numbers, for a hash: the cuts, then each row's time and what is known of it.
+    pub fn words(&self) -> impl Iterator<Item = u64> {
+        let cuts = [self.cuts.0 as u64, self.cuts.1 as u64];
+        let rows = self.ticks.iter().zip(self.values.outer_iter().zip(self.known.outer_iter()));
+        cuts.into_iter().chain(rows.flat_map(|(&tick, (values, known))| {
+            let cells: Vec<u64> = values.iter().zip(known).map(|(value, &known)| if known { value.to_bits() } else { u64::MAX }).collect();
+            std::iter::once(tick as u64).chain(cells)
+        }))
+    }
+
     /// First row of validation and first row of the test.
     pub fn cuts(&self) -> (usize, usize) {
         self.cuts

@@ -51,7 +51,7 @@ const DELIMITERS: [u8; 4] = [b';', b'\t', b'|', b','];
 
 impl Table {
     /// Reads CSV files. A header is recognised by a first line without any number or date; without one the columns are called
-    /// `column1`, `column2` and so on. Lines that start with `#` are comments.
+    /// `column1`, `column2` and so on. Lines that start with `#` are comments. Between semicolons decimals may have a comma.
     ///
     /// # Errors
     /// A file that is empty or not UTF-8, a line with more or fewer cells than the first, files with different columns.
@@ -107,6 +107,9 @@ impl Table {
             if record.iter().any(|cell| !cell.is_empty()) || (record.len() > 1 && !records.is_empty()) {
                 records.push((line, record.clone()));
             }
+        }
+        if delimiter == b';' {
+            point_decimals(&mut records);
         }
         let (first_line, first) = records.first().ok_or_else(empty)?;
         let (first_line, width) = (*first_line, first.len());
@@ -355,6 +358,22 @@ impl Table {
         let values: Vec<f64> = self.cells(c).filter_map(number).collect();
         let steps = || values.windows(2).map(|w| w[1] - w[0]);
         steps().fold(0.0, f64::max) <= 2.0 * steps().fold(f64::INFINITY, f64::min)
+    }
+}
+
+/// Turns decimal commas into points, where the file has no number with a point: one that has both may mean thousands by one of them.
+fn point_decimals(records: &mut [(u64, csv::StringRecord)]) {
+    let pointed = |cell: &str| {
+        let as_point = cell.replacen(',', ".", 1);
+        (as_point != cell && number(cell).is_none() && number(&as_point).is_some()).then_some(as_point)
+    };
+    if records.iter().any(|(_, cells)| cells.iter().any(|cell| cell.contains('.') && number(cell).is_some())) {
+        return;
+    }
+    for (_, cells) in records {
+        if cells.iter().any(|cell| pointed(cell).is_some()) {
+            *cells = cells.iter().map(|cell| pointed(cell).unwrap_or_else(|| cell.to_owned())).collect();
+        }
     }
 }
 

@@ -237,38 +237,100 @@ impl Vocab {
 
     /// The text of tokens: words with spaces between them and a line end for `<eos>`; bytes that are not UTF-8 come out as U+FFFD.
     pub fn decode(&self, tokens: &[u32]) -> String {
-        match self.level {
-            Level::Byte => String::from_utf8_lossy(&tokens.iter().map(|&token| token as u8).collect::<Vec<_>>()).into_owned(),
-            Level::Char => tokens.iter().filter_map(|&token| self.entries.get(token as usize)).map(String::as_str).collect(),
-            Level::Word => {
-                let mut text = String::new();
-                for word in tokens.iter().filter_map(|&token| self.entries.get(token as usize)) {
-                    if word == EOS {
-                        text.push('\n');
-                    } else {
-                        if !text.is_empty() && !text.ends_with('\n') {
-                            text.push(' ');
-                        }
-                        text.push_str(word);
-                    }
-                }
-                text
+        let mut decoder = self.decoder_after("");
+        let mut text: String = tokens.iter().map(|&token| decoder.push(token)).collect();
+        text.push_str(decoder.finish());
+        text
+    }
+
+    /// Decodes token by token what follows `text`.
+    pub fn decoder_after(&self, text: &str) -> Decoder<'_> {
+        Decoder { vocab: self, open: !text.is_empty() && !text.ends_with(char::is_whitespace), bytes: Vec::new() }
+    }
+
+    /// The words or characters of a prompt that stand for nothing in this vocabulary, each once.
+    pub fn unknown_in<'a>(&self, prompt: &'a str) -> Vec<&'a str> {
+        let symbols: Vec<&str> = match self.level {
+            Level::Byte => Vec::new(),
+            Level::Char => prompt.char_indices().map(|(at, c)| &prompt[at..at + c.len_utf8()]).collect(),
+            Level::Word => prompt.split_whitespace().collect(),
+        };
+        let mut unknown = Vec::new();
+        for symbol in symbols {
+            if !self.index.contains_key(symbol) && !unknown.contains(&symbol) {
+                unknown.push(symbol);
             }
+        }
+        unknown
+    }
+
+    /// Some characters of the vocabulary, blanks and line ends in a form that is seen.
+    fn sample(&self) -> String {
+        let some: Vec<char> =
+            self.entries.iter().filter(|entry| *entry != UNK).filter_map(|entry| entry.chars().next()).take(100).collect();
+        let (hidden, seen): (Vec<char>, Vec<char>) = some.into_iter().partition(|c| c.is_whitespace() || c.is_control());
+        let mut parts: Vec<String> = hidden.iter().map(|c| format!("{c:?}")).collect();
+        parts.extend((!seen.is_empty()).then(|| seen.iter().collect()));
+        if self.size() > 100 {
+            parts.push("...".to_owned());
+        }
+        parts.join(" ")
+    }
+}
+
+/// Text from tokens as they come; the pieces together are what [`Vocab::decode`] makes of all of them.
+pub struct Decoder<'a> {
+    vocab: &'a Vocab,
+    /// The last line has a word already, so that the next one needs a blank before it.
+    open: bool,
+    /// The beginning of a character.
+    bytes: Vec<u8>,
+}
+
+impl Decoder<'_> {
+    /// The text that `token` adds; empty within a character of several bytes.
+    pub fn push(&mut self, token: u32) -> String {
+        if self.vocab.level == Level::Byte {
+            self.bytes.push(token as u8);
+            return self.take_characters();
+        }
+        let Some(entry) = self.vocab.entries.get(token as usize) else { return String::new() };
+        match self.vocab.level {
+            Level::Word if entry == EOS => {
+                self.open = false;
+                "\n".to_owned()
+            }
+            Level::Word if std::mem::replace(&mut self.open, true) => format!(" {entry}"),
+            _ => entry.clone(),
         }
     }
 
-    fn sample(&self) -> String {
-        let mut some: String = self
-            .entries
-            .iter()
-            .filter(|entry| *entry != UNK && !entry.chars().any(char::is_control))
-            .take(100)
-            .map(String::as_str)
-            .collect();
-        if self.size() > 100 {
-            some.push_str(" ...");
+    /// What is left: a character that was cut off counts as one that is none.
+    pub fn finish(self) -> &'static str {
+        if self.bytes.is_empty() { "" } else { "\u{fffd}" }
+    }
+
+    fn take_characters(&mut self) -> String {
+        let mut text = String::new();
+        loop {
+            let error = match std::str::from_utf8(&self.bytes) {
+                Ok(rest) => {
+                    text.push_str(rest);
+                    self.bytes.clear();
+                    return text;
+                }
+                Err(error) => error,
+            };
+            let bad = error.error_len();
+            text.push_str(&String::from_utf8_lossy(&self.bytes[..error.valid_up_to()]));
+            if bad.is_some() {
+                text.push('\u{fffd}');
+            }
+            self.bytes.drain(..error.valid_up_to() + bad.unwrap_or(0));
+            if bad.is_none() {
+                return text;
+            }
         }
-        some
     }
 }
 

@@ -35,6 +35,8 @@ pub struct Evaluation {
 pub struct ForecastScores {
     pub model: Scores,
     pub baselines: Vec<(&'static str, Scores)>,
+    /// Names of the columns that are forecast, as the scores have them.
+    pub targets: Vec<String>,
     /// Windows by the row of their last input, and what the model says of each, in the unit, `[O]`.
     pub origins: Vec<u32>,
     pub values: Vec<Vec<f64>>,
@@ -81,16 +83,11 @@ pub fn evaluate_watched(set: &EvalSet, forward: &mut dyn Forward, mut watch: Opt
     let forecast = scorer.map(|(scorer, series, part, origins, values)| ForecastScores {
         model: scorer.scores(),
         baselines: baselines(series, part),
+        targets: series.spec().target_columns().map(|column| column.name.clone()).collect(),
         origins,
         values,
     });
     Ok(Evaluation { loss: loss / weight, weight, forecast })
-}
-
-/// The last target step's error, averaged over targets where there are several.
-fn last_step(scores: &Scores) -> f64 {
-    let last: Vec<f64> = scores.rmse.iter().filter_map(|r| r.last().copied()).collect();
-    last.iter().sum::<f64>() / last.len() as f64
 }
 
 impl Evaluation {
@@ -104,17 +101,26 @@ impl Evaluation {
             Some(forecast) => {
                 let baselines: Map<String, Value> = forecast.baselines.iter().map(|(name, s)| ((*name).to_owned(), json!(s.mse))).collect();
                 map.insert("baselines".into(), Value::Object(baselines));
-                map.insert("rmse".into(), Value::Object(self.rmse().into_iter().map(|(name, r)| (name, json!(r))).collect()));
+                let by_target: Vec<(&String, Value)> = forecast
+                    .targets
+                    .iter()
+                    .zip((0..).map(|k| self.rmse(k).into_iter().map(|(name, r)| (name, json!(r))).collect()))
+                    .collect();
+                map.insert("rmse".into(), by_target.first().map_or(Value::Null, |(_, rmse)| rmse.clone()));
+                if by_target.len() > 1 {
+                    let named = by_target.into_iter().map(|(name, rmse)| (name.clone(), rmse));
+                    map.insert("rmse_by_target".into(), Value::Object(named.collect()));
+                }
             }
         }
         map
     }
 
-    /// Root mean squared errors at the last step of the horizon in the data's unit: the model's, then each baseline's.
-    pub fn rmse(&self) -> Vec<(String, f64)> {
+    /// Root mean squared errors of target `k` at the last step of the horizon in its unit: the model's, then each baseline's.
+    pub fn rmse(&self, k: usize) -> Vec<(String, f64)> {
         let Some(forecast) = &self.forecast else { return Vec::new() };
-        let model = ("model".to_owned(), last_step(&forecast.model));
-        std::iter::once(model).chain(forecast.baselines.iter().map(|(name, s)| ((*name).to_owned(), last_step(s)))).collect()
+        let all = std::iter::once(("model", &forecast.model)).chain(forecast.baselines.iter().map(|(name, scores)| (*name, scores)));
+        all.map(|(name, scores)| (name.to_owned(), scores.rmse.get(k).and_then(|r| r.last().copied()).unwrap_or(f64::NAN))).collect()
     }
 }
 

@@ -8,8 +8,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
-use super::session::{read_config, read_spec};
-use super::task::{Corpus, DATA_FILE, DataSpec, model_config};
+use super::session::{read_config, read_data};
+use super::task::{Corpus, DATA_FILE, DataRecord, DataSpec, model_config};
 use crate::data::series::{Column, SeriesSpec};
 use crate::model::init::initial;
 use crate::store::checkpoint::{Checkpoint, NamedTensor};
@@ -24,7 +24,7 @@ use crate::usage::UsageError;
 /// No such run or checkpoint; the format has no words for the model; the file cannot be written.
 pub fn export(run: &Path, which: Which, format: Format, part: Part, output: &Path) -> Result<(Map<String, Value>, Vec<String>)> {
     let folder = RunFolder::read(run)?;
-    let (config, spec) = (read_config(&folder)?, read_spec(&folder)?);
+    let (config, spec) = (read_config(&folder)?, read_data(&folder)?.spec);
     let mut checkpoint = folder.load(which)?;
     let step = checkpoint.step()?;
     let model = model_config(&config, &spec);
@@ -134,7 +134,7 @@ pub fn import(file: ModelFile, config: &RunConfig, has_data: bool, out: &Path) -
     }
     let mut folder = RunFolder::create(out)?;
     folder.write_file(CONFIG, toml::to_string_pretty(config).context("the configuration cannot be written as TOML")?.as_bytes())?;
-    folder.write_file(DATA_FILE, serde_json::to_string(&spec)?.as_bytes())?;
+    folder.write_file(DATA_FILE, serde_json::to_string(&DataRecord { spec, fingerprint: None })?.as_bytes())?;
     let checkpoint = Checkpoint { meta: json!({ "step": 0, "imported": imported }), tensors };
     let saved = folder.save(&checkpoint, None, config.keep, config.select)?;
     warnings.extend(saved.warnings);

@@ -35,51 +35,61 @@ pub fn generate(session: &mut Session, options: &GenerateOptions, on_text: &mut 
     UsageError::unless(options.top_k != Some(0), || "--top-k 0 leaves no token to draw: give a number from 1".to_owned())?;
     let mut random = Stream::new(StepKey::new(options.seed, 0), Purpose::Sample, 0, 0);
     let mut tokens = vocab.encode_prompt(&options.prompt)?;
-    let prompted = !tokens.is_empty();
-    if !prompted {
+    if tokens.is_empty() {
         // Without a prompt the text begins after a line's end, or anywhere.
         let newline = vocab.eos().or_else(|| vocab.encode_prompt("\n").ok().and_then(|t| t.first().copied()));
         tokens.push(newline.unwrap_or_else(|| random.below(vocab.size() as u32)));
     }
-    let mut shown = if prompted { vocab.decode(&tokens) } else { String::new() };
-    on_text(&shown);
-    let start = if prompted { 0 } else { tokens.len() };
+    let mut text = options.prompt.clone();
+    on_text(&text);
+    let mut decoder = vocab.decoder_after(&text);
     let mut state = Vec::new();
     let mut logits = session.feed(&tokens, &mut state)?;
     for drawn in 0..options.length {
-        let next = draw(&mut logits, temperature, options.top_k, &mut random);
-        tokens.push(next);
-        // Decoded as a whole, since a character may take several bytes and a word a blank before it; only what no longer changes is shown.
-        let text = vocab.decode(&tokens[start..]);
-        let stable = if drawn + 1 == options.length { text.len() } else { text.trim_end_matches('\u{fffd}').len() };
-        if let Some(new) = text.get(shown.len()..stable).filter(|_| text.starts_with(&shown)) {
-            on_text(new);
-            shown.push_str(new);
+        let next = draw(&logits, temperature, options.top_k, &mut random);
+        let piece = decoder.push(next);
+        on_text(&piece);
+        text.push_str(&piece);
+        if drawn + 1 < options.length {
+            logits = session.feed(&[next], &mut state)?;
         }
-        logits = session.feed(&[next], &mut state)?;
     }
-    let text = vocab.decode(&tokens[start..]);
+    let rest = decoder.finish();
+    on_text(rest);
+    text.push_str(rest);
     Ok(Map::from_iter([("text".to_owned(), json!(text)), ("tokens".to_owned(), json!(options.length))]))
 }
 
-/// Draws a token by its logits.
-fn draw(logits: &mut [f32], temperature: f64, top_k: Option<usize>, random: &mut Stream) -> u32 {
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
-    if temperature == 0.0 {
-        return order[0];
+/// Words of the prompt that the model does not know and reads as one and the same; empty for a run without text.
+pub fn unknown_in_prompt<'a>(session: &Session, prompt: &'a str) -> Vec<&'a str> {
+    match &session.spec {
+        DataSpec::Text(vocab) if vocab.unk().is_some() => vocab.unknown_in(prompt),
+        _ => Vec::new(),
     }
-    order.truncate(top_k.unwrap_or(logits.len()).max(1));
-    let max = f64::from(logits[order[0] as usize]);
-    let weights: Vec<f64> = order.iter().map(|&t| ((f64::from(logits[t as usize]) - max) / temperature).exp()).collect();
+}
+
+/// Draws a token by its logits, which are finite; of equal ones the first is the likelier.
+fn draw(logits: &[f32], temperature: f64, top_k: Option<usize>, random: &mut Stream) -> u32 {
+    let by_rank = |&a: &u32, &b: &u32| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b));
+    let mut drawn_from: Vec<u32> = (0..logits.len() as u32).collect();
+    let likeliest = drawn_from.iter().copied().min_by(by_rank).unwrap_or(0);
+    if temperature == 0.0 {
+        return likeliest;
+    }
+    if let Some(k) = top_k.filter(|&k| k < drawn_from.len()) {
+        drawn_from.select_nth_unstable_by(k, by_rank);
+        drawn_from.truncate(k);
+    }
+    let max = f64::from(logits[likeliest as usize]);
+    let weights: Vec<f64> = drawn_from.iter().map(|&t| ((f64::from(logits[t as usize]) - max) / temperature).exp()).collect();
     let mut left = random.uniform_f64() * weights.iter().sum::<f64>();
-    for (&token, weight) in order.iter().zip(&weights) {
+    for (&token, weight) in drawn_from.iter().zip(&weights) {
         left -= weight;
         if left < 0.0 {
             return token;
         }
     }
-    order[order.len() - 1]
+    likeliest
 }
 
 #[cfg(test)]
@@ -91,10 +101,15 @@ mod tests {
         let mut random = Stream::new(StepKey::new(1, 0), Purpose::Sample, 0, 0);
         let mut counts = [0; 3];
         for _ in 0..10_000 {
-            counts[draw(&mut [0.0, 2f32.ln(), f32::MIN], 1.0, None, &mut random) as usize] += 1;
+            counts[draw(&[0.0, 2f32.ln(), f32::MIN], 1.0, None, &mut random) as usize] += 1;
         }
         assert!((6400..6900).contains(&counts[1]) && counts[2] == 0, "{counts:?}");
-        assert!((0..100).all(|_| draw(&mut [0.0, 0.1, 0.0], 5.0, Some(1), &mut random) == 1));
-        assert_eq!(draw(&mut [0.0, 3.0, 3.0], 0.0, None, &mut random), 1);
+        assert!((0..100).all(|_| draw(&[0.0, 0.1, 0.0], 5.0, Some(1), &mut random) == 1));
+        assert_eq!(draw(&[0.0, 3.0, 3.0], 0.0, None, &mut random), 1);
+        let mut counts = [0; 5];
+        for _ in 0..1000 {
+            counts[draw(&[1.0, 3.0, 2.0, 3.0, 0.0], 1.0, Some(3), &mut random) as usize] += 1;
+        }
+        assert!(counts[0] == 0 && counts[4] == 0 && counts[1].min(counts[2]).min(counts[3]) > 50, "{counts:?}");
     }
 }

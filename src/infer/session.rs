@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::evaluate::Forward;
-use super::task::{DATA_FILE, DataSpec, model_config};
+use super::task::{DATA_FILE, DataRecord, DataSpec, model_config};
 use crate::backend::{Backend, read_now};
 use crate::data::{Batch, Input, Target};
 use crate::model::state::Carried;
@@ -15,8 +15,8 @@ use crate::model::{Model, Pass, Share, Words};
 use crate::store::config::RunConfig;
 use crate::store::run_folder::{CONFIG, RunFolder, Which};
 
-/// How long a device may take for one pass.
-const DEADLINE: Duration = Duration::from_secs(300);
+/// How long a device may take for a pass, a step, a readback or a message before it counts as stuck.
+pub const DEADLINE: Duration = Duration::from_secs(300);
 
 /// A model that is ready to be asked.
 pub struct Session {
@@ -42,7 +42,7 @@ pub fn read_config(folder: &RunFolder) -> Result<RunConfig> {
 ///
 /// # Errors
 /// A file that is missing or damaged.
-pub fn read_spec(folder: &RunFolder) -> Result<DataSpec> {
+pub fn read_data(folder: &RunFolder) -> Result<DataRecord> {
     serde_json::from_slice(&folder.read_file(DATA_FILE)?).with_context(|| format!("{DATA_FILE} of {} is damaged", folder.path().display()))
 }
 
@@ -53,7 +53,7 @@ impl Session {
     /// No such run or checkpoint, a damaged file, a model that does not fit the device.
     pub fn open(run: &Path, which: Which, mut backend: Box<dyn Backend>) -> Result<Self> {
         let folder = RunFolder::read(run)?;
-        let (config, spec) = (read_config(&folder)?, read_spec(&folder)?);
+        let (config, spec) = (read_config(&folder)?, read_data(&folder)?.spec);
         let mut checkpoint = folder.load(which)?;
         let mut model = Model::new(model_config(&config, &spec), backend.as_mut())?;
         let params = model.table().tensors().iter().map(|t| checkpoint.take(&t.name, &t.shape)).collect::<Result<Vec<_>, _>>()?;
@@ -69,7 +69,7 @@ impl Session {
     /// Feeds tokens of one stream, carrying its state, and gives the logits after the last of them.
     ///
     /// # Errors
-    /// The device's.
+    /// Something that is not finite; the device's.
     pub fn feed(&mut self, tokens: &[u32], state: &mut Vec<f32>) -> Result<Vec<f32>> {
         let (n_steps, n_outputs) = (tokens.len(), self.model.config().n_outputs());
         let backend = self.backend.as_mut();
@@ -83,15 +83,27 @@ impl Session {
             state: (!state.is_empty()).then_some(state.as_slice()),
             scale: 0.0,
         };
+        self.model.lower_flags(backend)?;
         self.model.run(backend, &share, Pass { key: None, gradients: false, part: 0 }, &mut |_, _, _| Ok(()))?;
         let (span, stride) = self.model.outputs(n_steps, 1);
         let last = span.part((n_steps - 1) * stride, n_outputs);
-        let mut spans = vec![last];
+        let mut spans = vec![self.model.flag(), last];
         spans.extend(self.model.final_state(n_steps, 1));
         let mut words = backend.read(&spans, Vec::new())?.wait(DEADLINE)?;
-        *state = words.split_off(n_outputs);
+        *state = words.split_off(1 + n_outputs);
+        let flag = words.remove(0);
+        check_finite(flag.to_bits() == 0 && words.iter().all(|logit| logit.is_finite()))?;
         Ok(words)
     }
+}
+
+/// Only a model that is of use is used.
+fn check_finite(finite: bool) -> Result<()> {
+    ensure!(
+        finite,
+        "the model's outputs are not finite: its parameters are spoilt, or the data holds extreme values; try --checkpoint with another step"
+    );
+    Ok(())
 }
 
 /// What a forward pass over a batch gives.
@@ -161,7 +173,7 @@ impl Forward for Session {
         let rows = 0..batch.n_rows;
         let state = carried.as_ref().map(|c| c.rows(rows.clone()));
         let passed = pass_forward(self.backend.as_mut(), &mut self.model, batch, state.as_deref(), [carried.is_some(), wants_outputs])?;
-        ensure!(!passed.non_finite, "the model's outputs are not finite: its parameters are spoilt, or the data holds extreme values");
+        check_finite(!passed.non_finite && passed.loss.is_finite())?;
         if let Some(carried) = carried {
             carried.put(rows, &passed.state);
         }

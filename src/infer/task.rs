@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use crate::data::builtin;
 use crate::data::series::{Order, Part, Series, SeriesBatches, SeriesOptions, SeriesSpec};
@@ -24,8 +25,27 @@ pub enum DataSpec {
     Series(Box<SeriesSpec>),
 }
 
-/// The file of a [`DataSpec`] in the run folder.
+/// The file in the run folder that holds a [`DataRecord`].
 pub const DATA_FILE: &str = "data.json";
+
+/// [`DATA_FILE`]: what a model must know of its data, and which data those were.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DataRecord {
+    #[serde(flatten)]
+    pub spec: DataSpec,
+    /// Missing where a folder comes from elsewhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<Fingerprint>,
+}
+
+/// What tells data from other data.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fingerprint {
+    /// Tokens or rows.
+    pub length: u64,
+    /// Over the tokens of all parts, or over times and values of all rows, hexadecimal.
+    pub sha256: String,
+}
 
 /// Data in memory.
 pub enum Corpus {
@@ -91,6 +111,48 @@ impl Corpus {
             Self::Text(text) => DataSpec::Text(text.vocab.clone()),
             Self::Series(series) => DataSpec::Series(Box::new(series.spec().clone())),
         }
+    }
+
+    /// What tells these data from other data read in the same way.
+    pub fn fingerprint(&self) -> Fingerprint {
+        let mut hasher = Sha256::new();
+        let length = match self {
+            Self::Text(text) => {
+                let parts = [&text.train, &text.valid, &text.test];
+                for part in parts {
+                    hasher.update((part.len() as u64).to_le_bytes());
+                    hasher.update(bytemuck::cast_slice::<u32, u8>(part));
+                }
+                parts.iter().map(|part| part.len() as u64).sum()
+            }
+            Self::Series(series) => {
+                series.words().for_each(|word| hasher.update(word.to_le_bytes()));
+                series.n_rows() as u64
+            }
+        };
+        Fingerprint { length, sha256: hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect() }
+    }
+
+    /// Refuses data that are not those that were recorded.
+    ///
+    /// # Errors
+    /// Both lengths, or both hashes, and the file.
+    pub fn check_unchanged(&self, recorded: &Fingerprint) -> Result<(), UsageError> {
+        let found = self.fingerprint();
+        let (name, unit) = match self {
+            Self::Text(text) => (text.name.as_str(), "tokens"),
+            Self::Series(series) => (series.name(), "rows"),
+        };
+        let differ = if found.length == recorded.length {
+            format!("the sha-256 of its {unit} is {}, not {}", found.sha256, recorded.sha256)
+        } else {
+            format!("{} {unit} instead of {}", found.length, recorded.length)
+        };
+        UsageError::unless(found == *recorded, || {
+            format!(
+                "{name} has changed since the run began ({differ}): put the data back as they were, or start another run with another --out"
+            )
+        })
     }
 
     /// What a person should know.

@@ -20,7 +20,7 @@ pub enum CheckpointKind {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "lowercase")]
 pub enum Event {
-    /// One training step, sent every `--log-every` steps. `loss` is the loss of that step alone.
+    /// One training step, sent every `--log-every` steps, and for the first and the last of the run. `loss` is the loss of that step alone.
     Step { step: u64, epoch: u64, loss: f64, lr: f64, tokens_per_second: f64, grad_norm: f64 },
     /// The end of an epoch; `step` is its last step, `train_loss` the mean over the epoch's terms.
     Epoch { epoch: u64, step: u64, train_loss: f64, valid_loss: Option<f64>, seconds: f64 },
@@ -28,8 +28,18 @@ pub enum Event {
     Eval { step: u64, valid_loss: f64 },
     /// A checkpoint that is completely written.
     Checkpoint { step: u64, path: String, kind: CheckpointKind },
-    /// One worker since its last such event. `share` is its fraction of the global batch; `loss` is not finite where the share was empty.
-    Device { step: u64, rank: u64, name: String, share: f64, loss: f64, tokens_per_second: f64, waited_seconds: f64, bytes_sent: u64 },
+    /// One worker at the end of the command, over all steps that it took. `share` is its fraction of the rows; `loss` is the mean over its
+    /// terms of the last step, null where it had none.
+    Device {
+        step: u64,
+        rank: u64,
+        name: String,
+        share: f64,
+        loss: Option<f64>,
+        tokens_per_second: f64,
+        waited_seconds: f64,
+        bytes_sent: u64,
+    },
     /// Something that the person should know and that does not stop the run.
     Warning { message: String },
     /// Why the command failed: its last event. The console shows it, so nobody else prints it.

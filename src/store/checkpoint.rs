@@ -85,11 +85,6 @@ impl Checkpoint {
         Ok(self.tensors.remove(idx).data)
     }
 
-    /// Whether there is a tensor `name`.
-    pub fn has(&self, name: &str) -> bool {
-        self.tensors.iter().any(|t| t.name == name)
-    }
-
     /// The bytes of the file; the same content gives the same bytes, in whatever order the tensors come.
     ///
     /// # Errors

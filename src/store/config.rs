@@ -93,7 +93,8 @@ pub struct RunConfig {
     pub loss_reduction: LossReduction,
     pub seed: u64,
     pub devices: String,
-    /// `equal`, `auto` or `W1:W2:...`.
+    /// `equal`, `auto` or `W1:W2:...`; empty, and left out of the file: as the devices are alike or not.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub balance: String,
     /// Parts that each share is cut into.
     pub accumulate: usize,

@@ -25,6 +25,8 @@ use super::{Result, StoreError};
 
 /// The resolved configuration; a run without it has not started.
 pub const CONFIG: &str = "config.toml";
+/// What the finished run came to, a JSON object.
+pub const SUMMARY: &str = "summary.json";
 /// One JSON object a line.
 pub const METRICS: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
@@ -207,7 +209,23 @@ impl fmt::Debug for RunFolder {
 }
 
 impl RunFolder {
-    /// Makes a folder for a new run and locks it.
+    /// Whether `path` holds checkpoints, whole or not. Without one, a folder holds no run yet, whatever else lies in it.
+    ///
+    /// # Errors
+    /// The folder cannot be read.
+    pub fn is_begun(path: impl AsRef<Path>) -> Result<bool> {
+        Ok(!Self::at(Arc::new(Disk), path.as_ref())?.steps_on_disk()?.is_empty())
+    }
+
+    /// Looks whether [`Self::create`] would refuse the folder, and makes nothing.
+    ///
+    /// # Errors
+    /// The folder already holds a run.
+    pub fn check_free(path: impl AsRef<Path>) -> Result<()> {
+        Self::at(Arc::new(Disk), path.as_ref())?.refuse_taken()
+    }
+
+    /// Makes a folder for a new run and locks it. A start that ended before its first checkpoint is no run; what it left is overwritten.
     ///
     /// # Errors
     /// The folder already holds a run, is in use, or cannot be written.
@@ -242,10 +260,10 @@ impl RunFolder {
 
     /// [`Self::create`] on a storage of the caller's.
     pub fn create_with(storage: Arc<dyn Storage>, path: impl AsRef<Path>) -> Result<Self> {
+        // Looked at before anything is made in it, and again when nobody else can begin there.
+        Self::at(Arc::clone(&storage), path.as_ref())?.refuse_taken()?;
         let mut run = Self::hold(storage, path.as_ref())?;
-        if run.holds_run()? {
-            return Err(StoreError::HoldsRun { path: run.path });
-        }
+        run.refuse_taken()?;
         run.clear_leftovers()?;
         Ok(run)
     }
@@ -497,14 +515,31 @@ impl RunFolder {
 
     fn holds_run(&self) -> Result<bool> {
         for name in [CONFIG, METRICS, INDEX] {
-            let path = self.path.join(name);
-            match self.storage.exists(&path) {
-                Ok(false) => {}
-                Ok(true) => return Ok(true),
-                Err(e) => return Err(StoreError::io("look for", path, e)),
+            if self.exists(name)? {
+                return Ok(true);
             }
         }
         Ok(!self.steps_on_disk()?.is_empty())
+    }
+
+    /// Refuses a folder with checkpoints, and one with files of these names that no run of ours has begun: they are somebody's.
+    fn refuse_taken(&self) -> Result<()> {
+        let taken = match self.exists(LOCK) {
+            Ok(true) => self.steps_on_disk().map(|steps| !steps.is_empty()),
+            Ok(false) => self.holds_run(),
+            Err(e) => Err(e),
+        };
+        match taken {
+            Ok(false) => Ok(()),
+            Ok(true) => Err(StoreError::HoldsRun { path: self.path.clone() }),
+            Err(StoreError::Io { source, .. }) => Err(StoreError::Unwritable { path: self.path.clone(), source }),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn exists(&self, name: &str) -> Result<bool> {
+        let path = self.path.join(name);
+        self.storage.exists(&path).map_err(|e| StoreError::io("look for", path, e))
     }
 
     /// Removes the temporary files of a process that was killed.

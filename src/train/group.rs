@@ -17,14 +17,12 @@ use crate::backend::{Backend, DeviceInfo, open};
 use crate::comm;
 use crate::comm::plan::owned_segment;
 use crate::data::Batch;
+use crate::infer::session::DEADLINE;
 use crate::model::config::ModelConfig;
 use crate::model::state::Carried;
 use crate::optim::OptimizerConfig;
 use crate::params::ParamTable;
 use crate::rng::StepKey;
-
-/// How long one rank may take for a step, a readback or a message before it counts as stuck.
-pub const DEADLINE: Duration = Duration::from_secs(300);
 
 /// What all replicas have in common.
 #[derive(Clone, Debug)]
@@ -74,15 +72,15 @@ pub struct RankStep {
     pub bytes_sent: u64,
 }
 
-/// A step or an evaluation that ran into something not finite; no replica was changed by it.
+/// A step, an evaluation or a checkpoint that ran into something not finite; no replica was changed by it.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "the {what} at step {step} is not finite ({who}); nothing was updated: lower --lr, set --clip-norm, or look for extreme values in the data"
-)]
+#[error("the {what} is not finite ({who}): lower --lr, set --clip-norm, or look for extreme values in the data")]
 pub struct NonFinite {
-    pub step: u64,
-    pub what: &'static str,
+    /// `loss at step 7`, ...
+    pub what: String,
     pub who: String,
+    /// The loss itself was finite: the parameters that it came from may still be of use.
+    pub in_gradient: bool,
 }
 
 /// What a training step is to do beside its batch.
@@ -189,6 +187,17 @@ impl Group {
         })
     }
 
+    /// Lets every rank take the memory that training on `n_steps` of its share needs, so that what does not fit is found before anything begins.
+    ///
+    /// # Errors
+    /// A worker's, which names the device.
+    pub fn reserve(&mut self, n_steps: usize, shares: &[Range<usize>]) -> Result<()> {
+        for (member, rows) in self.members.iter_mut().zip(shares) {
+            member.tell(Command::Reserve { n_steps, n_rows: rows.len() })?;
+        }
+        self.gather(|answer| matches!(answer, Answer::Reserved).then_some(())).map(drop)
+    }
+
     /// One training step: computed, exchanged, and committed on all ranks or on none. `shares` are rows of the batch, by rank.
     ///
     /// # Errors
@@ -244,18 +253,22 @@ impl Group {
 
     fn non_finite(&self, step: u64, answers: &[StepAnswer]) -> NonFinite {
         let lost = |a: &StepAnswer| !a.loss.is_finite();
-        let what = if answers.iter().any(lost) { "loss" } else { "gradient" };
-        let names: Vec<String> = (self.members.iter().zip(answers).enumerate())
-            .filter(|(_, (_, a))| if what == "loss" { lost(a) } else { a.non_finite })
-            .map(|(rank, (m, _))| format!("rank {rank}, {}", m.name))
-            .collect();
-        NonFinite { step, what, who: names.join("; ") }
+        let in_gradient = !answers.iter().any(lost);
+        let what = format!("{} at step {step}", if in_gradient { "gradient" } else { "loss" });
+        let who = self.ranks_where(answers.iter().map(|a| if in_gradient { a.non_finite } else { lost(a) }));
+        NonFinite { what, who, in_gradient }
+    }
+
+    /// `rank 1, gpu:0; ...`
+    fn ranks_where(&self, holds: impl Iterator<Item = bool>) -> String {
+        let named = self.members.iter().zip(holds).enumerate().filter(|(_, (_, holds))| *holds);
+        named.map(|(rank, (member, _))| format!("rank {rank}, {}", member.name)).collect::<Vec<_>>().join("; ")
     }
 
     /// Forward only: the loss summed over the batch's terms, and outputs `[rows, columns]` if they are wanted (only of models with one output a row).
     ///
     /// # Errors
-    /// A worker's; a loss that is not finite.
+    /// [`NonFinite`] where a loss or an output is not finite; a worker's.
     pub fn evaluate(
         &mut self,
         batch: &Arc<Batch>,
@@ -277,6 +290,11 @@ impl Group {
             Answer::Evaluated(answer) => Some(answer),
             _ => None,
         })?;
+        let lost = |a: &EvaluateAnswer| a.non_finite || !a.loss.is_finite();
+        if answers.iter().any(lost) {
+            let who = self.ranks_where(answers.iter().map(lost));
+            return Err(NonFinite { what: "loss of an evaluation".to_owned(), who, in_gradient: false }.into());
+        }
         if let Some(carried) = carried {
             for (rows, answer) in shares.iter().zip(&answers).filter(|(rows, _)| !rows.is_empty()) {
                 carried.put(rows.clone(), &answer.state);

@@ -9,10 +9,11 @@ use serde_json::{Map, Value, json};
 
 use super::balance::Balance;
 use super::devices::Resolved;
-use super::group::{DEADLINE, Group, GroupSpec, StepNumbers, Wrap};
+use super::group::{Group, GroupSpec, StepNumbers, Wrap};
 use super::run::settle;
 use crate::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan};
 use crate::data::{Batch, Input, Target};
+use crate::infer::session::DEADLINE;
 use crate::kernels::Kernel;
 use crate::model::config::{self, ModelConfig};
 use crate::model::init::{Init, initial};
@@ -190,7 +191,8 @@ fn kernels(workload: &Workload, devices: &[Resolved], accumulate: usize) -> Resu
     let shares = Balance::fixed(vec![1.0; devices.len()]).shares(batch.n_rows);
     for step in 0..=STEPS {
         if step == 1 {
-            // The first step built pipelines.
+            // The first step built pipelines; its update counts as its own only when it is done.
+            group.params_of(0)?;
             times.lock().unwrap_or_else(PoisonError::into_inner).clear();
         }
         let numbers = StepNumbers { step: u64::from(step) + 1, lr: workload.optimizer.lr, key: StepKey::new(1, 0), divisor: batch.weight };
@@ -201,7 +203,7 @@ fn kernels(workload: &Workload, devices: &[Resolved], accumulate: usize) -> Resu
     let times = times.lock().unwrap_or_else(PoisonError::into_inner);
     let mut rows: Vec<_> = times.iter().collect();
     rows.sort_by_key(|row| std::cmp::Reverse(row.1.1));
-    let row = |(name, (n, time)): (&&'static str, &(u32, Duration))| json!({ "kernel": name, "launches": f64::from(*n) / f64::from(STEPS), "ms": time.as_secs_f64() * 1e3 / f64::from(STEPS) });
+    let row = |(name, (n, time)): (&&'static str, &(u32, Duration))| json!({ "kernel": name, "launches": n / STEPS, "ms": time.as_secs_f64() * 1e3 / f64::from(STEPS) });
     Ok(rows.into_iter().map(row).collect())
 }
 

@@ -1,5 +1,6 @@
 //! A run from configuration to trained model: epochs, evaluations, checkpoints, resume.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,23 +15,23 @@ use super::devices::{self, Resolved};
 use super::group::{Group, GroupSpec, NonFinite, RankStep, StepNumbers, Tensors, Wrap};
 use super::ring::Update;
 use crate::data::Batch;
+use crate::data::baselines::at_end;
 use crate::data::prefetch::Prefetch;
 use crate::data::series::Part;
 use crate::infer::evaluate::{Evaluation, Forward, evaluate, truth_at_end};
-use crate::infer::session::{read_config, read_spec};
-use crate::infer::task::{Corpus, DATA_FILE, EvalSet, model_config};
+use crate::infer::session::{read_config, read_data};
+use crate::infer::task::{Corpus, DATA_FILE, DataRecord, EvalSet, model_config};
 use crate::model::init::initial;
 use crate::model::state::Carried;
 use crate::observe::plot::{self, ForecastPlot, Series as Curve, Times};
-use crate::observe::sinks::{Metrics, losses, truncate_to};
-
+use crate::observe::sinks::{Metrics, losses, up_to};
 use crate::observe::{Bus, CheckpointKind, Event, Level, RunInfo, Table, format};
 use crate::optim::schedule::{Plateau, Schedule, ScheduleKind};
 use crate::rng::StepKey;
 use crate::shape::pad_units;
 use crate::store::checkpoint::{Checkpoint, NamedTensor};
 use crate::store::config::{LossReduction, RunConfig, Task};
-use crate::store::run_folder::{CONFIG, METRICS, RunFolder, Select, Which};
+use crate::store::run_folder::{CONFIG, Entry, METRICS, RunFolder, SUMMARY, Select, Which};
 use crate::usage::UsageError;
 
 /// What is not part of a run's configuration.
@@ -124,22 +125,31 @@ pub fn settle(devices: &str, balance: &str) -> Result<(Vec<Resolved>, Balance, V
 /// # Errors
 /// What is wrong with configuration, data, devices or the run folder; a run that turned non-finite (the last good checkpoint stays).
 pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicBool) -> Result<Outcome> {
-    let mut folder = if options.resume { RunFolder::open_or_create(&options.out)? } else { RunFolder::create(&options.out)? };
-    let resumed = options.resume && folder.has_checkpoints();
-    for warning in folder.take_warnings() {
-        bus.warn(warning);
-    }
+    // What can be wrong with data and devices is looked at before a folder is made: a start that fails leaves nothing behind.
+    let begun = options.resume && RunFolder::is_begun(&options.out)?;
     let mut config = config;
     let mut found = None;
-    if resumed {
-        let recorded = read_config(&folder)?;
-        config = continued(config, recorded)?;
+    if begun {
+        let mut folder = RunFolder::open(&options.out)?;
+        folder.take_warnings().into_iter().for_each(|w| bus.warn(w));
+        config = continued(config, read_config(&folder)?)?;
         let (checkpoint, warnings) = folder.load_newest()?;
         warnings.into_iter().for_each(|w| bus.warn(w));
-        found = Some(checkpoint);
+        if !is_imported(&checkpoint)
+            && let Some(outcome) = finished(&folder, &config, &position_of(&checkpoint)?)
+        {
+            return Ok(outcome);
+        }
+        let data = read_data(&folder)?;
+        found = Some((folder, checkpoint, data));
+    } else if !options.resume {
+        RunFolder::check_free(&options.out)?;
     }
-    let spec = if resumed { Some(read_spec(&folder)?) } else { None };
-    let corpus = Corpus::load(&config, spec.as_ref())?;
+    let recorded = found.as_ref().map(|(_, _, data)| data);
+    let corpus = Corpus::load(&config, recorded.map(|data| &data.spec))?;
+    if let Some(fingerprint) = recorded.and_then(|data| data.fingerprint.as_ref()) {
+        corpus.check_unchanged(fingerprint)?;
+    }
     corpus.warnings().into_iter().for_each(|w| bus.warn(w));
     let (batches, notes) = corpus.train_batches(&config)?;
     notes.iter().for_each(|note| bus.log(Level::Info, note));
@@ -178,11 +188,12 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
         finished: false,
     };
     let mut state = (corpus.n_streams(&config) > 0).then(|| carried(&model, corpus.n_streams(&config)));
-    match found {
-        Some(checkpoint) => {
-            // An imported model has parameters and nothing else: it is where training begins.
-            let begins = checkpoint.meta.get("imported").is_some();
-            let (params, states) = if begins {
+    let valid = corpus.eval_set(&config, Part::Valid)?;
+    let first = batches.batch(0, 0);
+    group.reserve(first.n_steps, &position.balance.shares(first.n_rows))?;
+    let folder = match found {
+        Some((folder, checkpoint, _)) => {
+            let (params, states) = if is_imported(&checkpoint) {
                 let mut checkpoint = checkpoint;
                 let tensors = group.table().tensors();
                 let params = tensors.iter().map(|t| checkpoint.take(&t.name, &t.shape)).collect::<Result<Tensors, _>>()?;
@@ -192,24 +203,31 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
                 restore(checkpoint, &mut position, state.as_mut(), &group, &config, bus)?
             };
             group.load(params, states)?;
+            folder.retain_lines(METRICS, up_to(position.step))?;
+            folder
         }
         None => {
-            folder
-                .write_file(CONFIG, toml::to_string_pretty(&config).context("the configuration cannot be written as TOML")?.as_bytes())?;
-            folder.write_file(DATA_FILE, serde_json::to_string(&spec)?.as_bytes())?;
             let params = initial(&model, group.table(), config.init, config.gate_bias, config.seed);
             let zeros: Tensors = group.table().tensors().iter().map(|t| vec![0.0; t.layout.torch_len()]).collect();
             group.load(params, vec![zeros; config.optimizer.states().len()])?;
+            let mut folder = if options.resume { RunFolder::open_or_create(&options.out)? } else { RunFolder::create(&options.out)? };
+            folder.take_warnings().into_iter().for_each(|w| bus.warn(w));
+            UsageError::unless(!folder.has_checkpoints(), || {
+                format!("another process has begun a run in {} meanwhile: resume it", folder.path().display())
+            })?;
+            let record = DataRecord { spec, fingerprint: Some(corpus.fingerprint()) };
+            folder.write_file(DATA_FILE, serde_json::to_string(&record)?.as_bytes())?;
+            folder.retain_lines(METRICS, |_| false)?;
+            folder
         }
+    };
+    folder.write_file(CONFIG, toml::to_string_pretty(&config).context("the configuration cannot be written as TOML")?.as_bytes())?;
+    if begun && let Some(warning) = rate_is_gone(&position, total) {
+        bus.warn(warning);
     }
-    if resumed {
-        folder.write_file(CONFIG, toml::to_string_pretty(&config).context("the configuration cannot be written as TOML")?.as_bytes())?;
-    }
-    truncate_to(&folder.file_path(METRICS)?, position.step)?;
     bus.add(Box::new(Metrics::open(&folder.file_path(METRICS)?)?));
     let perplexity = config.task == Task::Lm;
     bus.begin(&RunInfo { first_step: position.step, total_steps: total, total_epochs: config.epochs, perplexity });
-    let valid = corpus.eval_set(&config, Part::Valid)?;
     let mut trainer = Trainer {
         config: &config,
         folder,
@@ -224,10 +242,11 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
         tokens_before: 0,
         meter: Meter::new(),
         ranks: Vec::new(),
+        last: None,
         data_wait: Duration::ZERO,
     };
     trainer.tokens_before = trainer.position.tokens;
-    let interrupted = trainer.train(batches, stop)?;
+    let interrupted = trainer.train(batches, stop).map_err(|e| trainer.explain(e))?;
     trainer.finish(&corpus, interrupted)
 }
 
@@ -280,6 +299,51 @@ impl End {
     }
 }
 
+/// An imported model has parameters and nothing else: it is where training begins.
+fn is_imported(checkpoint: &Checkpoint) -> bool {
+    checkpoint.meta.get("imported").is_some()
+}
+
+fn position_of(checkpoint: &Checkpoint) -> Result<Position> {
+    serde_json::from_value(checkpoint.meta["position"].clone()).context("the checkpoint's position is not of this version")
+}
+
+/// What a run that has nothing left to do came to, as it was kept; its data may be gone.
+fn finished(folder: &RunFolder, config: &RunConfig, position: &Position) -> Option<Outcome> {
+    let end = End { epochs: config.epochs, steps: config.max_steps };
+    if !position.finished || !end.reached(position) {
+        return None;
+    }
+    // Without one, as after a kill before it was written, it is worked out again.
+    let mut summary: Map<String, Value> = serde_json::from_slice(&folder.read_file(SUMMARY).ok()?).ok()?;
+    if summary.get("steps").and_then(Value::as_u64) != Some(position.step) {
+        return None;
+    }
+    summary.insert("run".into(), json!(folder.path()));
+    let table = losses_table(config, &summary).pairs("Run", [("run folder", folder.path().display().to_string())]);
+    Some(Outcome { interrupted: false, summary, tables: vec![table] })
+}
+
+/// Says so where a resumed run goes on beyond a schedule that ends at a rate of zero.
+fn rate_is_gone(position: &Position, total: Option<u64>) -> Option<String> {
+    let Schedule { kind: ScheduleKind::Cosine, horizon, .. } = position.schedule else { return None };
+    let ended = position.step >= horizon;
+    (horizon < u64::MAX && total.is_none_or(|total| total > horizon && total > position.step)).then(|| {
+        let (ends, there) = if ended { ("ended", "here") } else { ("ends", "there") };
+        format!("the schedule {ends} at step {horizon}: the learning rate is 0 from {there}; start another run to go on learning")
+    })
+}
+
+fn losses_table(config: &RunConfig, summary: &Map<String, Value>) -> Table {
+    let number = |key: &str| summary.get(key).and_then(Value::as_f64).map_or_else(|| "-".to_owned(), |v| format::number(v, 4));
+    let mut losses = vec![("train", number("train_loss")), ("validation", number("valid_loss")), ("test", number("test_loss"))];
+    if let Some(perplexity) = summary.get("perplexity").and_then(Value::as_f64) {
+        losses.push(("test perplexity", format::number(perplexity, 4)));
+    }
+    let unit = if config.task == Task::Lm { "Loss, nats a token" } else { "Loss, squared error on the normalised scale" };
+    Table::new(format!("Run {}", summary.get("status").and_then(Value::as_str).unwrap_or_default())).pairs(unit, losses)
+}
+
 /// Takes a checkpoint apart: the position, parameters, optimizer state, carried state.
 fn restore(
     mut checkpoint: Checkpoint,
@@ -289,9 +353,7 @@ fn restore(
     config: &RunConfig,
     bus: &mut Bus,
 ) -> Result<(Tensors, Vec<Tensors>)> {
-    let recorded: Position =
-        serde_json::from_value(checkpoint.meta["position"].clone()).context("the checkpoint's position is not of this version")?;
-    let fresh = std::mem::replace(position, recorded);
+    let fresh = std::mem::replace(position, position_of(&checkpoint)?);
     if position.devices == fresh.devices && position.kinds != fresh.kinds {
         bus.warn(
             "an adapter, a driver or an instruction set has changed since the checkpoint: the run goes on, but not with the same bits",
@@ -355,6 +417,8 @@ struct Trainer<'a> {
     meter: Meter,
     /// Totals of the ranks over this process's steps.
     ranks: Vec<RankTotal>,
+    /// The last batch and what each rank had of it.
+    last: Option<(Arc<Batch>, Vec<Range<usize>>)>,
     data_wait: Duration,
 }
 
@@ -377,32 +441,31 @@ impl Trainer<'_> {
         let mut prefetch = Prefetch::new(batches, self.position.epoch, self.position.batch, 3, end_epoch)?;
         while !self.end.reached(&self.position) {
             if stop.load(Ordering::Relaxed) {
-                self.checkpoint(CheckpointKind::Periodic, None)?;
+                self.checkpoint(CheckpointKind::Final, None)?;
                 return Ok(true);
             }
             let Some(next) = prefetch.next() else { break };
             let (epoch, idx, batch) = next?;
             ensure!((epoch, idx) == (self.position.epoch, self.position.batch), "the data came out of order: {epoch}/{idx}");
-            if let Err(e) = self.step(Arc::new(batch)) {
-                return Err(self.explain(e));
-            }
+            self.step(Arc::new(batch))?;
         }
         self.data_wait = prefetch.waited();
         Ok(false)
     }
 
-    /// A loss that is not finite says which checkpoint is good.
+    /// What is not finite says which checkpoint is good: one from whose parameters a step was taken, or at least a finite loss.
     fn explain(&self, error: anyhow::Error) -> anyhow::Error {
-        if !error.is::<NonFinite>() {
-            return error;
-        }
-        match self.folder.last() {
-            Some(entry) => error.context(format!(
-                "training stopped; the last good checkpoint is {}",
-                self.folder.path().join("checkpoints").join(&entry.file).display()
-            )),
-            None => error.context("training stopped before the first checkpoint"),
-        }
+        let Some(found) = error.downcast_ref::<NonFinite>() else { return error };
+        let before = self.position.step + u64::from(found.in_gradient);
+        let path = |entry: &Entry| self.folder.path().join(&entry.file).display().to_string();
+        let good = self.folder.entries().iter().rev().find(|entry| entry.step < before).map(path);
+        let bad = self.folder.last().filter(|entry| entry.step >= before).map(path);
+        error.context(match (good, bad) {
+            (Some(good), None) => format!("training stopped; the last good checkpoint is {good}"),
+            (Some(good), Some(bad)) => format!("training stopped; the last good checkpoint is {good}, since this comes from {bad}"),
+            (None, Some(bad)) => format!("training stopped; there is no good checkpoint, since this comes from {bad}"),
+            (None, None) => "training stopped before the first checkpoint".to_owned(),
+        })
     }
 
     fn step(&mut self, batch: Arc<Batch>) -> Result<()> {
@@ -436,6 +499,7 @@ impl Trainer<'_> {
             total.waited += rank.waited;
             total.ring_time += rank.ring_time;
         }
+        self.last = Some((Arc::clone(&batch), shares.clone()));
         if position.balance.observe(&shares, &times) {
             let shares: Vec<String> = position.balance.shares(self.config.batch_size).iter().map(|s| s.len().to_string()).collect();
             let (step, text) = (position.step, shares.join(":"));
@@ -443,7 +507,8 @@ impl Trainer<'_> {
         }
         let (step, epoch) = (position.step, position.epoch);
         let over = position.batch == self.n_batches;
-        if step % self.config.log_every.max(1) == 0 {
+        let is_last = self.end.steps.is_some_and(|n| step >= n) || (over && self.end.epochs.is_some_and(|n| epoch + 1 >= n));
+        if step % self.config.log_every.max(1) == 0 || step == 1 || is_last {
             let tokens_per_second = self.meter.rate();
             self.bus.send(&Event::Step { step, epoch: epoch + 1, loss, lr, tokens_per_second, grad_norm: stepped.norm });
         }
@@ -526,6 +591,11 @@ impl Trainer<'_> {
                 tensors.push(NamedTensor { name: name.to_owned(), shape: shape.clone(), data: state.unpadded(which, units) });
             }
         }
+        if let Some(tensor) = tensors.iter().find(|t| t.data.iter().any(|value| !value.is_finite())) {
+            let what = format!("tensor {} after step {}", tensor.name, self.position.step);
+            let who = self.group.devices().map(|(name, _)| name).collect::<Vec<_>>().join(", ");
+            return Err(NonFinite { what, who, in_gradient: false }.into());
+        }
         let meta = json!({ "step": self.position.step, "position": self.position });
         let saved = self.folder.save(&Checkpoint { meta, tensors }, valid_loss, self.config.keep, self.config.select)?;
         saved.warnings.into_iter().for_each(|w| self.bus.warn(w));
@@ -548,7 +618,8 @@ impl Trainer<'_> {
             }
             if let Some(test) = corpus.eval_set(self.config, Part::Test)? {
                 let mut together = Together { group: &mut self.group, balance: &position.balance };
-                evaluation = Some(evaluate(&test, &mut together)?);
+                let of = self.folder.selected().map_or(position.step, |entry| entry.step);
+                evaluation = Some(evaluate(&test, &mut together).with_context(|| format!("the test of the checkpoint of step {of}"))?);
             }
         }
         let selected = self.folder.selected().cloned();
@@ -573,6 +644,9 @@ impl Trainer<'_> {
         if let Some(evaluation) = &evaluation {
             summary.extend(evaluation.scores());
         }
+        if !interrupted && let Err(e) = self.folder.write_file(SUMMARY, &serde_json::to_vec_pretty(&summary)?) {
+            self.bus.warn(format!("the summary was not kept: {e}"));
+        }
         self.device_events(rate);
         let plots = self.plots(corpus, evaluation.as_ref());
         let table = self.table(&summary, evaluation.as_ref(), seconds, &plots);
@@ -592,12 +666,13 @@ impl Trainer<'_> {
         let names: Vec<String> = self.group.devices().map(|(name, _)| name.to_owned()).collect();
         for (rank, (total, name)) in self.ranks.iter().zip(names).enumerate() {
             let share = total.rows as f64 / all.max(1) as f64;
+            let weight = self.last.as_ref().and_then(|(batch, shares)| Some(batch.rows(shares.get(rank)?.clone()).weight));
             self.bus.send(&Event::Device {
                 step: self.position.step,
                 rank: rank as u64,
                 name,
                 share,
-                loss: total.last.loss,
+                loss: weight.filter(|&weight| weight > 0.0).map(|weight| total.last.loss / weight),
                 tokens_per_second: rate * share,
                 waited_seconds: total.waited.as_secs_f64(),
                 bytes_sent: total.last.bytes_sent,
@@ -626,13 +701,18 @@ impl Trainer<'_> {
             let name = series.spec().target_columns().next().map_or_else(String::new, |c| c.name.clone());
             let times = forecast.origins.iter().map(|&o| series.axis(o as usize + horizon)).collect();
             let truth = forecast.origins.iter().map(|&o| truth_at_end(series, o).unwrap_or(f64::NAN)).collect();
+            let errors = evaluation.map(|e| e.rmse(0)).unwrap_or_default();
+            let best = errors.into_iter().skip(1).filter(|(_, rmse)| rmse.is_finite()).min_by(|a, b| a.1.total_cmp(&b.1));
             let plot = ForecastPlot {
                 title: format!("{name}: held-out values and forecasts {horizon} steps ahead"),
-                unit: name,
+                unit: format!("{name}, the data's unit"),
                 times: Times::Numbers(times),
                 truth,
                 forecast: forecast.values.iter().map(|v| v[last]).collect(),
-                baseline: None,
+                baseline: best.map(|(name, _)| {
+                    let values = at_end(series, &name, &forecast.origins);
+                    (name, values)
+                }),
             };
             match plot::forecast(&dir.join("forecast"), &plot) {
                 Ok(()) => drawn.push("forecast.png".to_owned()),
@@ -643,20 +723,19 @@ impl Trainer<'_> {
     }
 
     fn table(&self, summary: &Map<String, Value>, evaluation: Option<&Evaluation>, seconds: f64, plots: &[String]) -> Table {
-        let number = |key: &str| summary.get(key).and_then(Value::as_f64).map_or_else(|| "-".to_owned(), |v| format::number(v, 4));
-        let mut losses = vec![("train", number("train_loss")), ("validation", number("valid_loss")), ("test", number("test_loss"))];
-        if let Some(perplexity) = summary.get("perplexity").and_then(Value::as_f64) {
-            losses.push(("test perplexity", format::number(perplexity, 4)));
-        }
-        let unit = if self.config.task == Task::Lm { "Loss, nats a token" } else { "Loss, squared error on the normalised scale" };
-        let mut table = Table::new(format!("Run {}", summary["status"].as_str().unwrap_or(""))).pairs(unit, losses);
-        if let Some(evaluation) = evaluation.filter(|e| e.forecast.is_some()) {
-            let rows = evaluation.rmse().into_iter().map(|(name, rmse)| vec![name, format::number(rmse, 4)]).collect();
-            table = table.columns(
-                format!("Error on the test part, {} steps ahead", self.config.horizon),
-                &["forecast", "RMSE, the data's unit"],
-                rows,
-            );
+        let mut table = losses_table(self.config, summary);
+        if let Some((evaluation, forecast)) = evaluation.and_then(|e| Some((e, e.forecast.as_ref()?))) {
+            let by_target: Vec<Vec<(String, f64)>> = (0..forecast.targets.len()).map(|k| evaluation.rmse(k)).collect();
+            let rows = by_target.first().into_iter().flatten().enumerate().map(|(i, (name, _))| {
+                let errors = by_target.iter().map(|rmse| format::number(rmse[i].1, 4));
+                std::iter::once(name.clone()).chain(errors).collect()
+            });
+            let headings = match forecast.targets.as_slice() {
+                [_] => vec!["RMSE, the data's unit".to_owned()],
+                several => several.iter().map(|name| format!("RMSE of {name}")).collect(),
+            };
+            let header: Vec<&str> = std::iter::once("forecast").chain(headings.iter().map(String::as_str)).collect();
+            table = table.columns(format!("Error on the test part, {} steps ahead", self.config.horizon), &header, rows.collect());
         }
         let rate = summary["tokens_per_second"].as_f64().unwrap_or(0.0);
         let all: u64 = self.ranks.iter().map(|r| r.rows).sum();

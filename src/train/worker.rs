@@ -28,6 +28,8 @@ use crate::usage::UsageError;
 pub enum Command {
     /// Set parameters and optimizer state (tensors in the table's order, each in PyTorch's).
     Load { params: Arc<Vec<Vec<f32>>>, states: Arc<Vec<Vec<Vec<f32>>>> },
+    /// Take the memory for training on so many steps and rows.
+    Reserve { n_steps: usize, n_rows: usize },
     /// Compute and exchange a training step.
     Step(StepWork),
     /// All ranks hold what step's update needs: apply it.
@@ -76,6 +78,7 @@ pub enum Answer {
     /// The replica stands.
     Ready,
     Loaded,
+    Reserved,
     Step(StepAnswer),
     Evaluated(EvaluateAnswer),
     Params(Vec<Vec<f32>>),
@@ -229,6 +232,13 @@ impl Worker {
                     write_buckets(self.model.table(), self.backend.as_mut(), buckets, values)?;
                 }
                 Some(Answer::Loaded)
+            }
+            Command::Reserve { n_steps, n_rows } => {
+                let most = split_even(n_rows, self.spec.accumulate).iter().map(Range::len).max().unwrap_or(0);
+                if most > 0 {
+                    self.model.reserve(self.backend.as_mut(), n_steps, most, true)?;
+                }
+                Some(Answer::Reserved)
             }
             Command::Step(work) => Some(Answer::Step(self.step(&work)?)),
             Command::Commit => {

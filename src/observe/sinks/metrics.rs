@@ -1,7 +1,7 @@
 //! `metrics.jsonl` in the run folder: every event, one JSON object a line, through all starts of the run.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -9,10 +9,7 @@ use serde_json::Value;
 
 use crate::observe::{Event, Sink};
 
-/// The file's name within a run folder.
-pub const METRICS_FILE: &str = "metrics.jsonl";
-
-/// Appends events to the metrics file. Call [`truncate_to`] first where a run is resumed.
+/// Appends events to the metrics file. Where a run is resumed, its lines are sorted out with [`up_to`] first.
 pub struct Metrics {
     path: PathBuf,
     file: File,
@@ -66,44 +63,19 @@ fn cut_torn_line(file: &mut File) -> io::Result<()> {
     if keep < end { file.set_len(keep) } else { Ok(()) }
 }
 
-/// Cuts the metrics file back to what was reported up to and including `step`, for a run that goes on from the checkpoint of that step.
+/// Which lines of the metrics file stay, told one after the other, for a run that goes on from the checkpoint of `step`.
 ///
 /// Events with a step stay where it is at most `step`; events without one stay where they stand before the first later step. A summary or an
-/// error goes, since the run is no longer over, and so does a line that is no JSON object. A missing file is fine. The new file replaces
-/// the old one in one rename.
-///
-/// # Errors
-/// The file cannot be read or replaced.
-pub fn truncate_to(path: &Path, step: u64) -> anyhow::Result<()> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).with_context(|| format!("cannot open {}", path.display())),
-    };
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".tmp");
-    let temporary = PathBuf::from(temporary);
-    let written = (|| -> io::Result<()> {
-        let mut out = BufWriter::new(File::create(&temporary)?);
-        let mut beyond = false;
-        for_each_object(file, |line, object| {
-            let at = object.get("step").and_then(Value::as_u64);
-            beyond |= at.is_some_and(|at| at > step);
-            let over = matches!(object.get("event").and_then(Value::as_str), Some("summary" | "error"));
-            let keep = match at {
-                Some(at) => at <= step,
-                None => !beyond,
-            };
-            if keep && !over { out.write_all(line).and_then(|()| out.write_all(b"\n")) } else { Ok(()) }
-        })?;
-        out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
-    })();
-    if let Err(error) = written.and_then(|()| fs::rename(&temporary, path)) {
-        // The old file is whole; what is left of the new one is of no use to anybody.
-        let _ = fs::remove_file(&temporary);
-        return Err(error).with_context(|| format!("cannot cut {} back to step {step}", path.display()));
+/// error goes, since the run is no longer over, and so does a line that is no JSON object.
+pub fn up_to(step: u64) -> impl FnMut(&str) -> bool {
+    let mut beyond = false;
+    move |line| {
+        let Ok(Value::Object(object)) = serde_json::from_str(line) else { return false };
+        let at = object.get("step").and_then(Value::as_u64);
+        beyond |= at.is_some_and(|at| at > step);
+        let over = matches!(object.get("event").and_then(Value::as_str), Some("summary" | "error"));
+        !over && at.map_or(!beyond, |at| at <= step)
     }
-    Ok(())
 }
 
 /// What a metrics file says of losses, as points (step, loss).
@@ -122,17 +94,16 @@ pub struct Losses {
 pub fn losses(path: &Path) -> anyhow::Result<Losses> {
     let mut losses = Losses::default();
     let read = File::open(path).and_then(|file| {
-        for_each_object(file, |_, object| {
+        for_each_object(file, |object| {
             let number = |field: &str| object.get(field).and_then(Value::as_f64);
             let (points, field) = match object.get("event").and_then(Value::as_str) {
                 Some("step") => (&mut losses.train, "loss"),
                 Some("epoch" | "eval") => (&mut losses.valid, "valid_loss"),
-                _ => return Ok(()),
+                _ => return,
             };
             if let (Some(step), Some(loss)) = (number("step"), number(field)) {
                 points.push((step, loss));
             }
-            Ok(())
         })
     });
     read.with_context(|| format!("cannot read {}", path.display()))?;
@@ -140,7 +111,7 @@ pub fn losses(path: &Path) -> anyhow::Result<Losses> {
 }
 
 /// Calls `take` with every line that is a JSON object, without its end of line. Bytes, since a torn line may end within a character.
-fn for_each_object(file: File, mut take: impl FnMut(&[u8], &serde_json::Map<String, Value>) -> io::Result<()>) -> io::Result<()> {
+fn for_each_object(file: File, mut take: impl FnMut(&serde_json::Map<String, Value>)) -> io::Result<()> {
     let mut reader = BufReader::new(file);
     let mut line = Vec::new();
     while reader.read_until(b'\n', &mut line)? > 0 {
@@ -148,7 +119,7 @@ fn for_each_object(file: File, mut take: impl FnMut(&[u8], &serde_json::Map<Stri
         if line.pop() == Some(b'\n')
             && let Ok(Value::Object(object)) = serde_json::from_slice(&line)
         {
-            take(&line, &object)?;
+            take(&object);
         }
         line.clear();
     }

@@ -6,4 +6,4 @@ mod metrics;
 
 pub use console::{Console, Verbosity};
 pub use json::Json;
-pub use metrics::{Losses, METRICS_FILE, Metrics, losses, truncate_to};
+pub use metrics::{Losses, Metrics, losses, up_to};
