@@ -261,6 +261,10 @@ fn a_resumed_run_starts_from_its_record_and_a_new_limit_takes_the_place_of_the_o
     // A folder that a kill left without a record: as a new run.
     assert_eq!(resume(&["--data", "b.txt"]).hidden, 128);
     fs::write(folder.path().join("config.toml"), toml::to_string(&recorded).unwrap()).unwrap();
+    // Nor does the record count that a start without a checkpoint left.
+    assert_eq!(resume(&["--data", "b.txt"]).hidden, 128);
+    fs::create_dir(folder.path().join("checkpoints")).unwrap();
+    fs::write(folder.path().join("checkpoints/step-00000001.safetensors"), "").unwrap();
     assert_eq!(resume(&[]), recorded);
     assert_eq!(resume(&["--devices", "cpu:2"]), RunConfig { devices: "cpu:2".to_owned(), ..recorded.clone() });
     assert_eq!(resume(&["--max-steps", "900"]), RunConfig { epochs: None, max_steps: Some(900), ..recorded.clone() });
