@@ -346,13 +346,13 @@ fn judge(backend: &mut dyn Backend, device: Device, case: &Case) -> Vec<String> 
         let n_parts = if layer == 0 { 1 } else { n };
         let below: Vec<Span> = (0..n_parts).map(|_| upload(backend, "gradient of the input", &vec![f32::NAN; t * b * width])).collect();
         let mut carries = Vec::new();
-        for direction in 0..n {
+        for (direction, &dh_out) in above.iter().enumerate() {
             let lane = layer * n + direction;
             let of_lane = |d: &[f64]| padded(&d[lane * b * h..][..b * h], h, hidden);
             let carry = upload(backend, "carry", &[of_lane(&dh_n), of_lane(&dc_n)].concat());
             carries.push(carry);
             lanes[lane].backward = Some(LaneGradients {
-                dh_out: Some((above[direction], 0)),
+                dh_out: Some((dh_out, 0)),
                 carry,
                 tensors: tensors(backend, &grads, lane),
                 accumulate: false,

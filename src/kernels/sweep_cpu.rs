@@ -222,7 +222,6 @@ impl Kernel for SweepForward {
             for t in (0..s.range.len()).map(|i| s.step(i)) {
                 let (before, after) = s.around(t);
                 let (h_before, h_out) = h.two(before, after);
-                let h_before = &*h_before;
                 let (c_in, c_out) = c.two(before, after);
                 let z = gates.at_mut(t);
                 let x = Left::Rows(&x[(t * rows + part.start) * inputs..], inputs);

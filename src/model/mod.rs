@@ -269,10 +269,9 @@ impl Model {
     /// # Errors
     /// A buffer beyond the device's limits or memory.
     pub fn reserve(&mut self, backend: &mut dyn Backend, n_steps: usize, n_rows: usize, gradients: bool) -> Result<()> {
-        if let Some(w) = &self.workspace {
-            if w.n_places >= n_steps * n_rows && w.n_rows >= n_rows && (w.flow.is_some() || !gradients) {
-                return Ok(());
-            }
+        let fits_in = |w: &Workspace| w.n_places >= n_steps * n_rows && w.n_rows >= n_rows && (w.flow.is_some() || !gradients);
+        if self.workspace.as_ref().is_some_and(fits_in) {
+            return Ok(());
         }
         let (mut tb, mut b, mut gradients) = (n_steps * n_rows, n_rows, gradients);
         if let Some(old) = self.workspace.take() {
