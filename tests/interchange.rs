@@ -325,8 +325,48 @@ fn foreign_files_that_do_not_fit_are_refused_by_their_tensor() {
     spoilt.tensors[0].data[2] = f32::NAN;
     assert!(into(spoilt, &network).contains("holds NaN"));
     let both = tokens(7, 5, vec![both_ways(5, 3)], false);
-    let options = there_and_back(safe, &both, Part::All).options().unwrap_err().to_string();
-    assert!(options.contains("`lstm.weight_ih_l0_reverse` is of the reverse direction"), "{options}");
+    let options = there_and_back(safe, &both, Part::All).options().unwrap();
+    assert!(options.contains("bidirectional = true\n"), "{options}");
+    let projecting = values(vec![Layer { projection: 2, ..Layer::plain(4, 3) }], 2);
+    let options = there_and_back(safe, &projecting, Part::All).options().unwrap_err().to_string();
+    assert!(options.contains("`lstm.weight_hr_l0` is a projection"), "{options}");
+}
+
+#[test]
+fn a_models_options_have_their_words_or_the_reason_why_not() {
+    let config = |lstm: LstmConfig| ModelConfig {
+        input: Input::Values { n_features: 3 },
+        output: Output::Values { n_outputs: 2 },
+        n_layers: 2,
+        hidden: 5,
+        dropout: 0.1,
+        bias: true,
+        tied: false,
+        lstm,
+    };
+    let none = LstmConfig::default();
+    let all = LstmConfig { bidirectional: true, residual: true, learned_state: true, peephole: true, ..none };
+    let network = describe(&config(all));
+    let table = config(all).table();
+    let named: Vec<_> = table.tensors().iter().map(|tensor| (tensor.name.clone(), tensor.shape.clone())).collect();
+    assert_eq!(network.tensors(), named, "every parameter has its word, in the order of the table");
+    for (lstm, torch, onnx) in [
+        (none, None, None),
+        (LstmConfig { bidirectional: true, ..none }, None, None),
+        (LstmConfig { recurrent_dropout: 0.1, weight_drop: 0.1, recurrent_grad_clip: 1.0, ..none }, None, None),
+        (LstmConfig { peephole: true, ..none }, Some("peepholes"), None),
+        (LstmConfig { coupled_gates: true, ..none }, Some("forget gate"), None),
+        (LstmConfig { zoneout_h: 0.1, ..none }, Some("zoneout"), Some("zoneout")),
+        (LstmConfig { cell_clip: 1.0, ..none }, Some("clip"), Some("clip")),
+        (LstmConfig { residual: true, ..none }, Some("adds the inputs"), Some("adds the inputs")),
+        (LstmConfig { learned_state: true, ..none }, Some("learnt"), Some("learnt")),
+    ] {
+        let network = describe(&config(lstm));
+        for (reason, want) in [(&network.beyond_torch, torch), (&network.beyond_onnx, onnx)] {
+            assert_eq!(reason.is_some(), want.is_some(), "{lstm:?}: {reason:?}");
+            assert!(reason.as_ref().zip(want).is_none_or(|(reason, want)| reason.contains(want)), "{lstm:?}: {reason:?}");
+        }
+    }
 }
 
 #[test]

@@ -577,7 +577,9 @@ impl ModelFile {
             ("learned_state", first.learned_state),
             ("coupled_gates", first.coupled),
         ] {
-            options.push_str(&format!("{key} = {is_set}\n"));
+            if is_set {
+                options.push_str(&format!("{key} = true\n"));
+            }
         }
         if let Some((_, width)) = found.embedding {
             options.push_str(&format!("embedding = {width}\ntied = {}\n", found.tied));
