@@ -623,26 +623,56 @@ pub fn pack(isa: Isa, b: Stored<'_>, ks: std::ops::Range<usize>, cols: std::ops:
 
 #[inline(always)]
 fn pack_tiles(width: usize, b: Stored<'_>, ks: std::ops::Range<usize>, cols: std::ops::Range<usize>, to: &mut [f32]) {
-    let k = ks.len();
-    for (to, first) in to.chunks_exact_mut(k * width).zip(cols.clone().step_by(width)) {
-        let valid = width.min(cols.end - first);
-        if b.transposed {
-            transpose(b, ks.clone(), first, valid, width, to);
+    let (k, panel) = (ks.len(), b.panel);
+    let mut first = cols.start;
+    // Four tiles at a time, row by row: rows may lie a page apart, and a line at a time from each would wait for memory.
+    for to in to.chunks_mut(4 * k * width) {
+        if first >= cols.end {
+            break;
+        }
+        let n = (cols.end - first).div_ceil(width).min(4);
+        let is_whole = |col: usize| col + width <= cols.end && (panel == usize::MAX || col % panel + width <= panel);
+        if !b.transposed && (0..n).all(|i| is_whole(first + i * width)) {
+            for (i, row) in ks.clone().enumerate() {
+                for (tile, to) in to.chunks_mut(k * width).take(n).enumerate() {
+                    let from = b.from(row, first + tile * width);
+                    prefetch_near(from.as_ptr().wrapping_add(AHEAD * b.row_stride));
+                    copy_columns(&from[..width], &mut to[i * width..][..width]);
+                }
+            }
         } else {
-            for (row, to) in ks.clone().zip(to.chunks_exact_mut(width)) {
-                // A piece of 16 columns never crosses a panel of 64 unless it starts within one.
-                let from = b.from(row, first);
-                if valid == width && (b.panel == usize::MAX || first % b.panel + width <= b.panel) {
-                    copy_columns(&from[..width], to);
+            for (tile, to) in to.chunks_mut(k * width).take(n).enumerate() {
+                let first = first + tile * width;
+                let valid = width.min(cols.end - first);
+                if b.transposed {
+                    transpose(b, ks.clone(), first, valid, width, to);
                 } else {
-                    to.fill(0.0);
-                    for (i, to) in to[..valid].iter_mut().enumerate() {
-                        *to = b.from(row, first + i)[0];
+                    for (row, to) in ks.clone().zip(to.chunks_exact_mut(width)) {
+                        to.fill(0.0);
+                        for (i, to) in to[..valid].iter_mut().enumerate() {
+                            *to = b.from(row, first + i)[0];
+                        }
                     }
                 }
             }
         }
+        first += n * width;
     }
+}
+
+/// Rows ahead of the one that is packed that are on their way.
+const AHEAD: usize = 12;
+
+/// Brings a line into the first cache; any address will do.
+#[inline(always)]
+fn prefetch_near(at: *const f32) {
+    // SAFETY: a prefetch never faults, and every x86-64 has it.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }
 
 /// A copy whose length the compiler knows.
@@ -706,6 +736,7 @@ pub fn pack_left(a: &[f32], stride: usize, ks: std::ops::Range<usize>, rows: std
 fn copy_rows<const R: usize>(from: &[f32], stride: usize, to: &mut [f32]) {
     for (i, to) in to.as_chunks_mut::<R>().0.iter_mut().enumerate() {
         if let Some(from) = from[i * stride..].first_chunk::<R>() {
+            prefetch_near(from.as_ptr().wrapping_add(AHEAD * stride));
             *to = *from;
         }
     }
