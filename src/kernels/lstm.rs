@@ -299,9 +299,11 @@ impl Kernel for LstmStepBackward {
         };
         let (dh_last, dc) = carry.as_mut_slice()[self.carry as usize..][..2 * rows * hidden].split_at_mut(rows * hidden);
         let isa = ctx.isa;
-        let (packed, dh) = ctx.scratch.take(microkernel::packed_len(isa, width, hidden) + rows * hidden).split_at_mut(
-            if self.last == 1 { 0 } else { microkernel::packed_len(isa, width, hidden) },
-        );
+        let (packed, dh) = ctx.scratch.take(microkernel::packed_len(isa, width, hidden) + rows * hidden).split_at_mut(if self.last == 1 {
+            0
+        } else {
+            microkernel::packed_len(isa, width, hidden)
+        });
         if self.last == 0 {
             microkernel::pack(isa, Stored::panels(weight, hidden).transposed(), 0..width, 0..hidden, packed);
         }

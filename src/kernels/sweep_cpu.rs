@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Result, ensure};
 
-use super::lstm::{FLAG_NON_FINITE, Lane, LaneGradients, LaneTensors, Launch, NONE, SweepArgs, gate_backward, gate_forward, sweep_plan, weight_gradients};
+use super::lstm::{
+    FLAG_NON_FINITE, Lane, LaneGradients, LaneTensors, Launch, NONE, SweepArgs, gate_backward, gate_forward, sweep_plan, weight_gradients,
+};
 use super::microkernel::{self, Ends, Factors, Left, MatrixMut, Steps, Stored};
 use super::{AdapterClass, Binding, Dispatch, Kernel, Operand, ShapeError, at_least, multiple_of, read, read_write};
 use crate::for_isa;
@@ -25,7 +27,10 @@ pub fn sweep(args: &SweepArgs<'_>, launch: Launch<'_>) -> Result<()> {
         let one = SweepArgs { lanes: std::slice::from_ref(lane), ..args.clone() };
         // Every field by name: one that is added later must be done here, or send its lanes to the plan.
         let Lane { inputs, hidden, reverse, tensors, x, gates, h, c, range, lengths, backward } = lane;
-        ensure!(!(*reverse && lengths.is_some()), "lengths with a reverse lane are not supported: reverse each sequence in the data instead");
+        ensure!(
+            !(*reverse && lengths.is_some()),
+            "lengths with a reverse lane are not supported: reverse each sequence in the data instead"
+        );
         if range.is_empty() {
             sweep_plan(&one, launch)?;
             continue;
@@ -94,7 +99,15 @@ impl Shape {
         (1usize << 19).div_ceil((self.range.len() * (self.inputs + self.hidden) * self.width()).max(1)).max(2)
     }
 
-    fn check(&self, name: &'static str, weight_ih: usize, weight_hh: usize, gates: usize, c: usize, lengths: usize) -> Result<(), ShapeError> {
+    fn check(
+        &self,
+        name: &'static str,
+        weight_ih: usize,
+        weight_hh: usize,
+        gates: usize,
+        c: usize,
+        lengths: usize,
+    ) -> Result<(), ShapeError> {
         multiple_of(name, "hidden", self.hidden as u32, PANEL_UNITS)?;
         at_least(name, "weight_ih", weight_ih, self.weight_ih + self.inputs * self.width())?;
         at_least(name, "weight_hh", weight_hh, self.weight_hh + self.hidden * self.width())?;
