@@ -47,7 +47,8 @@ macro_rules! simd {
         #[derive(Clone, Copy)]
         pub(super) struct $name($register);
 
-        // SAFETY (all): the caller keeps the trait's contract, which is the intrinsics' own.
+        // SAFETY (all): the caller keeps the trait's contract, which is the intrinsics' own. (Some of NEON's are safe where the target has it.)
+        #[allow(unused_unsafe)]
         impl Simd for $name {
             const LANES: usize = $lanes;
             #[inline(always)]
@@ -116,10 +117,12 @@ mod vectors {
 }
 
 /// Four floats of whatever the compiler has; multiplication and addition are not fused.
+#[cfg(any(test, not(target_arch = "aarch64")))]
 #[derive(Clone, Copy)]
 struct Portable([f32; 4]);
 
 // SAFETY (all): the pointers are valid as the trait asks; no instruction set is needed.
+#[cfg(any(test, not(target_arch = "aarch64")))]
 impl Simd for Portable {
     const LANES: usize = 4;
     #[inline(always)]
@@ -623,26 +626,56 @@ pub fn pack(isa: Isa, b: Stored<'_>, ks: std::ops::Range<usize>, cols: std::ops:
 
 #[inline(always)]
 fn pack_tiles(width: usize, b: Stored<'_>, ks: std::ops::Range<usize>, cols: std::ops::Range<usize>, to: &mut [f32]) {
-    let k = ks.len();
-    for (to, first) in to.chunks_exact_mut(k * width).zip(cols.clone().step_by(width)) {
-        let valid = width.min(cols.end - first);
-        if b.transposed {
-            transpose(b, ks.clone(), first, valid, width, to);
+    let (k, panel) = (ks.len(), b.panel);
+    let mut first = cols.start;
+    // Four tiles at a time, row by row: rows may lie a page apart, and a line at a time from each would wait for memory.
+    for to in to.chunks_mut(4 * k * width) {
+        if first >= cols.end {
+            break;
+        }
+        let n = (cols.end - first).div_ceil(width).min(4);
+        let is_whole = |col: usize| col + width <= cols.end && (panel == usize::MAX || col % panel + width <= panel);
+        if !b.transposed && (0..n).all(|i| is_whole(first + i * width)) {
+            for (i, row) in ks.clone().enumerate() {
+                for (tile, to) in to.chunks_mut(k * width).take(n).enumerate() {
+                    let from = b.from(row, first + tile * width);
+                    prefetch_near(from.as_ptr().wrapping_add(AHEAD * b.row_stride));
+                    copy_columns(&from[..width], &mut to[i * width..][..width]);
+                }
+            }
         } else {
-            for (row, to) in ks.clone().zip(to.chunks_exact_mut(width)) {
-                // A piece of 16 columns never crosses a panel of 64 unless it starts within one.
-                let from = b.from(row, first);
-                if valid == width && (b.panel == usize::MAX || first % b.panel + width <= b.panel) {
-                    copy_columns(&from[..width], to);
+            for (tile, to) in to.chunks_mut(k * width).take(n).enumerate() {
+                let first = first + tile * width;
+                let valid = width.min(cols.end - first);
+                if b.transposed {
+                    transpose(b, ks.clone(), first, valid, width, to);
                 } else {
-                    to.fill(0.0);
-                    for (i, to) in to[..valid].iter_mut().enumerate() {
-                        *to = b.from(row, first + i)[0];
+                    for (row, to) in ks.clone().zip(to.chunks_exact_mut(width)) {
+                        to.fill(0.0);
+                        for (i, to) in to[..valid].iter_mut().enumerate() {
+                            *to = b.from(row, first + i)[0];
+                        }
                     }
                 }
             }
         }
+        first += n * width;
     }
+}
+
+/// Rows ahead of the one that is packed that are on their way.
+const AHEAD: usize = 12;
+
+/// Brings a line into the first cache; any address will do.
+#[inline(always)]
+fn prefetch_near(at: *const f32) {
+    // SAFETY: a prefetch never faults, and every x86-64 has it.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }
 
 /// A copy whose length the compiler knows.
@@ -706,7 +739,99 @@ pub fn pack_left(a: &[f32], stride: usize, ks: std::ops::Range<usize>, rows: std
 fn copy_rows<const R: usize>(from: &[f32], stride: usize, to: &mut [f32]) {
     for (i, to) in to.as_chunks_mut::<R>().0.iter_mut().enumerate() {
         if let Some(from) = from[i * stride..].first_chunk::<R>() {
+            prefetch_near(from.as_ptr().wrapping_add(AHEAD * stride));
             *to = *from;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two registers as one, so that the widest tiles are tested on any machine.
+    #[derive(Clone, Copy)]
+    struct Pair<V>(V, V);
+
+    // SAFETY (all): each half keeps its contract within its half of the floats.
+    impl<V: Simd> Simd for Pair<V> {
+        const LANES: usize = 2 * V::LANES;
+        unsafe fn zero() -> Self {
+            unsafe { Self(V::zero(), V::zero()) }
+        }
+        unsafe fn splat(from: *const f32) -> Self {
+            unsafe { Self(V::splat(from), V::splat(from)) }
+        }
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { Self(V::load(from), V::load(from.add(V::LANES))) }
+        }
+        unsafe fn store(self, to: *mut f32) {
+            unsafe {
+                self.0.store(to);
+                self.1.store(to.add(V::LANES));
+            }
+        }
+        unsafe fn add(self, other: Self) -> Self {
+            unsafe { Self(self.0.add(other.0), self.1.add(other.1)) }
+        }
+        unsafe fn fma(self, a: Self, b: Self) -> Self {
+            unsafe { Self(self.0.fma(a.0, b.0), self.1.fma(a.1, b.1)) }
+        }
+    }
+
+    /// Small whole numbers, whose products and sums are exact in any order.
+    fn whole(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 7 + seed * 13 + i / 11) % 9) as f32 - 4.0).collect()
+    }
+
+    type Tiles = unsafe fn(&mut MatrixMut<'_>, &[Option<Factors<'_>>; 2], Ends<'_>);
+
+    fn products_are_exact(width: usize, tiles: Tiles) {
+        for (m, n, k) in (1..=13).flat_map(|m| [1, 16, 17, 64, 130].into_iter().flat_map(move |n| [1, 4, 7, 33].map(|k| (m, n, k)))) {
+            let (a, a_t, b, bias) = (whole(m * k, 1), whole(m * k, 2), whole(k * n, 3), whole(n, 4));
+            let mut packed = vec![f32::NAN; k * round_up(n, width)];
+            let stored = Stored { data: &b, row_stride: n, panel: usize::MAX, panel_stride: 0, transposed: false };
+            pack_tiles(width, stored, 0..k, 0..n, &mut packed);
+            // B stored [n, k] must pack to the same.
+            let turned: Vec<f32> = (0..n * k).map(|i| b[i % k * n + i / k]).collect();
+            let mut again = vec![f32::NAN; packed.len()];
+            pack_tiles(width, Stored { data: &turned, row_stride: k, transposed: true, ..stored }, 0..k, 0..n, &mut again);
+            assert_eq!(packed, again, "{m} x {n} x {k}");
+            let mut left = vec![0.0; m * k];
+            pack_left(&a_t, m, 0..k, 0..m, &mut left);
+            let factors = |a| Factors { k, a, b: &packed, row_stride: width, panel: width, panel_stride: width * k };
+            let both = [Some(factors(Left::Rows(&a, k))), Some(factors(Left::Packed(&left)))];
+            let before = whole(m * (n + 3), 5);
+            for add in [false, true] {
+                let mut c = before.clone();
+                let mut to = MatrixMut::row_major(&mut c, m, n, n + 3);
+                // SAFETY: lengths are as the factors say; the test picks tiles that this processor runs.
+                unsafe { tiles(&mut to, &both, Ends { add, bias: Some(&bias) }) };
+                for (i, found) in c.iter().enumerate() {
+                    let (row, col) = (i / (n + 3), i % (n + 3));
+                    let want = if col >= n {
+                        before[i]
+                    } else {
+                        let sum: f32 = (0..k).map(|j| (a[row * k + j] + a_t[j * m + row]) * b[j * n + col]).sum();
+                        sum + bias[col] + if add { before[i] } else { 0.0 }
+                    };
+                    assert_eq!(*found, want, "{m} x {n} x {k}, row {row}, column {col}, add {add}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_of_whole_numbers_are_exact_at_every_height_and_width() {
+        products_are_exact(16, tiles::<Portable, 4>);
+        products_are_exact(64, tiles::<Pair<Pair<Portable>>, 4>);
+        #[cfg(target_arch = "x86_64")]
+        if Isa::detect() != Isa::Baseline {
+            products_are_exact(16, avx2);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if Isa::detect() == Isa::Avx512 {
+            products_are_exact(64, avx512);
         }
     }
 }
