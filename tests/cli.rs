@@ -142,6 +142,18 @@ fn with_json_an_error_is_the_last_event_wherever_the_flag_stands() {
 }
 
 #[test]
+fn devices_are_measured_where_that_is_asked() {
+    let summary = call(&["devices", "--measure", "--json"]).last_event();
+    let measured = summary["adapters"].as_array().unwrap().iter().chain([&summary["cpu"]]);
+    for device in measured {
+        for key in ["gflops", "gb_per_second"] {
+            assert!(device[key].as_f64().is_some_and(|speed| speed > 0.01 && speed < 1e6), "{key} of {device}");
+        }
+    }
+    assert!(summary["cpu"]["threads"].as_u64().is_some_and(|n| n > 0), "{summary}");
+}
+
+#[test]
 fn devices_are_listed_for_people_and_for_programs() {
     let call_json = call(&["devices", "--json"]);
     let event = call_json.last_event();

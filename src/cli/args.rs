@@ -59,7 +59,7 @@ pub enum Command {
     #[command(after_help = IMPORT_EXAMPLES)]
     Import(Box<ImportArgs>),
     /// List the graphics adapters that --devices gpu:INDEX can name
-    Devices,
+    Devices(DevicesArgs),
     /// Measure where the time goes
     #[command(subcommand)]
     Profile(ProfileCommand),
@@ -125,6 +125,13 @@ pub struct GenerateArgs {
     /// Seed of the choice: the same one gives the same text
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
+}
+
+#[derive(Debug, Args)]
+pub struct DevicesArgs {
+    /// Measure each adapter, and the CPU beside: products of 1024 x 1024 matrices, and reading and writing memory
+    #[arg(long)]
+    pub measure: bool,
 }
 
 #[derive(Debug, Args)]

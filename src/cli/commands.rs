@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::args::{
-    EvaluateArgs, ExportArgs, ForecastArgs, GenerateArgs, Global, ImportArgs, PROFILED, ProfileStepArgs, TrainArgs, Trained,
+    DevicesArgs, EvaluateArgs, ExportArgs, ForecastArgs, GenerateArgs, Global, ImportArgs, PROFILED, ProfileStepArgs, TrainArgs, Trained,
 };
 use super::resolve::{self, Layers};
 use super::{Done, INTERRUPTED, print, report};
@@ -229,10 +229,23 @@ pub fn import(args: &ImportArgs, bus: &mut Bus) -> anyhow::Result<Done> {
     Ok(Done::new(summary.clone(), vec![report::scores("import", &summary)]))
 }
 
-pub fn devices() -> anyhow::Result<Done> {
-    let adapters = serde_json::to_value(adapters::list()?)?;
-    let table = report::adapters(&adapters);
-    Ok(Done::new(Map::from_iter([("adapters".to_owned(), adapters)]), vec![table]))
+pub fn devices(args: &DevicesArgs) -> anyhow::Result<Done> {
+    let mut adapters = serde_json::to_value(adapters::list()?)?;
+    let mut summary = Map::new();
+    if args.measure {
+        let rows = adapters.as_array_mut().into_iter().flatten();
+        for (index, row) in rows.enumerate() {
+            let speed = profile::measure(open::gpu(index)?.as_mut())?;
+            row.as_object_mut().context("an adapter is listed by its fields")?.extend(speed);
+        }
+        let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let speed = profile::measure(open::cpu(n_cores)?.as_mut())?;
+        summary.insert("cpu".to_owned(), Map::from_iter([("threads".to_owned(), n_cores.into())].into_iter().chain(speed)).into());
+    }
+    let mut tables = vec![report::adapters(&adapters)];
+    tables.extend(summary.get("cpu").map(report::cpu));
+    summary.insert("adapters".to_owned(), adapters);
+    Ok(Done::new(summary, tables))
 }
 
 pub fn profile_step(args: &ProfileStepArgs) -> anyhow::Result<Done> {

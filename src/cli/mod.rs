@@ -105,7 +105,7 @@ fn run(command: &Command, global: Global, bus: &mut Bus) -> anyhow::Result<Done>
         Command::Forecast(args) => commands::forecast(args, bus),
         Command::Export(args) => commands::export(args, bus),
         Command::Import(args) => commands::import(args, bus),
-        Command::Devices => commands::devices(),
+        Command::Devices(args) => commands::devices(args),
         Command::Profile(ProfileCommand::Step(args)) => commands::profile_step(args),
     }
 }

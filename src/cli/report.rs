@@ -48,9 +48,15 @@ pub fn adapters(adapters: &Value) -> Table {
     if rows.is_empty() {
         return Table::new("no graphics adapter was found; training runs on the CPU");
     }
-    let names = ["index", "name", "maker", "kind", "backend", "driver"];
+    let names = ["index", "name", "maker", "kind", "backend", "driver", "gflops", "gb_per_second"];
     let names: Vec<&str> = names.into_iter().filter(|&name| rows.iter().any(|row| row.get(name).is_some())).collect();
     Table::new("").columns("adapters", &names, rows.iter().map(|row| cells(row, &names)).collect())
+}
+
+/// What was measured on the CPU.
+pub fn cpu(speed: &Value) -> Table {
+    let names = ["threads", "gflops", "gb_per_second"];
+    Table::new("").columns("cpu", &names, vec![cells(speed, &names)])
 }
 
 fn is_table(value: &Value) -> bool {

@@ -15,6 +15,8 @@ use crate::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, Swee
 use crate::data::{Batch, Input, Target};
 use crate::infer::session::DEADLINE;
 use crate::kernels::Kernel;
+use crate::kernels::elementwise::Scale;
+use crate::kernels::gemm::{Gemm, Matrix};
 use crate::model::config::{self, ModelConfig};
 use crate::model::init::{Init, initial};
 use crate::model::state::Carried;
@@ -173,6 +175,46 @@ pub fn profile_step(workload: &Workload, devices: &str, balance: &str, accumulat
     drop(group);
     summary.insert("kernels".into(), kernels(workload, &devices, accumulate)?);
     Ok(summary)
+}
+
+/// How fast a device is: `gflops` in a product of 1024 x 1024 matrices, f32, and `gb_per_second` that it reads and writes in place, 64 MiB at a time.
+///
+/// # Errors
+/// The device's.
+pub fn measure(backend: &mut dyn Backend) -> Result<Map<String, Value>> {
+    const N: usize = 1024;
+    const WORDS: usize = 1 << 24;
+    let mut matrix = |label: &str| backend.alloc(label, N * N);
+    let (a, b, c) = (matrix("a")?, matrix("b")?, matrix("c")?);
+    let place = Matrix::row_major(0, N);
+    let n = N as u32;
+    let product = Gemm { m: n, n, k: n, trans_a: 0, trans_b: 0, accumulate: 0, use_bias: 0, bias_offset: 0, a: place, b: place, c: place };
+    let [a, b, c] = [a, b, c].map(|buffer| backend.whole(buffer));
+    let seconds = time_of(backend, &mut |backend| backend.launch(&product, &[a, b, a, c]))?;
+    let flops = 2.0 * (N as f64).powi(3) / seconds;
+    let words = backend.alloc("words", WORDS)?;
+    let words = backend.whole(words);
+    let seconds = time_of(backend, &mut |backend| backend.launch(&Scale { len: WORDS as u32, offset: 0, a: 1.0 }, &[words]))?;
+    let bytes = 8.0 * WORDS as f64 / seconds;
+    [a, b, c, words].iter().for_each(|span| backend.free(span.buffer));
+    Ok(Map::from_iter([("gflops".to_owned(), json!(flops / 1e9)), ("gb_per_second".to_owned(), json!(bytes / 1e9))]))
+}
+
+/// Seconds of one launch, from so many that they take a fifth of a second, once the first has built what is needed.
+fn time_of(backend: &mut dyn Backend, launch: &mut dyn FnMut(&mut dyn Backend) -> Result<()>) -> Result<f64> {
+    launch(backend)?;
+    backend.wait(DEADLINE)?;
+    let mut n_launches = 1;
+    loop {
+        let start = Instant::now();
+        (0..n_launches).try_for_each(|_| launch(backend))?;
+        backend.wait(DEADLINE)?;
+        let seconds = start.elapsed().as_secs_f64();
+        if seconds > 0.2 {
+            return Ok(seconds / f64::from(n_launches));
+        }
+        n_launches *= 2;
+    }
 }
 
 /// By kernel: launches and milliseconds a step on rank 0, from steps in which the device is waited for after every launch (so that their sum is above
