@@ -97,7 +97,7 @@ class Reference:
         get = lambda what: self.p.get(f"lstm.{what}_l{layer}{suffix}")
         bias = 0 if get("bias_ih") is None else get("bias_ih") + get("bias_hh")
         peephole = get("weight_peephole")
-        pi, pf, po = (0, 0, 0) if peephole is None else np.split(peephole, 3)
+        pi, pf, po = (0, 0, 0) if peephole is None else peephole.reshape(3, -1)
         out = []
         for row in x[::-1] if suffix else x:
             i, f, g, o = np.split(get("weight_ih") @ row + get("weight_hh") @ h + bias, 4)
