@@ -14,7 +14,7 @@ use carrousel::infer::evaluate::evaluate;
 use carrousel::infer::exchange;
 use carrousel::infer::session::{Session, read_config};
 use carrousel::infer::task::Corpus;
-use carrousel::model::config::{Input, LstmConfig, ModelConfig, Output};
+use carrousel::model::config::{Input, LstmConfig, ModelConfig, Output, Pooling};
 use carrousel::store::config::{RunConfig, Task};
 use carrousel::store::interchange::{
     About, Format, GateOrder, Layer, ModelFile, Network, Part, describe, from_bytes, read, to_bytes, turn_gates, write,
@@ -39,7 +39,7 @@ fn values(layers: Vec<Layer>, n_outputs: usize) -> Network {
     Network {
         input,
         layers,
-        head: Some(Output::Values { n_outputs }),
+        head: Some(Output::Values { n_outputs, pooling: Pooling::Last }),
         tied: false,
         extra: Vec::new(),
         beyond_torch: None,
@@ -128,7 +128,7 @@ fn a_described_model_has_the_tensors_of_its_table() {
         let width = if tied { 5 } else { 4 };
         let (input, output) = (Input::Tokens { vocabulary: 11, width }, Output::Classes { n_classes: 11 });
         let text = ModelConfig { input, output, n_layers, hidden: 5, dropout: 0.1, bias, tied, lstm: LstmConfig::default() };
-        let (input, output) = (Input::Values { n_features: 3 }, Output::Values { n_outputs: 6 });
+        let (input, output) = (Input::Values { n_features: 3 }, Output::Values { n_outputs: 6, pooling: Pooling::Last });
         let series = ModelConfig { input, output, tied: false, ..text.clone() };
         for config in [text, series] {
             let table: Vec<_> = config.table().tensors().iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
@@ -336,7 +336,7 @@ fn foreign_files_that_do_not_fit_are_refused_by_their_tensor() {
 fn a_models_options_have_their_words_or_the_reason_why_not() {
     let config = |lstm: LstmConfig| ModelConfig {
         input: Input::Values { n_features: 3 },
-        output: Output::Values { n_outputs: 2 },
+        output: Output::Values { n_outputs: 2, pooling: Pooling::Last },
         n_layers: 2,
         hidden: 5,
         dropout: 0.1,

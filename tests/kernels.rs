@@ -166,8 +166,8 @@ macro_rules! judged {
 }
 
 judged! {
-    embedding_gather gemm lstm_step_forward dropout softmax_cross_entropy squared_error lstm_step_backward column_sums embedding_gradient
-    sum block_squares non_finite add scale sgd rmsprop adam
+    embedding_gather gemm lstm_step_forward dropout pool_steps softmax_cross_entropy squared_error pool_steps_gradient lstm_step_backward column_sums
+    embedding_gradient sum block_squares non_finite add scale sgd rmsprop adam
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use carrousel::backend::{Backend, read_now};
 use carrousel::kernels::lstm::Cell;
-use carrousel::model::config::{Input, LstmConfig, ModelConfig, Output};
+use carrousel::model::config::{Input, LstmConfig, ModelConfig, Output, Pooling};
 use carrousel::model::init::{Init, initial};
 use carrousel::model::{Model, Pass, Share, Words, read_buckets};
 use carrousel::params::ParamTable;
@@ -63,6 +63,8 @@ struct Case {
     input: Data,
     targets: Data,
     weights: Vec<f32>,
+    /// Valid steps of each row; none: all of all.
+    lengths: Option<Vec<u32>>,
     streams: Vec<u32>,
     /// `[L, 2, B, H]` without padding; none: zero.
     state: Option<Vec<f32>>,
@@ -84,7 +86,8 @@ impl Case {
         };
         let (targets, mut weights) = match config.output {
             Output::Classes { .. } => (None, uniform(tb, 0.5)),
-            Output::Values { n_outputs } => (Some(Data::Values(uniform(n_rows * n_outputs, 1.5))), uniform(n_rows * n_outputs, 0.5)),
+            Output::Label { .. } => (None, uniform(n_rows, 0.5)),
+            Output::Values { n_outputs, .. } => (Some(Data::Values(uniform(n_rows * n_outputs, 1.5))), uniform(n_rows * n_outputs, 0.5)),
         };
         weights.iter_mut().for_each(|w| *w += 1.0);
         if weights.len() > 1 {
@@ -96,13 +99,13 @@ impl Case {
             Input::Tokens { vocabulary, .. } => tokens(tb, vocabulary),
             Input::Values { .. } => unreachable!("values were drawn"),
         });
-        let targets = targets.unwrap_or_else(|| tokens(tb, config.n_outputs()));
+        let targets = targets.unwrap_or_else(|| tokens(weights.len(), config.n_outputs()));
         let scale = 1.0 / weights.iter().sum::<f32>();
         let streams = (0..n_rows as u32).map(|b| 1000 + 7 * b).collect();
         let l = &config.lstm;
         let draws = [config.dropout, l.recurrent_dropout, l.weight_drop, l.zoneout_h, l.zoneout_c];
         let key = draws.iter().any(|&p| p > 0.0).then(|| StepKey::new(seed, 17));
-        Self { name, config, params, n_steps, n_rows, input, targets, weights, streams, state: None, scale, key }
+        Self { name, config, params, n_steps, n_rows, input, targets, weights, lengths: None, streams, state: None, scale, key }
     }
 
     fn with_state(mut self) -> Self {
@@ -110,6 +113,51 @@ impl Case {
         let len = self.config.n_lanes() * 2 * self.n_rows * self.config.hidden;
         self.state = Some((0..len).map(|_| 2.0 * stream.uniform() - 1.0).collect());
         self
+    }
+
+    /// With rows that end; a row of no steps must have weight 0.
+    fn with_lengths(mut self, lengths: &[u32]) -> Self {
+        let per_row = self.weights.len() / self.n_rows;
+        if !self.is_per_step() {
+            for (weights, _) in self.weights.chunks_exact_mut(per_row).zip(lengths).filter(|(_, length)| **length == 0) {
+                weights.fill(0.0);
+            }
+        }
+        self.lengths = Some(lengths.to_vec());
+        self.scale = 1.0 / (0..self.weights.len()).filter(|&at| self.counts(at)).map(|at| self.weights[at]).sum::<f32>();
+        self
+    }
+
+    fn is_per_step(&self) -> bool {
+        matches!(self.config.output, Output::Classes { .. })
+    }
+
+    /// Valid steps of a row.
+    fn length(&self, row: usize) -> usize {
+        self.lengths.as_ref().map_or(self.n_steps, |lengths| lengths[row] as usize)
+    }
+
+    /// Whether a row of outputs lies before its sequence's end.
+    fn counts(&self, at: usize) -> bool {
+        !self.is_per_step() || at / self.n_rows < self.length(at % self.n_rows)
+    }
+
+    /// With other numbers of steps: what lies beyond is cut off, what is missing filled with garbage.
+    fn with_steps(&self, n_steps: usize) -> Self {
+        let tb = n_steps * self.n_rows;
+        fn cut<T: Copy>(values: &[T], len: usize, garbage: T) -> Vec<T> {
+            values.iter().copied().chain(std::iter::repeat(garbage)).take(len).collect()
+        }
+        let cut_all = |data: &Data, garbage: f32| match data {
+            Data::Tokens(tokens) => Data::Tokens(cut(tokens, tb, 1)),
+            Data::Values(values) => Data::Values(cut(values, values.len() / self.n_steps * n_steps, garbage)),
+        };
+        let lengths = (0..self.n_rows).map(|row| self.length(row) as u32).collect();
+        let (mut targets, mut weights) = (self.targets.clone(), self.weights.clone());
+        if self.is_per_step() {
+            (targets, weights) = (cut_all(&targets, 0.0), cut(&weights, tb, 3.0));
+        }
+        Self { n_steps, input: cut_all(&self.input, f32::NAN), targets, weights, lengths: Some(lengths), ..self.clone() }
     }
 
     /// The state with H padded, as a share takes it.
@@ -126,6 +174,7 @@ impl Case {
             input: self.input.words(),
             targets: Some(self.targets.words()),
             weights: &self.weights,
+            lengths: self.lengths.as_deref(),
             streams: &self.streams,
             state,
             scale: self.scale,
@@ -141,13 +190,15 @@ impl Case {
         };
         let terms = match self.config.output {
             Output::Classes { .. } => [t, b, 1],
-            Output::Values { n_outputs } => [1, b, n_outputs],
+            Output::Label { .. } => [1, b, 1],
+            Output::Values { n_outputs, .. } => [1, b, n_outputs],
         };
         Self {
             n_rows: rows.len(),
             input: self.input.rows([t, b, width], &rows),
             targets: self.targets.rows(terms, &rows),
             weights: columns(&self.weights, terms, &rows),
+            lengths: self.lengths.as_ref().map(|lengths| lengths[rows.clone()].to_vec()),
             streams: self.streams[rows.clone()].to_vec(),
             state: self.state.as_ref().map(|state| columns(state, [2 * self.config.n_lanes(), b, self.config.hidden], &rows)),
             ..self.clone()
@@ -177,7 +228,11 @@ fn cases() -> Vec<Case> {
         tied: false,
         lstm: Default::default(),
     };
-    let regression = ModelConfig { input: Input::Values { n_features: 3 }, output: Output::Values { n_outputs: 5 }, ..lm(1, 1, 1, 20) };
+    let regression = ModelConfig {
+        input: Input::Values { n_features: 3 },
+        output: Output::Values { n_outputs: 5, pooling: Pooling::Last },
+        ..lm(1, 1, 1, 20)
+    };
     let deep = ModelConfig { n_layers: 2, hidden: 9, ..regression.clone() };
     let labels = ModelConfig { input: Input::Values { n_features: 5 }, output: Output::Classes { n_classes: 6 }, ..lm(1, 1, 2, 9) };
     vec![
@@ -196,7 +251,37 @@ fn cases() -> Vec<Case> {
     ]
     .into_iter()
     .chain(options(&lm(5, 9, 3, 9), &deep))
+    .chain(of_lengths(&lm(5, 9, 2, 9), &deep))
     .collect()
+}
+
+/// Sequences as a whole, and rows that end at different steps.
+fn of_lengths(lm: &ModelConfig, values: &ModelConfig) -> Vec<Case> {
+    let with = |config: &ModelConfig, lstm: LstmConfig, dropout: f64| ModelConfig { lstm, dropout, ..config.clone() };
+    let label = |config: &ModelConfig, pooling| ModelConfig { output: Output::Label { n_classes: 4, pooling }, ..config.clone() };
+    let mean = |config: &ModelConfig| ModelConfig { output: Output::Values { n_outputs: 2, pooling: Pooling::Mean }, ..config.clone() };
+    let none = LstmConfig::default();
+    let both = LstmConfig { bidirectional: true, ..none };
+    let residual = LstmConfig { residual: true, ..both };
+    let random = LstmConfig { recurrent_dropout: 0.25, weight_drop: 0.3, zoneout_h: 0.2, zoneout_c: 0.4, learned_state: true, ..residual };
+    let (last, all) = (Pooling::Last, Pooling::Mean);
+    vec![
+        Case::new("a label by the last state", label(lm, last), [5, 4], 50),
+        Case::new("a label by the mean", label(lm, all), [5, 4], 51),
+        Case::new("steps of rows that end", with(lm, none, 0.0), [6, 4], 52).with_lengths(&[4, 6, 1, 3]),
+        Case::new("a label of rows that end", label(lm, last), [6, 5], 53).with_lengths(&[4, 6, 1, 3, 0]),
+        Case::new("a label of rows that end, both directions, dropout", with(&label(values, last), both, 0.3), [6, 4], 54)
+            .with_lengths(&[2, 5, 6, 1]),
+        Case::new("a label by the mean of rows that end, both directions, dropout", with(&label(values, all), both, 0.3), [6, 5], 55)
+            .with_lengths(&[2, 0, 5, 6, 1]),
+        Case::new("numbers of rows that end", values.clone(), [5, 4], 56).with_lengths(&[5, 2, 4, 1]).with_state(),
+        Case::new("numbers by the mean of rows that end", mean(values), [5, 4], 57).with_lengths(&[3, 2, 5, 1]),
+        Case::new("numbers of rows that end, residual", with(values, residual, 0.2), [5, 4], 58).with_lengths(&[3, 2, 4, 1]),
+        Case::new("a label by the mean, all that draws", with(&label(values, all), random, 0.2), [5, 4], 59).with_lengths(&[5, 2, 4, 1]),
+        Case::new("steps of rows that end, peepholes", with(lm, LstmConfig { peephole: true, ..none }, 0.3), [5, 3], 60)
+            .with_lengths(&[1, 5, 4])
+            .with_state(),
+    ]
 }
 
 /// Every option of the cell and the stack alone, then many together.
@@ -347,7 +432,7 @@ fn solve(case: &Case, params: &Tensors, gradients: bool) -> Solution {
     let n = case.config.n_directions();
     let (n_steps, n_rows) = (case.n_steps, case.n_rows);
     let head = if case.config.tied { "embedding.weight" } else { "head.weight" };
-    let per_step = matches!(case.config.output, Output::Classes { .. });
+    let per_step = case.is_per_step();
     let name = |lane: usize, what: &str| format!("lstm.{what}_l{}{}", lane / n, if lane % n == 1 { "_reverse" } else { "" });
     let mut grads: Tensors = params.iter().map(|(name, values)| (name.clone(), vec![0.0; values.len()])).collect();
     let mut outputs = vec![0.0; if per_step { n_steps * n_rows } else { n_rows } * n_outputs];
@@ -365,7 +450,13 @@ fn solve(case: &Case, params: &Tensors, gradients: bool) -> Solution {
                 (None, None) => vec![0.0; hidden],
             }
         };
-        let mut flow: Vec<Vec<f64>> = (0..n_steps)
+        let n_valid = case.length(row);
+        if n_valid == 0 {
+            assert!(case.state.is_none() && !case.config.lstm.learned_state, "of a row without steps only zeros are known");
+            outputs[row * n_outputs..][..n_outputs].copy_from_slice(&params["head.bias"]);
+            continue;
+        }
+        let mut flow: Vec<Vec<f64>> = (0..n_valid)
             .map(|t| match &case.input {
                 Data::Tokens(tokens) => {
                     let width = params["embedding.weight"].len() / n_tokens(case);
@@ -381,7 +472,7 @@ fn solve(case: &Case, params: &Tensors, gradients: bool) -> Solution {
         let mut inputs: Vec<Vec<Vec<f64>>> = Vec::new();
         let is_residual = |flow: &[Vec<f64>]| case.config.lstm.residual && flow[0].len() == n * hidden;
         for layer in 0..n_layers {
-            let mut above = vec![vec![0.0; n * hidden]; n_steps];
+            let mut above = vec![vec![0.0; n * hidden]; n_valid];
             for direction in 0..n {
                 let lane = layer * n + direction;
                 let of = |what: &str| params.get(&name(lane, what));
@@ -389,7 +480,7 @@ fn solve(case: &Case, params: &Tensors, gradients: bool) -> Solution {
                 let stream = case.streams[row] as usize;
                 let (mut h, mut c) = (given(lane, 0), given(lane, 1));
                 let mut moments = Past::new();
-                let order: Vec<usize> = if direction == 1 { (0..n_steps).rev().collect() } else { (0..n_steps).collect() };
+                let order: Vec<usize> = if direction == 1 { (0..n_valid).rev().collect() } else { (0..n_valid).collect() };
                 for t in order {
                     let r_in: Vec<f64> = h.iter().enumerate().map(|(u, h)| h * cell_mask(&cell, stream, u)).collect();
                     let mut z = product(of("weight_ih").expect("a weight"), &flow[t]);
@@ -417,12 +508,22 @@ fn solve(case: &Case, params: &Tensors, gradients: bool) -> Solution {
             inputs.push(std::mem::replace(&mut flow, above));
         }
         // Gradients of what each layer hands up, by step.
-        let mut above = vec![vec![0.0; n * hidden]; n_steps];
-        // Steps whose outputs the head reads, by direction.
-        let reads: Vec<[usize; 2]> = if per_step { (0..n_steps).map(|t| [t, t]).collect() } else { vec![[n_steps - 1, 0]] };
-        for (i, at_step) in reads.into_iter().enumerate() {
+        let mut above = vec![vec![0.0; n * hidden]; n_valid];
+        // By row of outputs: the steps that the head reads, how much each counts in the one direction and in the other.
+        let mean = 1.0 / n_valid as f64;
+        let reads: Vec<Vec<(usize, [f64; 2])>> = match case.config.output {
+            Output::Classes { .. } => (0..n_valid).map(|t| vec![(t, [1.0; 2])]).collect(),
+            Output::Label { pooling: Pooling::Mean, .. } | Output::Values { pooling: Pooling::Mean, .. } => {
+                vec![(0..n_valid).map(|t| (t, [mean; 2])).collect()]
+            }
+            Output::Label { .. } | Output::Values { .. } => vec![vec![(n_valid - 1, [1.0, 0.0]), (0, [0.0, 1.0])]],
+        };
+        for (i, steps) in reads.into_iter().enumerate() {
             let at = if per_step { i * n_rows + row } else { row };
-            let x: Vec<f64> = (0..n).flat_map(|d| flow[at_step[d]][d * hidden..][..hidden].to_vec()).collect();
+            let mut x = vec![0.0; n * hidden];
+            for (t, counts) in &steps {
+                x.iter_mut().enumerate().for_each(|(j, x)| *x += counts[j / hidden] * flow[*t][j]);
+            }
             let mut y = product(&params[head], &x);
             add(&mut y, &params["head.bias"]);
             let (term_loss, mut dy) = term(case, at, &y);
@@ -431,7 +532,9 @@ fn solve(case: &Case, params: &Tensors, gradients: bool) -> Solution {
             if gradients {
                 dy.iter_mut().for_each(|d| *d *= f64::from(case.scale));
                 let dx = product_backward(&params[head], &x, &dy, grads.get_mut(head).expect("the head's"));
-                (0..n).for_each(|d| add(&mut above[at_step[d]][d * hidden..][..hidden], &dx[d * hidden..][..hidden]));
+                for (t, counts) in &steps {
+                    above[*t].iter_mut().enumerate().for_each(|(j, above)| *above += counts[j / hidden] * dx[j]);
+                }
                 add(grads.get_mut("head.bias").expect("the head's"), &dy);
             }
         }
@@ -440,7 +543,7 @@ fn solve(case: &Case, params: &Tensors, gradients: bool) -> Solution {
         }
         for layer in (0..n_layers).rev() {
             let x = &inputs[layer];
-            let mut below = if is_residual(x) { above.clone() } else { vec![vec![0.0; x[0].len()]; n_steps] };
+            let mut below = if is_residual(x) { above.clone() } else { vec![vec![0.0; x[0].len()]; n_valid] };
             for direction in 0..n {
                 let lane = layer * n + direction;
                 let cell = cell(case, lane);
@@ -638,6 +741,7 @@ fn a_share_in_three_parts_has_the_gradients_of_the_whole() {
             let (label, want) = (label(device, &case), solve(&case, &case.named(), true));
             let mut model = replica(backend, &case);
             let cuts = [0..1, 1..2, 2..case.n_rows];
+            model.reserve(backend, case.n_steps, case.n_rows, true).expect("memory");
             for (part, rows) in cuts.into_iter().enumerate() {
                 pass(backend, &mut model, &case.rows(rows), part);
             }
@@ -741,8 +845,14 @@ fn a_forward_pass_alone_gives_the_oracle_s_outputs_without_dropout() {
             model.run(backend, &share, pass, &mut |_, _, _| Ok(())).expect("a pass");
             let (span, stride) = model.outputs(case.n_steps, case.n_rows);
             let rows = read_now(backend, span, DEADLINE).expect("outputs");
-            let got: Vec<f32> = rows.chunks_exact(stride).flat_map(|row| &row[..case.config.n_outputs()]).copied().collect();
-            near(&format!("{}: outputs", label(device, &case)), &want.outputs, &got, largest(&want.outputs).max(1.0), OUTPUT_TOLERANCE);
+            let (n, case) = (case.config.n_outputs(), &case);
+            // Behind a row's end outputs mean nothing.
+            let got: Vec<f32> = rows
+                .chunks_exact(stride)
+                .enumerate()
+                .flat_map(|(at, row)| row[..n].iter().map(move |&y| if case.counts(at) { y } else { 0.0 }))
+                .collect();
+            near(&format!("{}: outputs", label(device, case)), &want.outputs, &got, largest(&want.outputs).max(1.0), OUTPUT_TOLERANCE);
         }
     }
 }
@@ -792,6 +902,51 @@ fn a_window_and_the_next_with_its_state_end_as_one_long_window() {
 }
 
 #[test]
+fn what_stands_behind_a_row_s_end_and_how_long_it_goes_on_changes_nothing() {
+    for device in devices() {
+        let mut backend = device.open();
+        let backend = backend.as_mut();
+        for case in cases().into_iter().filter(|c| c.lengths.is_some()) {
+            let label = label(device, &case);
+            let mut model = replica(backend, &case);
+            let want = compute(backend, &mut model, &case);
+            let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
+            let got = compute(backend, &mut model, &case.with_steps(case.n_steps + 3));
+            near(&format!("{label}: loss"), &[f64::from(want.loss)], &[got.loss], f64::from(want.loss), 1e-6);
+            near(&format!("{label}: final state"), &wide(&want.state), &got.state, 1.0, 0.0);
+            for (tensor, (want, got)) in model.table().tensors().iter().zip(want.grads.iter().zip(&got.grads)) {
+                let want = wide(want);
+                near(&format!("{label}: gradient of {}", tensor.name), &want, got, largest(&want), 2e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_that_end_have_the_loss_and_the_gradients_that_each_has_alone() {
+    for device in devices() {
+        let mut backend = device.open();
+        let backend = backend.as_mut();
+        for case in cases().into_iter().filter(|c| c.lengths.is_some()) {
+            let (label, want) = (label(device, &case), solve(&case, &case.named(), true));
+            let mut model = replica(backend, &case);
+            let rows = (0..case.n_rows).filter(|&row| case.length(row) > 0);
+            let mut n = 0;
+            model.reserve(backend, case.n_steps, case.n_rows, true).expect("memory");
+            for (part, row) in rows.enumerate() {
+                // Alone it has no lengths and no step too many.
+                let alone = Case { lengths: None, ..case.rows(row..row + 1).with_steps(case.length(row)) };
+                pass(backend, &mut model, &alone, part);
+                n += 1;
+            }
+            let losses = read_now(backend, model.loss(n), DEADLINE).expect("losses");
+            near(&format!("{label}: loss"), &[want.loss], &[losses.iter().sum::<f32>()], want.loss.abs(), 2e-6);
+            gradients_near(&label, model.table(), &want.grads, &grads(backend, &model));
+        }
+    }
+}
+
+#[test]
 fn a_share_that_contradicts_the_model_is_refused_by_name() {
     let mut backend = Device::Cpu(1).open();
     let backend = backend.as_mut();
@@ -809,6 +964,8 @@ fn a_share_that_contradicts_the_model_is_refused_by_name() {
     assert!(refused(Share { input: Words::Values(&[0.0; 18]), ..share }, 0).contains("kind"));
     assert!(refused(Share { weights: &[1.0], ..share }, 0).contains("18 targets with 1 weights"));
     assert!(refused(share, 64).contains("at most 64 parts"));
+    assert!(refused(Share { lengths: Some(&[6, 6]), ..share }, 0).contains("2 lengths for 3 rows"));
+    assert!(refused(Share { lengths: Some(&[6, 7, 1]), ..share }, 0).contains("a row has 7 valid steps of 6"));
 }
 
 #[test]

@@ -9,6 +9,7 @@ use carrousel::kernels::embedding::{EmbeddingGather, EmbeddingGradient};
 use carrousel::kernels::gemm::{Gemm, Matrix};
 use carrousel::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
 use carrousel::kernels::lstm::{Cell, LstmStepBackward, LstmStepForward, NONE};
+use carrousel::kernels::pooling::PoolSteps;
 use carrousel::kernels::reduce::{BlockSquares, ColumnSums, NonFinite, Sum};
 use carrousel::kernels::update::{Adam, Regular, Rmsprop, Sgd};
 
@@ -58,8 +59,10 @@ const ORACLES: &[(&str, Oracle)] = &[
     ("gemm", gemm),
     ("lstm_step_forward", lstm_step_forward),
     ("dropout", dropout),
+    ("pool_steps", pool_steps),
     ("softmax_cross_entropy", softmax_cross_entropy),
     ("squared_error", squared_error),
+    ("pool_steps_gradient", pool_steps_gradient),
     ("lstm_step_backward", lstm_step_backward),
     ("column_sums", column_sums),
     ("embedding_gradient", embedding_gradient),
@@ -379,6 +382,43 @@ fn dropout(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
         }
     }
     vec![Want::Unchanged, Want::Unchanged, Want::Floats(to)]
+}
+
+/// How much step `t` of a row counts.
+fn step_counts(k: &PoolSteps, lengths: &Inputs<'_>, row: usize, t: usize) -> f64 {
+    let n = if k.use_lengths == 1 { lengths.u(1, row) } else { k.n_steps as usize };
+    let counts = match k.which {
+        0 => t < n,
+        1 => t + 1 == n,
+        _ => t == 0 && n > 0,
+    };
+    f64::from(u8::from(counts)) / if k.which == 0 { n.max(1) as f64 } else { 1.0 }
+}
+
+fn pool_steps(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
+    let k: PoolSteps = parse(params);
+    let (rows, width) = (k.n_rows as usize, k.width as usize);
+    let mut pooled = x.target(2);
+    for row in 0..rows {
+        for i in 0..width {
+            let of_step = |t: usize| x.f(0, k.x as usize + (t * rows + row) * width + i) * step_counts(&k, x, row, t);
+            pooled[k.pooled as usize + row * width + i] = (0..k.n_steps as usize).map(of_step).sum();
+        }
+    }
+    vec![Want::Unchanged, Want::Unchanged, Want::Floats(pooled)]
+}
+
+fn pool_steps_gradient(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
+    let k: PoolSteps = parse(params);
+    let (rows, width) = (k.n_rows as usize, k.width as usize);
+    let mut gradient = x.target(2);
+    for (t, row) in (0..k.n_steps as usize).flat_map(|t| (0..rows).map(move |row| (t, row))) {
+        let counts = step_counts(&k, x, row, t);
+        for i in 0..width {
+            gradient[k.x as usize + (t * rows + row) * width + i] = x.f(0, k.pooled as usize + row * width + i) * counts;
+        }
+    }
+    vec![Want::Unchanged, Want::Unchanged, Want::Floats(gradient)]
 }
 
 fn softmax_cross_entropy(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {

@@ -9,6 +9,7 @@ use carrousel::kernels::embedding::{EMBEDDING_VECTORS, EmbeddingGather, Embeddin
 use carrousel::kernels::gemm::{DIRECT_BLOCK, Gemm, TILED_BLOCK};
 use carrousel::kernels::loss::{SOFTMAX_WORKGROUP, SQUARED_ROWS, SoftmaxCrossEntropy, SquaredError};
 use carrousel::kernels::lstm::{LstmStepBackward, LstmStepForward, NONE, STEP_ROWS};
+use carrousel::kernels::pooling::{POOL_VECTORS, PoolSteps};
 use carrousel::kernels::reduce::{BlockSquares, ColumnSums, NON_FINITE_BLOCK, NonFinite, REDUCE_WORKGROUP, SUM_COLUMNS, Sum};
 use carrousel::kernels::update::{Adam, Rmsprop, Sgd};
 use carrousel::kernels::{ALL, Access, AdapterClass, Entry, Fragment, Shader};
@@ -44,6 +45,7 @@ fn rust_layout(kernel: &str) -> (usize, Vec<Field>) {
             n_rows, hidden, weight_hh, gates, dz_after, c_prev, dh_out, carry, t, last, use_lengths, initial
         ),
         "dropout" => layout!(Dropout: n_steps, n_rows, width, start, to, key0, key1, tag, threshold, scale),
+        "pool_steps" | "pool_steps_gradient" => layout!(PoolSteps: n_steps, n_rows, width, x, pooled, which, use_lengths),
         "softmax_cross_entropy" => layout!(SoftmaxCrossEntropy: n_rows, n_classes, row_stride, scale, gradient),
         "squared_error" => layout!(SquaredError: n_rows, n_outputs, row_stride, scale, gradient),
         "column_sums" => layout!(ColumnSums: n_rows, n_cols, row_stride, offset, out, second_out, accumulate),
@@ -221,6 +223,7 @@ fn numbers_that_stand_in_wgsl_and_in_rust_are_the_same() {
             "add" | "scale" | "sgd" | "rmsprop" | "adam" => same("floats a workgroup", invocations * get("EACH"), ELEMENTS),
             "dropout" => same("vectors a workgroup", invocations, DROPOUT_VECTORS),
             "embedding_gather" | "embedding_gradient" => same("vectors a workgroup", invocations, EMBEDDING_VECTORS),
+            "pool_steps" | "pool_steps_gradient" => same("vectors a workgroup", invocations, POOL_VECTORS),
             "softmax_cross_entropy" => same("workgroup", invocations, SOFTMAX_WORKGROUP),
             "squared_error" => same("rows a workgroup", invocations, SQUARED_ROWS),
             "column_sums" => same("columns a workgroup", get("COLUMNS"), SUM_COLUMNS),

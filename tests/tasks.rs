@@ -5,7 +5,7 @@ use std::sync::Arc;
 use carrousel::data::series::Relative;
 use carrousel::data::split::Split;
 use carrousel::data::{Batch, Input, Target};
-use carrousel::model::config::{Input as ModelInput, ModelConfig, Output};
+use carrousel::model::config::{Input as ModelInput, ModelConfig, Output, Pooling};
 use carrousel::model::init::{Init, initial};
 use carrousel::optim::schedule::ScheduleKind;
 use carrousel::optim::{OptimizerConfig, Rule};
@@ -100,7 +100,7 @@ fn adding(step: u64, n_rows: usize) -> Batch {
 fn the_sum_of_two_marked_numbers_among_twenty_is_learnt() {
     let model = ModelConfig {
         input: ModelInput::Values { n_features: 2 },
-        output: Output::Values { n_outputs: 1 },
+        output: Output::Values { n_outputs: 1, pooling: Pooling::Last },
         n_layers: 1,
         hidden: 32,
         dropout: 0.0,

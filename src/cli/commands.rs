@@ -26,7 +26,7 @@ use crate::infer::predictions::Predictions;
 use crate::infer::session::Session;
 use crate::infer::task::Corpus;
 use crate::infer::{evaluate as evaluation, generate::GenerateOptions};
-use crate::model::config::{Input, ModelConfig, Output};
+use crate::model::config::{Input, ModelConfig, Output, Pooling};
 use crate::observe::{Bus, Level};
 use crate::store::config::{RunConfig, Task};
 use crate::store::{RunFolder, default_run_path, interchange};
@@ -281,7 +281,7 @@ fn workload(config: &RunConfig) -> Workload {
         Task::Forecast => {
             let n_targets = config.target.len().max(1);
             let n_features = n_targets + config.features.len();
-            (Input::Values { n_features }, Output::Values { n_outputs: n_targets * config.horizon })
+            (Input::Values { n_features }, Output::Values { n_outputs: n_targets * config.horizon, pooling: Pooling::Last })
         }
     };
     let model = ModelConfig {

@@ -11,7 +11,7 @@ use crate::data::series::{Order, Part, Series, SeriesBatches, SeriesOptions, Ser
 use crate::data::text::{Text, TextBatches, TextEval, TextOptions, load_tokens};
 use crate::data::vocab::Vocab;
 use crate::data::{Batches, DataError};
-use crate::model::config::{Input, ModelConfig, Output};
+use crate::model::config::{Input, ModelConfig, Output, Pooling};
 use crate::store::config::{RunConfig, Task};
 use crate::usage::UsageError;
 
@@ -247,7 +247,9 @@ pub fn model_config(config: &RunConfig, spec: &DataSpec) -> ModelConfig {
         DataSpec::Text(vocab) => {
             (Input::Tokens { vocabulary: vocab.size(), width: config.embedding }, Output::Classes { n_classes: vocab.size() })
         }
-        DataSpec::Series(spec) => (Input::Values { n_features: spec.n_features() }, Output::Values { n_outputs: spec.n_outputs() }),
+        DataSpec::Series(spec) => {
+            (Input::Values { n_features: spec.n_features() }, Output::Values { n_outputs: spec.n_outputs(), pooling: Pooling::Last })
+        }
     };
     ModelConfig {
         input,

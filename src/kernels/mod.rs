@@ -11,6 +11,7 @@ pub mod gemm;
 pub mod loss;
 pub mod lstm;
 pub mod microkernel;
+pub mod pooling;
 pub mod reduce;
 pub mod sweep_cpu;
 pub mod update;
@@ -276,8 +277,10 @@ pub const ALL: &[Entry] = &[
     gemm::ENTRY,
     lstm::FORWARD_ENTRY,
     dropout::ENTRY,
+    pooling::ENTRY,
     loss::SOFTMAX_ENTRY,
     loss::MSE_ENTRY,
+    pooling::GRADIENT_ENTRY,
     lstm::BACKWARD_ENTRY,
     reduce::COLUMNS_ENTRY,
     embedding::GRADIENT_ENTRY,

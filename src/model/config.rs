@@ -23,8 +23,32 @@ pub enum Input {
 pub enum Output {
     /// A class at every time step; softmax cross-entropy.
     Classes { n_classes: usize },
-    /// Numbers after the last time step; squared error.
-    Values { n_outputs: usize },
+    /// A class of the sequence as a whole; softmax cross-entropy.
+    Label { n_classes: usize, pooling: Pooling },
+    /// Numbers of the sequence as a whole; squared error.
+    Values { n_outputs: usize, pooling: Pooling },
+}
+
+/// What the head reads of a sequence as a whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pooling {
+    /// The outputs of the step with which each direction ends: a row's own last one, in reverse the first.
+    #[default]
+    Last,
+    /// The mean over a row's valid steps.
+    Mean,
+}
+
+/// Which rows the head reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reading {
+    /// The outputs of every step.
+    Steps,
+    /// The states in which the last layer ends.
+    FinalStates,
+    /// A row a sequence, made of the outputs of its steps.
+    Pooled(Pooling),
 }
 
 /// What a layer is made of beyond its size. All of it off is the LSTM of PyTorch; the papers stand in `kernels::lstm`.
@@ -137,8 +161,29 @@ impl ModelConfig {
     /// Classes or numbers that come out.
     pub fn n_outputs(&self) -> usize {
         match self.output {
-            Output::Classes { n_classes } => n_classes,
-            Output::Values { n_outputs } => n_outputs,
+            Output::Classes { n_classes } | Output::Label { n_classes, .. } => n_classes,
+            Output::Values { n_outputs, .. } => n_outputs,
+        }
+    }
+
+    /// Targets, and weights, of one row of outputs: one for classes, one for each number.
+    pub fn n_targets(&self) -> usize {
+        match self.output {
+            Output::Classes { .. } | Output::Label { .. } => 1,
+            Output::Values { n_outputs, .. } => n_outputs,
+        }
+    }
+
+    pub(super) fn reading(&self) -> Reading {
+        match self.output {
+            Output::Classes { .. } => Reading::Steps,
+            // What a residual layer hands up at a row's end is more than its state.
+            Output::Label { pooling, .. } | Output::Values { pooling, .. }
+                if pooling == Pooling::Mean || self.is_residual(self.n_layers - 1) =>
+            {
+                Reading::Pooled(pooling)
+            }
+            Output::Label { .. } | Output::Values { .. } => Reading::FinalStates,
         }
     }
 

@@ -9,7 +9,7 @@ pub mod state;
 
 use anyhow::{Context, Result, ensure};
 
-use self::config::{Input, LayerParams, ModelConfig, ModelParams, Output};
+use self::config::{Input, LayerParams, ModelConfig, ModelParams, Output, Pooling, Reading};
 use crate::backend::{Backend, BufferId, Limits, Span};
 use crate::kernels::MAX_LOOP_TRIPS;
 use crate::kernels::dropout::{Dropout, drop_numbers};
@@ -18,6 +18,7 @@ use crate::kernels::embedding::{EmbeddingGather, EmbeddingGradient, TokenIndex};
 use crate::kernels::gemm::{Gemm, Matrix};
 use crate::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
 use crate::kernels::lstm::{Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneTensors, LaneVectors, NONE, PEEPHOLES, SweepArgs};
+use crate::kernels::pooling::{ALL_STEPS, FIRST_STEP, LAST_STEP, PoolSteps, PoolStepsGradient};
 use crate::kernels::reduce::{ColumnSums, Sum};
 use crate::params::ParamTable;
 use crate::rng::{Purpose, StepKey, tag};
@@ -27,7 +28,7 @@ use crate::usage::UsageError;
 /// Tokens or numbers, time-major.
 #[derive(Clone, Copy, Debug)]
 pub enum Words<'a> {
-    /// `[T, B]`.
+    /// `[T, B]`; as the targets of whole sequences `[B]`.
     Tokens(&'a [u32]),
     /// Inputs `[T, B, I]`, targets `[B, O]`.
     Values(&'a [f32]),
@@ -43,8 +44,11 @@ pub struct Share<'a> {
     pub input: Words<'a>,
     /// None where only the outputs are wanted.
     pub targets: Option<Words<'a>>,
-    /// Of each term: `[T, B]` for classes, `[B, O]` for values.
+    /// Of each term: `[T, B]` for classes of steps, `[B]` for those of sequences, `[B, O]` for values.
     pub weights: &'a [f32],
+    /// Valid steps of each row `[B]`, from 0 to T; none: all steps of all rows. Behind a row's end nothing counts, whatever inputs and weights hold
+    /// there (tokens must be of the vocabulary); a row of length 0 only fills up the batch and must have weight 0.
+    pub lengths: Option<&'a [u32]>,
     /// Global stream or sample number of each row `[B]`: what dropout is drawn by.
     pub streams: &'a [u32],
     /// Carried state `[L, 2, B, H]`, h before c, H padded; none: zero.
@@ -60,7 +64,8 @@ pub struct Pass {
     pub key: Option<StepKey>,
     /// Gradients are computed, and added to those of this step's earlier parts if this is not the first.
     pub gradients: bool,
-    /// Number of the part of the share: its loss goes to this word of [`Model::loss`].
+    /// Number of the part of the share: its loss goes to this word of [`Model::loss`]. The memory that the parts of a step need is reserved before
+    /// the first of them, since what they gather does not outlive the workspace.
     pub part: usize,
 }
 
@@ -87,10 +92,13 @@ struct Workspace {
     input: BufferId,
     embedded: Option<BufferId>,
     index: Option<BufferId>,
-    streams: BufferId,
+    /// Lengths, then from [`streams_at`] on stream numbers.
+    rows: BufferId,
     targets: BufferId,
     weights: BufferId,
     lanes: Vec<LaneBuffers>,
+    /// What the head reads of whole sequences where that is not a state, then its gradient, by direction.
+    pooled: Vec<BufferId>,
     outputs: BufferId,
     row_loss: BufferId,
     /// Gradients on their way down, by direction: three sets for what comes from above, goes below, and lies between.
@@ -103,9 +111,9 @@ impl Workspace {
             let weights = l.dropped_weight.map(|(weight, gradient)| [Some(weight), gradient]);
             [Some(l.gates), Some(l.h), Some(l.c), l.output, l.carry].into_iter().chain(weights.into_iter().flatten()).flatten()
         };
-        let others = [self.input, self.streams, self.targets, self.weights, self.outputs, self.row_loss];
+        let others = [self.input, self.rows, self.targets, self.weights, self.outputs, self.row_loss];
         let lanes = self.lanes.into_iter().flat_map(of_lane);
-        lanes.chain(others).chain(self.embedded).chain(self.index).chain(self.flow.into_iter().flatten())
+        lanes.chain(others).chain(self.pooled).chain(self.embedded).chain(self.index).chain(self.flow.into_iter().flatten())
     }
 }
 
@@ -126,6 +134,11 @@ pub struct Model {
     workspace: Option<Workspace>,
     token_index: TokenIndex,
     padded: Vec<f32>,
+}
+
+/// Where stream numbers start behind the lengths of this many rows: a bound span begins at a multiple of 64.
+const fn streams_at(n_rows: usize) -> usize {
+    round_up(n_rows, ALIGN)
 }
 
 /// Refuses a buffer that the device cannot hold or bind.
@@ -249,7 +262,7 @@ impl Model {
         lanes.flat_map(|(i, l)| [l.h, l.c].map(|buffer| Span { buffer, offset: end(i), len })).collect()
     }
 
-    /// Outputs after a forward pass without targets: `[rows, columns]`, and the floats from row to row. Rows are `T x B` for classes, `B` for values.
+    /// Outputs after a forward pass without targets: `[rows, columns]`, and the floats from row to row. Rows are `T x B` for classes of steps, else `B`.
     pub fn outputs(&self, n_steps: usize, n_rows: usize) -> (Span, usize) {
         let stride = pad_inner(self.config.n_outputs());
         let rows = self.output_rows(n_steps, n_rows);
@@ -258,10 +271,7 @@ impl Model {
     }
 
     fn output_rows(&self, n_steps: usize, n_rows: usize) -> usize {
-        match self.config.output {
-            Output::Classes { .. } => n_steps * n_rows,
-            Output::Values { .. } => n_rows,
-        }
+        if self.config.reading() == Reading::Steps { n_steps * n_rows } else { n_rows }
     }
 
     /// Makes room for shares up to this size; what there is stays if it is large enough.
@@ -285,10 +295,7 @@ impl Model {
         };
         let hidden = self.hidden();
         let out_stride = pad_inner(self.config.n_outputs());
-        let rows = match self.config.output {
-            Output::Classes { .. } => tb,
-            Output::Values { .. } => b,
-        };
+        let rows = if self.config.reading() == Reading::Steps { tb } else { b };
         let (input, embedded, index) = match self.config.input {
             Input::Tokens { vocabulary, width } => (
                 alloc("tokens", tb)?,
@@ -297,10 +304,8 @@ impl Model {
             ),
             Input::Values { n_features } => (alloc("inputs", tb * pad_inner(n_features))?, None, None),
         };
-        let (n_targets, n_weights) = match self.config.output {
-            Output::Classes { .. } => (rows, rows),
-            Output::Values { n_outputs } => (rows * n_outputs, rows * n_outputs),
-        };
+        let n_targets = rows * self.config.n_targets();
+        let n_pooled = if matches!(self.config.reading(), Reading::Pooled(_)) { self.config.n_directions() } else { 0 };
         let (c, sums) = (&self.config.lstm, if self.config.lstm.peephole { PEEPHOLES } else { 0 });
         let copies = if c.recurrent_dropout > 0.0 { 2 } else { 1 };
         let lanes = (0..self.config.n_lanes())
@@ -332,10 +337,11 @@ impl Model {
             input,
             embedded,
             index,
-            streams: alloc("stream numbers", b)?,
+            rows: alloc("lengths and stream numbers", streams_at(b) + b)?,
             targets: alloc("targets", n_targets)?,
-            weights: alloc("weights", n_weights)?,
+            weights: alloc("weights", n_targets)?,
             lanes,
+            pooled: (0..n_pooled).map(|_| alloc("pooled outputs", b * hidden)).collect::<Result<_>>()?,
             outputs: alloc("outputs", rows * out_stride)?,
             row_loss: alloc("losses", rows)?,
             flow,
@@ -413,18 +419,27 @@ impl Model {
                 ensure!(values.len() == t * b * n_features, "{} numbers for {t} steps of {b} rows of {n_features}", values.len());
                 let padded = pad_inner(n_features);
                 self.padded.clear();
-                for row in values.chunks_exact(n_features) {
-                    self.padded.extend_from_slice(row);
-                    self.padded.resize(self.padded.len() + padded - n_features, 0.0);
+                for (place, row) in values.chunks_exact(n_features).enumerate() {
+                    if is_valid(share, place) {
+                        self.padded.extend_from_slice(row);
+                    }
+                    self.padded.resize((place + 1) * padded, 0.0);
                 }
                 backend.write(at(w.input, self.padded.len()), &self.padded)?;
             }
             _ => anyhow::bail!("the share's inputs are not of the kind that the model reads"),
         }
-        backend.write(at(w.streams, b), bytemuck::cast_slice(share.streams))?;
+        if let Some(lengths) = share.lengths {
+            ensure!(lengths.len() == b, "{} lengths for {b} rows", lengths.len());
+            if let Some(length) = lengths.iter().find(|&&length| length as usize > t) {
+                anyhow::bail!("a row has {length} valid steps of {t}");
+            }
+            backend.write(at(w.rows, b), bytemuck::cast_slice(lengths))?;
+        }
+        backend.write(streams(w, b), bytemuck::cast_slice(share.streams))?;
         if let Some(targets) = share.targets {
             let words: &[f32] = match (self.config.output, targets) {
-                (Output::Classes { n_classes }, Words::Tokens(targets)) => {
+                (Output::Classes { n_classes } | Output::Label { n_classes, .. }, Words::Tokens(targets)) => {
                     if let Some(&class) = targets.iter().find(|&&class| class as usize >= n_classes) {
                         anyhow::bail!("target {class} is outside the {n_classes} classes");
                     }
@@ -434,8 +449,16 @@ impl Model {
                 _ => anyhow::bail!("the share's targets are not of the kind that the model gives"),
             };
             ensure!(words.len() == share.weights.len(), "{} targets with {} weights", words.len(), share.weights.len());
+            let n_terms = self.output_rows(t, b) * self.config.n_targets();
+            ensure!(words.len() == n_terms, "{} targets for {n_terms} terms", words.len());
             backend.write(at(w.targets, words.len()), words)?;
-            backend.write(at(w.weights, words.len()), share.weights)?;
+            let mut weights = share.weights;
+            if share.lengths.is_some() && self.config.reading() == Reading::Steps {
+                self.padded.clear();
+                self.padded.extend(weights.iter().enumerate().map(|(place, &weight)| if is_valid(share, place) { weight } else { 0.0 }));
+                weights = &self.padded;
+            }
+            backend.write(at(w.weights, words.len()), weights)?;
         }
         let len = b * hidden;
         for (i, lane) in w.lanes.iter().enumerate() {
@@ -503,7 +526,7 @@ impl Model {
     fn lane(&self, backend: &dyn Backend, w: &Workspace, i: usize, share: &Share<'_>, pass: Pass, x: Parts) -> Lane {
         let (t, b, hidden) = (share.n_steps, share.n_rows, self.hidden());
         let buffers = &w.lanes[i];
-        let cell = self.cell(i, pass);
+        let cell = Cell { streams: streams_at(b) as u32, ..self.cell(i, pass) };
         let states = (t + 1) * b * hidden;
         let mut tensors = self.lane_tensors(backend, i, &self.params);
         if let (Some(_), Some((kept, _))) = (pass.key, buffers.dropped_weight) {
@@ -519,8 +542,8 @@ impl Model {
             masked: states as u32,
             c: front(buffers.c, states),
             range: 0..t as u32,
-            rows: Some(front(w.streams, b)),
-            use_lengths: false,
+            rows: Some(front(w.rows, streams_at(b) + b)),
+            use_lengths: share.lengths.is_some(),
             cell,
             backward: None,
         }
@@ -577,7 +600,7 @@ impl Model {
         let sizes = [share.n_steps as u32, share.n_rows as u32, from.width];
         // The reverse direction draws as a layer far above all others.
         let kernel = Dropout::new(self.config.dropout, key, layer | direction << 16, sizes, from.offset, 0);
-        backend.launch(&kernel, &[front(w.streams, share.n_rows), from.span, to])
+        backend.launch(&kernel, &[streams(w, share.n_rows), from.span, to])
     }
 
     fn forward(&self, backend: &mut dyn Backend, w: &Workspace, share: &Share<'_>, pass: Pass) -> Result<Forward> {
@@ -626,6 +649,9 @@ impl Model {
             }
             x = above;
         }
+        if let Reading::Pooled(pooling) = self.config.reading() {
+            x = self.pool(backend, w, share, pooling, x)?;
+        }
         let (weight, weight_at) = self.place(backend, &self.params, self.at.head_weight);
         let (bias, bias_at) = self.place(backend, &self.params, self.at.head_bias);
         let stride = pad_inner(self.config.n_outputs());
@@ -651,10 +677,31 @@ impl Model {
 
     /// The first row of a direction's outputs that the head reads: all of them, or those of the step that has seen the whole sequence.
     fn head_row(&self, share: &Share<'_>, reverse: bool) -> usize {
-        match self.config.output {
-            Output::Values { .. } if !reverse => (share.n_steps - 1) * share.n_rows,
-            _ => 0,
+        if self.config.reading() == Reading::FinalStates && !reverse { (share.n_steps - 1) * share.n_rows } else { 0 }
+    }
+
+    /// How the outputs of one direction's steps become a row a sequence.
+    fn pool_steps(&self, share: &Share<'_>, pooling: Pooling, direction: usize, x: u32) -> PoolSteps {
+        let which = match pooling {
+            Pooling::Mean => ALL_STEPS,
+            Pooling::Last if direction == 0 => LAST_STEP,
+            Pooling::Last => FIRST_STEP,
+        };
+        let (n_steps, n_rows, width) = (share.n_steps as u32, share.n_rows as u32, self.hidden() as u32);
+        PoolSteps { n_steps, n_rows, width, x, pooled: 0, which, use_lengths: u32::from(share.lengths.is_some()) }
+    }
+
+    /// A row a sequence, of what the last layer hands up.
+    fn pool(&self, backend: &mut dyn Backend, w: &Workspace, share: &Share<'_>, pooling: Pooling, x: Parts) -> Result<Parts> {
+        let (b, hidden) = (share.n_rows, self.hidden());
+        let mut pooled: Parts = [None; 2];
+        for (direction, (part, &buffer)) in x.iter().flatten().zip(&w.pooled).enumerate() {
+            let span = front(buffer, b * hidden);
+            let kernel = self.pool_steps(share, pooling, direction, part.offset);
+            backend.launch(&kernel, &[part.span, front(w.rows, b), span])?;
+            pooled[direction] = Some(LanePart { span, offset: 0, width: part.width });
         }
+        Ok(pooled)
     }
 
     fn loss_of(&self, backend: &mut dyn Backend, w: &Workspace, share: &Share<'_>, pass: Pass) -> Result<()> {
@@ -663,11 +710,11 @@ impl Model {
         let (n_rows, row_stride, gradient, scale) = (rows as u32, stride as u32, u32::from(pass.gradients), share.scale);
         let (outputs, row_loss, flags) = (front(w.outputs, rows * stride), front(w.row_loss, rows), front(self.flags, ALIGN));
         match self.config.output {
-            Output::Classes { n_classes } => {
+            Output::Classes { n_classes } | Output::Label { n_classes, .. } => {
                 let kernel = SoftmaxCrossEntropy { n_rows, n_classes: n_classes as u32, row_stride, scale, gradient };
                 backend.launch(&kernel, &[outputs, front(w.targets, rows), front(w.weights, rows), row_loss, flags])?;
             }
-            Output::Values { n_outputs } => {
+            Output::Values { n_outputs, .. } => {
                 let terms = rows * n_outputs;
                 let kernel = SquaredError { n_rows, n_outputs: n_outputs as u32, row_stride, scale, gradient };
                 backend.launch(&kernel, &[outputs, front(w.targets, terms), front(w.weights, terms), row_loss, flags])?;
@@ -710,8 +757,8 @@ impl Model {
             let carry = lane.carry.context("a workspace for gradients is reserved first")?;
             backend.clear(front(carry, 2 * b * hidden))?;
         }
-        // Where the head reads only final states, their gradients go straight to the carries, unless the last layer's input takes its part.
-        let by_carry = matches!(self.config.output, Output::Values { .. }) && !self.config.is_residual(self.config.n_layers - 1);
+        // Where the head reads only final states, their gradients go straight to the carries.
+        let by_carry = self.config.reading() == Reading::FinalStates;
         self.head_backward(backend, w, share, accumulate, done, (!by_carry).then_some(above))?;
         all_down_to(first_bucket(if self.config.tied { self.at.head_bias } else { self.at.head_weight }), backend)?;
         for l in (0..self.config.n_layers).rev() {
@@ -873,14 +920,11 @@ impl Model {
             backend.launch(&sums, &[outputs, to_bias])?;
         }
         for (direction, i) in self.lanes_of(self.config.n_layers - 1).enumerate() {
-            let first = self.head_row(share, direction > 0) * hidden;
-            let (to, at) = match above {
-                Some(above) => (front(above[direction], t * b * hidden), first),
-                None => (front(w.lanes[i].carry.context("a workspace for gradients is reserved first")?, b * hidden), 0),
+            let to = match (above, w.pooled.get(direction)) {
+                (_, Some(&pooled)) => front(pooled, b * hidden),
+                (Some(above), None) => front(above[direction], t * b * hidden),
+                (None, None) => front(w.lanes[i].carry.context("a workspace for gradients is reserved first")?, b * hidden),
             };
-            if above.is_some() && rows < t * b {
-                backend.clear(to)?;
-            }
             let product = Gemm {
                 m: rows as u32,
                 n: hidden as u32,
@@ -892,9 +936,13 @@ impl Model {
                 bias_offset: 0,
                 a: Matrix::row_major(0, stride),
                 b: Matrix::row_major(weight_at as usize + direction * hidden, row_len),
-                c: Matrix::row_major(at, hidden),
+                c: Matrix::row_major(0, hidden),
             };
             backend.launch(&product, &[outputs, weight, weight, to])?;
+            if let (Reading::Pooled(pooling), Some(above)) = (self.config.reading(), above) {
+                let kernel = PoolStepsGradient(self.pool_steps(share, pooling, direction, 0));
+                backend.launch(&kernel, &[to, front(w.rows, b), front(above[direction], t * b * hidden)])?;
+            }
         }
         Ok(())
     }
@@ -905,6 +953,16 @@ struct Forward {
     lanes: Vec<Lane>,
     /// What the head read.
     top: Parts,
+}
+
+/// Whether a place `[T, B]` lies before its row's end.
+fn is_valid(share: &Share<'_>, place: usize) -> bool {
+    share.lengths.is_none_or(|lengths| place / share.n_rows < lengths[place % share.n_rows] as usize)
+}
+
+/// The stream numbers of this many rows.
+fn streams(w: &Workspace, n_rows: usize) -> Span {
+    Span { buffer: w.rows, offset: streams_at(n_rows), len: n_rows }
 }
 
 /// The first `len` words of a buffer.

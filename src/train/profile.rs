@@ -60,7 +60,7 @@ impl Workload {
         };
         let series = |n_features, n_layers, hidden| ModelConfig {
             input: config::Input::Values { n_features },
-            output: config::Output::Values { n_outputs: 1 },
+            output: config::Output::Values { n_outputs: 1, pooling: config::Pooling::Last },
             n_layers,
             hidden,
             dropout: 0.0,
@@ -95,8 +95,8 @@ impl Workload {
             }
             (config::Input::Values { n_features }, output) => {
                 let n_outputs = match output {
-                    config::Output::Values { n_outputs } => n_outputs,
-                    config::Output::Classes { n_classes } => n_classes,
+                    config::Output::Values { n_outputs, .. } => n_outputs,
+                    config::Output::Classes { n_classes } | config::Output::Label { n_classes, .. } => n_classes,
                 };
                 let values = numbers(t * b * n_features);
                 (Input::Values { values, n_features }, Target::Values { values: numbers(b * n_outputs), n_outputs }, b * n_outputs)

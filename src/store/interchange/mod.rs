@@ -248,8 +248,8 @@ impl Network {
     /// The head's `[outputs, columns]`, if there is one.
     fn head_shape(&self) -> Option<Vec<usize>> {
         self.head.map(|head| match head {
-            Output::Classes { n_classes } => vec![n_classes, self.width()],
-            Output::Values { n_outputs } => vec![n_outputs, self.width()],
+            Output::Classes { n_classes } | Output::Label { n_classes, .. } => vec![n_classes, self.width()],
+            Output::Values { n_outputs, .. } => vec![n_outputs, self.width()],
         })
     }
 

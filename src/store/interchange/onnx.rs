@@ -27,7 +27,7 @@ use super::super::checkpoint::{NamedTensor, le_bytes};
 use super::{
     About, EMBEDDING, Format, HEAD_BIAS, HEAD_WEIGHT, InterchangeError, Layer, ModelFile, Network, Result, foreign, sealed, tensor_name,
 };
-use crate::model::config::{Input, Output};
+use crate::model::config::{Input, Output, Pooling};
 use crate::shape::GATES;
 
 /// Both from 2021; run-times of that time and later read them.
@@ -389,12 +389,26 @@ fn graph(network: &Network, tensors: &[NamedTensor]) -> Graph {
             head(&mut b, network, &params, n_classes, &x);
             b.output("output", &[Axis::Time, Axis::Batch, Axis::Of(n_classes)]);
         }
-        Some(Output::Values { n_outputs }) => {
-            // [D, B, H] -> [B, D * H]
-            let flat = b.ints("const.rows_flat", &[0, width]);
-            b.node("Transpose", &[&format!("lstm.l{last}.h_n")], &["last.by_row"], vec![ints("perm", &[1, 0, 2])]);
-            b.node("Reshape", &["last.by_row", &flat], &["last"], vec![]);
-            head(&mut b, network, &params, n_outputs, "last");
+        Some(Output::Label { n_classes: n_outputs, pooling } | Output::Values { n_outputs, pooling }) => {
+            let read = match pooling {
+                Pooling::Last => {
+                    // [D, B, H] -> [B, D * H]
+                    let flat = b.ints("const.rows_flat", &[0, width]);
+                    b.node("Transpose", &[&format!("lstm.l{last}.h_n")], &["last.by_row"], vec![ints("perm", &[1, 0, 2])]);
+                    b.node("Reshape", &["last.by_row", &flat], &["last"], vec![]);
+                    "last"
+                }
+                Pooling::Mean => {
+                    // Behind a row's end the LSTM gives zeros.
+                    let column = b.ints("const.column", &[0, 1]);
+                    b.node("ReduceSum", &[&x, &zero], &["sum"], vec![int("keepdims", 0)]);
+                    b.node("Cast", &["lengths.of_rows"], &["lengths.float"], vec![int("to", proto::FLOAT as usize)]);
+                    b.node("Reshape", &["lengths.float", &column], &["lengths.column"], vec![]);
+                    b.node("Div", &["sum", "lengths.column"], &["mean"], vec![]);
+                    "mean"
+                }
+            };
+            head(&mut b, network, &params, n_outputs, read);
             b.output("output", &[Axis::Batch, Axis::Of(n_outputs)]);
         }
     }
@@ -671,7 +685,7 @@ mod tests {
 
     fn network(layers: Vec<Layer>) -> (Network, Vec<NamedTensor>) {
         let n_features = layers[0].inputs;
-        let head = Some(Output::Values { n_outputs: 3 });
+        let head = Some(Output::Values { n_outputs: 3, pooling: Default::default() });
         let network = Network {
             input: Input::Values { n_features },
             layers,
