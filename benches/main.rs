@@ -3,6 +3,7 @@
 //! Every bench verifies its result before the clock starts, and waits for the device before the clock stops.
 
 mod kernels; // every kernel of the catalogue at the sizes of real models
+mod options; // the LSTM's options beside the plain cell
 mod ring; // all-reduce between threads
 mod step; // one training step
 
@@ -64,6 +65,7 @@ fn main() {
         .configure_from_args();
     kernels::bench(&mut criterion);
     step::bench(&mut criterion);
+    options::bench(&mut criterion);
     ring::bench(&mut criterion);
     criterion.final_summary();
 }

@@ -7,7 +7,6 @@ use carrousel::model::config::Input;
 use carrousel::model::init::{Init, initial};
 use carrousel::model::state::Carried;
 use carrousel::rng::StepKey;
-use carrousel::shape::pad_units;
 use carrousel::train::group::{Group, GroupSpec, StepNumbers};
 use carrousel::train::profile::Workload;
 use carrousel::train::run::settle;
@@ -20,7 +19,7 @@ const WORKLOADS: [(&str, &str, usize, usize); 4] =
 const TOLERANCE: f64 = 1e-4;
 
 /// A group of workers in the middle of its training.
-struct Training {
+pub struct Training {
     group: Group,
     batch: Arc<Batch>,
     shares: Vec<std::ops::Range<usize>>,
@@ -30,7 +29,7 @@ struct Training {
 }
 
 impl Training {
-    fn start(workload: &Workload, devices: &str) -> Self {
+    pub fn start(workload: &Workload, devices: &str) -> Self {
         let (devices, balance, _) = settle(devices, "equal").expect("devices that exist");
         let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1 };
         let mut group = Group::start(spec, &devices, None).expect("workers that start");
@@ -39,13 +38,13 @@ impl Training {
         let zeros: Vec<Vec<f32>> = params.iter().map(|p| vec![0.0; p.len()]).collect();
         group.load(params, vec![zeros; workload.optimizer.states().len()]).expect("parameters that fit");
         let batch = Arc::new(workload.batch(1));
-        let carried = workload.carries.then(|| Carried::new(model.n_layers, model.n_layers * 2 * pad_units(model.hidden), batch.n_rows));
+        let carried = workload.carries.then(|| Carried::new(model, batch.n_rows));
         let shares = balance.shares(batch.n_rows);
         Self { group, batch, shares, carried, lr: workload.optimizer.lr, step: 0 }
     }
 
     /// Trains one step; returns the mean loss before it.
-    fn step(&mut self) -> f64 {
+    pub fn step(&mut self) -> f64 {
         self.step += 1;
         let divisor = self.batch.weight;
         let numbers = StepNumbers { step: self.step, lr: self.lr, key: StepKey::new(1, self.step), divisor };
@@ -60,7 +59,7 @@ fn workload(name: &str, n_steps: usize, n_rows: usize) -> Workload {
     (workload.n_steps, workload.n_rows) = (n_steps, n_rows);
     if crate::is_small() {
         let model = &mut workload.model;
-        (workload.n_steps, workload.n_rows, model.hidden) = (4, 6, 32);
+        (workload.n_steps, workload.n_rows, model.hidden) = (4, 6, 32.into());
         if let Input::Tokens { width, .. } = &mut model.input {
             *width = 16;
         }

@@ -6,7 +6,8 @@ struct Params {
     cell: Cell,
     n_rows: u32, // B
     hidden: u32, // H, a multiple of 16
-    weight_hh: u32,
+    width: u32,  // R, floats of h: H without a projection
+    weight: u32,
     gates: u32,
     dz_after: u32,
     c_prev: u32,
@@ -16,23 +17,20 @@ struct Params {
     last: u32,
     use_lengths: u32,
     initial: u32,
+    projected: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> params: array<vec4<f32>>;        // weight_hh [H / 16, H, 64]
+@group(0) @binding(1) var<storage, read> params: array<vec4<f32>>;        // weight_hh [H / 16, H, 64], or weight_hr [R, H]
 @group(0) @binding(2) var<storage, read_write> gates: array<vec4<f32>>;   // [B, 4H] twice: this step's gates, which become dz, and the dz after
 @group(0) @binding(3) var<storage, read> c: array<vec4<f32>>;             // [B, H] before the step
-@group(0) @binding(4) var<storage, read> dh_out: array<vec4<f32>>;        // [B, H]
-@group(0) @binding(5) var<storage, read_write> carry: array<vec4<f32>>;   // [2, B, H]: of h what W_hh does not hand on; dc on its way; sums of the peepholes [B, 3, H]
+@group(0) @binding(4) var<storage, read> dh_out: array<vec4<f32>>;        // [B, R]
+@group(0) @binding(5) var<storage, read_write> carry: array<vec4<f32>>;   // [B, R]: of h what W_hh does not hand on; dc on its way [B, H]; sums of the peepholes [B, 3, H]
 @group(0) @binding(6) var<storage, read> rows: array<u32>;                // lengths [B]; stream numbers [B] at cell.streams
 @group(0) @binding(7) var<storage, read> bias: array<vec4<f32>>;          // peepholes [3, H]
 
 const STEP_ROWS: u32 = 32u;
 const INVOCATION_ROWS: u32 = 4u;
-
-fn tanh4(x: vec4<f32>) -> vec4<f32> {
-    return vec4<f32>(safe_tanh(x.x), safe_tanh(x.y), safe_tanh(x.z), safe_tanh(x.w));
-}
 
 fn row_stream(row: u32) -> u32 {
     if (p.cell.draws == 1u || p.cell.mask_scale != 0.0) {
@@ -43,7 +41,11 @@ fn row_stream(row: u32) -> u32 {
 
 // Where the sums of a row's peepholes lie.
 fn sums_of(row: u32, gate: u32, panel: u32, quad: u32) -> u32 {
-    return units_of(p.carry + 2u * p.n_rows * p.hidden, row * 3u + gate, p.hidden, panel, quad);
+    return units_of(p.carry + p.n_rows * (p.width + p.hidden), row * 3u + gate, p.hidden, panel, quad);
+}
+
+fn dc_of(row: u32, panel: u32, quad: u32) -> u32 {
+    return units_of(p.carry + p.n_rows * p.width, row, p.hidden, panel, quad);
 }
 
 // Takes one row's gradient of h through the gates; `from_after` is what came through the recurrent weights.
@@ -52,13 +54,17 @@ fn finish(row: u32, panel: u32, quad: u32, from_after: vec4<f32>) {
     let carry_at = units_of(p.carry, row, p.hidden, panel, quad);
     var dh = from_after;
     if (OPTIONS) {
-        if (p.cell.mask_scale != 0.0) {
+        if (p.cell.mask_scale != 0.0 && p.projected == 0u) {
             dh *= recurrent_mask(p.cell, row_stream(row), panel * (PANEL_UNITS / 4u) + quad);
         }
         if (p.cell.peephole != NONE && p.last == 1u) {
             for (var gate = 0u; gate < 3u; gate += 1u) {
                 carry[sums_of(row, gate, panel, quad)] = vec4<f32>();
             }
+        }
+        if (p.projected == 1u) {
+            finish_projected(row, panel, quad, from_after);
+            return;
         }
     }
     if (p.initial == 1u) {
@@ -78,7 +84,7 @@ fn finish(row: u32, panel: u32, quad: u32, from_after: vec4<f32>) {
         }
         takes = takes || p.t + 1u == rows[row];
     }
-    let dc_at = carry_at + p.n_rows * (p.hidden / 4u);
+    let dc_at = dc_of(row, panel, quad);
     if (takes) {
         dh += carry[carry_at];
         carry[carry_at] = vec4<f32>();
@@ -92,6 +98,12 @@ fn finish(row: u32, panel: u32, quad: u32, from_after: vec4<f32>) {
     let o = gates[at + 3u * GATE_VECTORS];
     let c_prev = c[units_of(p.c_prev, row, p.hidden, panel, quad)];
     if (OPTIONS) {
+        if (p.cell.zoneout_h > 0.0) {
+            let block = panel * (PANEL_UNITS / 4u) + quad;
+            let keep = zoneout_kept(p.cell, ZONEOUT_H, p.cell.zoneout_h, row_stream(row), p.t, block);
+            carry[carry_at] = keep * dh;
+            dh *= 1.0 - keep;
+        }
         finish_cell(row, panel, quad, dh, mat4x4<f32>(i, f, g, o), c_prev);
         return;
     }
@@ -104,18 +116,30 @@ fn finish(row: u32, panel: u32, quad: u32, from_after: vec4<f32>) {
     carry[dc_at] = dc * f;
 }
 
-// The same for any cell.
+// With a projection the gradient of h has been through all that is h's own; `dm` came through W_hr.
+fn finish_projected(row: u32, panel: u32, quad: u32, dm: vec4<f32>) {
+    let at = gates_of(p.gates, row, p.hidden, panel, quad);
+    if (p.use_lengths == 1u && p.t >= rows[row]) {
+        gates[at] = vec4<f32>();
+        gates[at + GATE_VECTORS] = vec4<f32>();
+        gates[at + 2u * GATE_VECTORS] = vec4<f32>();
+        gates[at + 3u * GATE_VECTORS] = vec4<f32>();
+        return;
+    }
+    let of_step = mat4x4<f32>(gates[at], gates[at + GATE_VECTORS], gates[at + 2u * GATE_VECTORS], gates[at + 3u * GATE_VECTORS]);
+    finish_cell(row, panel, quad, dm, of_step, c[units_of(p.c_prev, row, p.hidden, panel, quad)]);
+}
+
+// From the gradient of o tanh(c), for any cell.
 fn finish_cell(row: u32, panel: u32, quad: u32, dh: vec4<f32>, of_step: mat4x4<f32>, c_prev: vec4<f32>) {
     let i = of_step[0];
     let f = of_step[1];
     let g = of_step[2];
     let o = of_step[3];
     let at = gates_of(p.gates, row, p.hidden, panel, quad);
-    let carry_at = units_of(p.carry, row, p.hidden, panel, quad);
-    let dc_at = carry_at + p.n_rows * (p.hidden / 4u);
+    let dc_at = dc_of(row, panel, quad);
     let block = panel * (PANEL_UNITS / 4u) + quad;
     let stream = row_stream(row);
-    let keep_h = zoneout_kept(p.cell, ZONEOUT_H, p.cell.zoneout_h, stream, p.t, block);
     let keep_c = zoneout_kept(p.cell, ZONEOUT_C, p.cell.zoneout_c, stream, p.t, block);
     var pi = vec4<f32>();
     var pf = vec4<f32>();
@@ -130,10 +154,9 @@ fn finish_cell(row: u32, panel: u32, quad: u32, dh: vec4<f32>, of_step: mat4x4<f
     let raw = f * c_prev + i * g;
     let c_new = clip4(raw, limit);
     let tanh_c = tanh4(c_new);
-    let d_hat = (1.0 - keep_h) * dh;
-    let dz_o = clip4(d_hat * tanh_c * o * (1.0 - o), dz_limit);
+    let dz_o = clip4(dh * tanh_c * o * (1.0 - o), dz_limit);
     let dc = carry[dc_at];
-    var d = (1.0 - keep_c) * dc + d_hat * o * (1.0 - tanh_c * tanh_c) + dz_o * po;
+    var d = (1.0 - keep_c) * dc + dh * o * (1.0 - tanh_c * tanh_c) + dz_o * po;
     d = select(d, vec4<f32>(), abs(raw) > vec4<f32>(limit));
     let is_coupled = p.cell.coupled == 1u;
     let d_i = select(d * g, d * (g - c_prev), is_coupled);
@@ -145,10 +168,6 @@ fn finish_cell(row: u32, panel: u32, quad: u32, dh: vec4<f32>, of_step: mat4x4<f
     gates[at + 2u * GATE_VECTORS] = dz_g;
     gates[at + 3u * GATE_VECTORS] = dz_o;
     carry[dc_at] = keep_c * dc + d * f + dz_i * pi + dz_f * pf;
-    if (p.cell.zoneout_h > 0.0) {
-        // Taken before: this is all that the old h gets past the weights.
-        carry[carry_at] = keep_h * dh;
-    }
     if (p.cell.peephole != NONE) {
         carry[sums_of(row, 0u, panel, quad)] += dz_i * c_prev;
         carry[sums_of(row, 1u, panel, quad)] += dz_f * c_prev;
@@ -172,12 +191,26 @@ fn lstm_step_backward(
     var dh1 = vec4<f32>();
     var dh2 = vec4<f32>();
     var dh3 = vec4<f32>();
-    if (p.last == 0u) {
+    if (OPTIONS && p.projected == 1u) {
+        let four = min(vec4<u32>(row, row + 1u, row + 2u, row + 3u), vec4<u32>(p.n_rows - 1u));
+        let dh_at = p.dh_out / 4u + four * (p.width / 4u);
+        let step = p.hidden / 4u;
+        var w_at = p.weight / 4u + panel * (PANEL_UNITS / 4u) + quad;
+        for (var k = 0u; k < p.width / 4u; k += 1u) {
+            // Four rows of W_hr: the columns of a matrix that a vector of four gradients is combined by.
+            let w = mat4x4<f32>(params[w_at], params[w_at + step], params[w_at + 2u * step], params[w_at + 3u * step]);
+            dh0 += w * dh_out[dh_at.x + k];
+            dh1 += w * dh_out[dh_at.y + k];
+            dh2 += w * dh_out[dh_at.z + k];
+            dh3 += w * dh_out[dh_at.w + k];
+            w_at += 4u * step;
+        }
+    } else if (p.last == 0u) {
         // Rows beyond the last one repeat it and are not stored.
         let four = min(vec4<u32>(row, row + 1u, row + 2u, row + 3u), vec4<u32>(p.n_rows - 1u));
         let dz_at = p.dz_after / 4u + four * p.hidden;
         // Weights of this quad's first unit in panel 0: 16 vectors, then those of the next unit; panels are H units apart.
-        let w_start = p.weight_hh / 4u + (panel * PANEL_UNITS + quad * 4u) * PANEL_VECTORS;
+        let w_start = p.weight / 4u + (panel * PANEL_UNITS + quad * 4u) * PANEL_VECTORS;
         for (var k = 0u; k < p.hidden; k += 1u) {
             let w_at = w_start + k / PANEL_VECTORS * p.hidden * PANEL_VECTORS + k % PANEL_VECTORS;
             let w = mat4x4<f32>(

@@ -1,12 +1,13 @@
 // One step of the LSTM forward: recurrent product of all four gates, biases, activations and the new state in one pass.
 //
 // A workgroup computes 32 batch rows x one panel of 16 units, an invocation 4 rows x 4 units x 4 gates, so that each vector of weights
-// that it loads serves 4 rows. Loop trips: H / 4.
+// that it loads serves 4 rows. Loop trips: R / 4.
 
 struct Params {
     cell: Cell,
     n_rows: u32, // B
     hidden: u32, // H, a multiple of 16
+    width: u32,  // R, floats of h: H without a projection
     weight_hh: u32,
     bias_ih: u32,
     bias_hh: u32,
@@ -17,16 +18,17 @@ struct Params {
     masked: u32,
     c_prev: u32,
     c: u32,
+    m: u32,
     t: u32,
     use_lengths: u32,
     initial: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> params: array<vec4<f32>>;          // weight_hh [H / 16, H, 64]
+@group(0) @binding(1) var<storage, read> params: array<vec4<f32>>;          // weight_hh [H / 16, R, 64]
 @group(0) @binding(2) var<storage, read_write> gates: array<vec4<f32>>;     // [B, 4H]: the input product, then the activated gates
-@group(0) @binding(3) var<storage, read_write> h: array<vec4<f32>>;         // [B, H] before and after the step, and both masked
-@group(0) @binding(4) var<storage, read_write> c: array<vec4<f32>>;         // [B, H] twice
+@group(0) @binding(3) var<storage, read_write> h: array<vec4<f32>>;         // [B, R] before and after the step, and both masked
+@group(0) @binding(4) var<storage, read_write> c: array<vec4<f32>>;         // [B, H] before and after the step; with a projection m
 @group(0) @binding(5) var<storage, read> rows: array<u32>;                  // lengths [B]; stream numbers [B] at cell.streams
 @group(0) @binding(6) var<storage, read_write> flags: array<atomic<u32>>;   // [0]: raised by a pre-activation that is not finite
 @group(0) @binding(7) var<storage, read> bias: array<vec4<f32>>;            // b_ih and b_hh [4H], peepholes [3, H]
@@ -55,18 +57,6 @@ fn store_gates(at: u32, z: Gates) {
     gates[at + 3u * GATE_VECTORS] = z[3];
 }
 
-fn sigmoid4(x: vec4<f32>) -> vec4<f32> {
-    return vec4<f32>(sigmoid(x.x), sigmoid(x.y), sigmoid(x.z), sigmoid(x.w));
-}
-
-fn tanh4(x: vec4<f32>) -> vec4<f32> {
-    return vec4<f32>(safe_tanh(x.x), safe_tanh(x.y), safe_tanh(x.z), safe_tanh(x.w));
-}
-
-fn any_non_finite(x: vec4<f32>) -> bool {
-    return is_non_finite(x.x) || is_non_finite(x.y) || is_non_finite(x.z) || is_non_finite(x.w);
-}
-
 // b_ih + b_hh of a quad, as far as there are such.
 fn biases(panel: u32, quad: u32) -> Gates {
     var sum = Gates();
@@ -88,14 +78,18 @@ fn finish(row: u32, panel: u32, quad: u32, z: Gates) {
     if (p.use_lengths == 1u && p.t >= rows[row]) {
         // A row that has ended keeps its state.
         store_gates(gates_at, Gates());
-        h[h_at] = h[units_of(p.h_prev, row, p.hidden, panel, quad)];
         c[c_at] = c_prev;
+        if (OPTIONS && p.m != NONE) {
+            c[units_of(p.m, row, p.hidden, panel, quad)] = vec4<f32>();
+            return;
+        }
+        h[h_at] = h[units_of(p.h_prev, row, p.hidden, panel, quad)];
         if (OPTIONS && p.cell.mask_scale != 0.0) {
             h[units_of(p.masked, row, p.hidden, panel, quad)] = h[units_of(p.masked_prev, row, p.hidden, panel, quad)];
         }
         return;
     }
-    if (any_non_finite(z[0]) || any_non_finite(z[1]) || any_non_finite(z[2]) || any_non_finite(z[3])) {
+    if (any_non_finite4(z[0]) || any_non_finite4(z[1]) || any_non_finite4(z[2]) || any_non_finite4(z[3])) {
         atomicStore(&flags[0], 1u);
     }
     if (OPTIONS) {
@@ -134,14 +128,20 @@ fn finish_cell(row: u32, panel: u32, quad: u32, given: Gates, c_prev: vec4<f32>)
     let o = sigmoid4(z[3]);
     var h_next = o * tanh4(c_next);
     let stream = row_stream(row);
-    if (p.cell.zoneout_h > 0.0 || p.cell.zoneout_c > 0.0) {
-        let keep_h = zoneout_kept(p.cell, ZONEOUT_H, p.cell.zoneout_h, stream, p.t, block);
-        let keep_c = zoneout_kept(p.cell, ZONEOUT_C, p.cell.zoneout_c, stream, p.t, block);
-        h_next = keep_h * h[units_of(p.h_prev, row, p.hidden, panel, quad)] + (1.0 - keep_h) * h_next;
-        c_next = keep_c * c_prev + (1.0 - keep_c) * c_next;
+    if (p.cell.zoneout_c > 0.0) {
+        let keep = zoneout_kept(p.cell, ZONEOUT_C, p.cell.zoneout_c, stream, p.t, block);
+        c_next = keep * c_prev + (1.0 - keep) * c_next;
     }
     store_gates(gates_of(p.gates, row, p.hidden, panel, quad), Gates(i, f, g, o));
     c[units_of(p.c, row, p.hidden, panel, quad)] = c_next;
+    if (p.m != NONE) {
+        c[units_of(p.m, row, p.hidden, panel, quad)] = h_next;
+        return;
+    }
+    if (p.cell.zoneout_h > 0.0) {
+        let keep = zoneout_kept(p.cell, ZONEOUT_H, p.cell.zoneout_h, stream, p.t, block);
+        h_next = keep * h[units_of(p.h_prev, row, p.hidden, panel, quad)] + (1.0 - keep) * h_next;
+    }
     h[units_of(p.h, row, p.hidden, panel, quad)] = h_next;
     if (p.cell.mask_scale != 0.0) {
         h[units_of(p.masked, row, p.hidden, panel, quad)] = recurrent_mask(p.cell, stream, block) * h_next;
@@ -187,10 +187,10 @@ fn lstm_step_forward(
     var z2 = load_gates(gates_of(p.gates, four.z, p.hidden, panel, quad));
     var z3 = load_gates(gates_of(p.gates, four.w, p.hidden, panel, quad));
 
-    let h_at = select(p.h_prev, p.masked_prev, OPTIONS && p.cell.mask_scale != 0.0) / 4u + four * (p.hidden / 4u);
+    let h_at = select(p.h_prev, p.masked_prev, OPTIONS && p.cell.mask_scale != 0.0) / 4u + four * (p.width / 4u);
     // Row k of the panel's weights, which has a vector for each quad of each gate.
-    var w_at = p.weight_hh / 4u + panel * p.hidden * PANEL_VECTORS + quad;
-    for (var k = 0u; k < p.hidden / 4u; k += 1u) {
+    var w_at = p.weight_hh / 4u + panel * p.width * PANEL_VECTORS + quad;
+    for (var k = 0u; k < p.width / 4u; k += 1u) {
         let h0 = h[h_at.x + k];
         let h1 = h[h_at.y + k];
         let h2 = h[h_at.z + k];

@@ -85,6 +85,15 @@ impl Divide for Rows<'_> {
     }
 }
 
+impl<D: Divide> Divide for Option<D> {
+    fn divide(self, at: usize) -> (Self, Self) {
+        self.map_or((None, None), |work| {
+            let (a, b) = work.divide(at);
+            (Some(a), Some(b))
+        })
+    }
+}
+
 impl<A: Divide, B: Divide> Divide for (A, B) {
     fn divide(self, at: usize) -> (Self, Self) {
         let ((a0, a1), (b0, b1)) = (self.0.divide(at), self.1.divide(at));

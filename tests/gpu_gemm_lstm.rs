@@ -9,7 +9,7 @@ use carrousel::backend::gpu::adapters;
 use carrousel::backend::{Backend, Span, read_now};
 use carrousel::kernels::gemm::{self, DIRECT_BLOCK, Gemm, MAX_K, Matrix, TILED_BLOCK};
 use carrousel::kernels::lstm::{
-    self, Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneTensors, LaneVectors, LstmStepForward, NONE, SweepArgs,
+    self, Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneTensors, LaneVectors, LstmStepForward, NONE, SweepArgs,
 };
 use carrousel::kernels::{AdapterClass, Binding, Case, Dispatch, Entry, Fill, Kernel, MAX_WORKGROUPS, Operand, ShapeError};
 use carrousel::pool::CpuContext;
@@ -240,6 +240,7 @@ fn a_pre_activation_that_is_not_finite_raises_the_flag_unless_its_row_has_ended(
     let kernel = LstmStepForward {
         n_rows: rows as u32,
         hidden: hidden as u32,
+        width: hidden as u32,
         weight_hh: 0,
         bias_ih: NONE,
         bias_hh: NONE,
@@ -250,6 +251,7 @@ fn a_pre_activation_that_is_not_finite_raises_the_flag_unless_its_row_has_ended(
         masked: NONE,
         c_prev: 0,
         c: state as u32,
+        m: NONE,
         t: 3,
         use_lengths: 1,
         initial: 0,
@@ -322,21 +324,21 @@ impl Sweep {
         let tensors = |bucket: Span| LaneTensors {
             weight_ih: (bucket, 0),
             weight_hh: (bucket, (k * width) as u32),
+            weight_hr: None,
             vectors: Some(LaneVectors {
-                span: bucket,
                 bias_ih: ((k + h) * width) as u32,
                 bias_hh: ((k + h) * width + width) as u32,
-                peephole: NONE,
+                ..LaneVectors::none(bucket)
             }),
         };
         let lane = Lane {
-            hidden: self.hidden,
+            shape: LaneShape::plain(self.hidden, self.hidden),
+            n_steps: self.n_steps,
             reverse: self.reverse,
             tensors: tensors(params),
             x: [Some(LanePart { span: x, offset: 0, width: self.inputs }), None],
             gates,
             h: h_span,
-            masked: 0,
             c: c_span,
             range: self.range.clone(),
             rows: lengths,
@@ -345,6 +347,7 @@ impl Sweep {
             backward: Some(LaneGradients {
                 dh_out: Some((dh_out, 0)),
                 carry,
+                dh: None,
                 tensors: tensors(grads),
                 accumulate: self.accumulate,
                 dx: [Some(LanePart { span: dx, offset: 0, width: self.inputs }), None],

@@ -14,7 +14,7 @@ use carrousel::infer::evaluate::evaluate;
 use carrousel::infer::exchange;
 use carrousel::infer::session::{Session, read_config};
 use carrousel::infer::task::Corpus;
-use carrousel::model::config::{Input, LstmConfig, ModelConfig, Output, Pooling};
+use carrousel::model::config::{Hidden, Input, LstmConfig, ModelConfig, Output, Pooling};
 use carrousel::store::config::{RunConfig, Task};
 use carrousel::store::interchange::{
     About, Format, GateOrder, Layer, ModelFile, Network, Part, describe, from_bytes, read, to_bytes, turn_gates, write,
@@ -127,7 +127,7 @@ fn a_described_model_has_the_tensors_of_its_table() {
     for (n_layers, bias, tied) in [(1, true, false), (2, false, true), (3, true, true), (3, false, false)] {
         let width = if tied { 5 } else { 4 };
         let (input, output) = (Input::Tokens { vocabulary: 11, width }, Output::Classes { n_classes: 11 });
-        let text = ModelConfig { input, output, n_layers, hidden: 5, dropout: 0.1, bias, tied, lstm: LstmConfig::default() };
+        let text = ModelConfig { input, output, n_layers, hidden: 5.into(), dropout: 0.1, bias, tied, lstm: LstmConfig::default() };
         let (input, output) = (Input::Values { n_features: 3 }, Output::Values { n_outputs: 6, pooling: Pooling::Last });
         let series = ModelConfig { input, output, tied: false, ..text.clone() };
         for config in [text, series] {
@@ -328,8 +328,11 @@ fn foreign_files_that_do_not_fit_are_refused_by_their_tensor() {
     let options = there_and_back(safe, &both, Part::All).options().unwrap();
     assert!(options.contains("bidirectional = true\n"), "{options}");
     let projecting = values(vec![Layer { projection: 2, ..Layer::plain(4, 3) }], 2);
-    let options = there_and_back(safe, &projecting, Part::All).options().unwrap_err().to_string();
-    assert!(options.contains("`lstm.weight_hr_l0` is a projection"), "{options}");
+    let options = there_and_back(safe, &projecting, Part::All).options().unwrap();
+    assert!(options.contains("proj_size = 2\n") && options.contains("hidden = 3\n"), "{options}");
+    let unlike = values(vec![Layer::plain(4, 3), Layer::plain(3, 6)], 2);
+    let options = there_and_back(safe, &unlike, Part::All).options().unwrap();
+    assert!(options.contains("hidden = [3, 6]\n"), "{options}");
 }
 
 #[test]
@@ -338,24 +341,28 @@ fn a_models_options_have_their_words_or_the_reason_why_not() {
         input: Input::Values { n_features: 3 },
         output: Output::Values { n_outputs: 2, pooling: Pooling::Last },
         n_layers: 2,
-        hidden: 5,
+        hidden: 5.into(),
         dropout: 0.1,
         bias: true,
         tied: false,
         lstm,
     };
     let none = LstmConfig::default();
-    let all = LstmConfig { bidirectional: true, residual: true, learned_state: true, peephole: true, ..none };
+    let all =
+        LstmConfig { bidirectional: true, residual: true, learned_state: true, peephole: true, proj_size: 3, layer_norm: true, ..none };
     let network = describe(&config(all));
     let table = config(all).table();
     let named: Vec<_> = table.tensors().iter().map(|tensor| (tensor.name.clone(), tensor.shape.clone())).collect();
-    assert_eq!(network.tensors(), named, "every parameter has its word, in the order of the table");
+    let in_any_order = |tensors: Vec<(String, Vec<usize>)>| tensors.into_iter().collect::<std::collections::BTreeMap<_, _>>();
+    assert_eq!(in_any_order(network.tensors()), in_any_order(named), "every parameter has its word");
     for (lstm, torch, onnx) in [
         (none, None, None),
         (LstmConfig { bidirectional: true, ..none }, None, None),
         (LstmConfig { recurrent_dropout: 0.1, weight_drop: 0.1, recurrent_grad_clip: 1.0, ..none }, None, None),
         (LstmConfig { peephole: true, ..none }, Some("peepholes"), None),
         (LstmConfig { coupled_gates: true, ..none }, Some("forget gate"), None),
+        (LstmConfig { proj_size: 3, ..none }, None, Some("project")),
+        (LstmConfig { layer_norm: true, ..none }, Some("normalises"), Some("normalises")),
         (LstmConfig { zoneout_h: 0.1, ..none }, Some("zoneout"), Some("zoneout")),
         (LstmConfig { cell_clip: 1.0, ..none }, Some("clip"), Some("clip")),
         (LstmConfig { residual: true, ..none }, Some("adds the inputs"), Some("adds the inputs")),
@@ -367,6 +374,8 @@ fn a_models_options_have_their_words_or_the_reason_why_not() {
             assert!(reason.as_ref().zip(want).is_none_or(|(reason, want)| reason.contains(want)), "{lstm:?}: {reason:?}");
         }
     }
+    let unlike = describe(&ModelConfig { hidden: Hidden::Each(vec![5, 7]), ..config(none) });
+    assert!(unlike.beyond_torch.is_some_and(|reason| reason.contains("hidden units")) && unlike.beyond_onnx.is_none());
 }
 
 #[test]
@@ -385,7 +394,7 @@ fn what_a_format_has_no_words_for_is_refused_with_the_reason() {
     assert!(error.contains("`lstm.weight_hr_l0`"), "{error}");
     let file = there_and_back(Format::Safetensors, &projecting, Part::All);
     assert_eq!(file.found().unwrap().layers, projecting.layers);
-    assert!(file.options().unwrap_err().to_string().contains("`lstm.weight_hr_l0` is a projection"));
+    assert!(file.options().unwrap().contains("proj_size = 2\n"));
 }
 
 #[test]
@@ -488,7 +497,7 @@ fn trained(folder: &Path) -> Vec<(PathBuf, RunConfig)> {
     let rows = (0..160).map(|i| format!("{},{}\n", (f64::from(i) / 5.0).sin(), f64::from(i) * 0.1));
     fs::write(&table, format!("a,b\n{}", rows.collect::<String>())).unwrap();
     let lm = RunConfig { tied: true, layers: 2, ..runs::config(Task::Lm, &[&text]) };
-    let forecast = RunConfig { no_bias: true, hidden: 9, ..runs::config(Task::Forecast, &[&table]) };
+    let forecast = RunConfig { no_bias: true, hidden: 9.into(), ..runs::config(Task::Forecast, &[&table]) };
     [("lm", lm), ("forecast", forecast)]
         .into_iter()
         .map(|(name, config)| {
@@ -561,7 +570,7 @@ fn what_cannot_be_exported_or_imported_leaves_nothing_behind() {
     let error = exchange::import(read(&file).unwrap(), &config, false, &run).unwrap_err().to_string();
     assert!(error.contains("already holds a run"), "{error}");
     let out = folder.path().join("other");
-    let wider = RunConfig { hidden: 20, embedding: 20, ..config };
+    let wider = RunConfig { hidden: 20.into(), embedding: 20, ..config };
     let error = exchange::import(read(&file).unwrap(), &wider, false, &out).unwrap_err().to_string();
     assert!(error.contains("tensor `embedding.weight` has shape") && !out.exists(), "{error}");
 }

@@ -8,7 +8,9 @@ use carrousel::kernels::elementwise::{Add, Scale};
 use carrousel::kernels::embedding::{EmbeddingGather, EmbeddingGradient};
 use carrousel::kernels::gemm::{Gemm, Matrix};
 use carrousel::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
-use carrousel::kernels::lstm::{Cell, LstmStepBackward, LstmStepForward, NONE};
+use carrousel::kernels::lstm::{
+    Cell, LstmNormBackward, LstmNormForward, LstmNormInput, LstmProject, LstmStateGradient, LstmStepBackward, LstmStepForward, NONE,
+};
 use carrousel::kernels::pooling::PoolSteps;
 use carrousel::kernels::reduce::{BlockSquares, ColumnSums, NonFinite, Sum};
 use carrousel::kernels::update::{Adam, Regular, Rmsprop, Sgd};
@@ -57,13 +59,18 @@ type Oracle = fn(&[u8], &Inputs<'_>) -> Vec<Want>;
 const ORACLES: &[(&str, Oracle)] = &[
     ("embedding_gather", embedding_gather),
     ("gemm", gemm),
+    ("lstm_norm_input", lstm_norm_input),
     ("lstm_step_forward", lstm_step_forward),
+    ("lstm_norm_forward", lstm_norm_forward),
+    ("lstm_project", lstm_project),
     ("dropout", dropout),
     ("pool_steps", pool_steps),
     ("softmax_cross_entropy", softmax_cross_entropy),
     ("squared_error", squared_error),
     ("pool_steps_gradient", pool_steps_gradient),
+    ("lstm_state_gradient", lstm_state_gradient),
     ("lstm_step_backward", lstm_step_backward),
+    ("lstm_norm_backward", lstm_norm_backward),
     ("column_sums", column_sums),
     ("embedding_gradient", embedding_gradient),
     ("sum", sum),
@@ -209,20 +216,475 @@ impl Unit {
 
     /// From the gradients of h and c: dz, the gradients of the old h (past the weights) and the old c, those of the peephole weights.
     pub fn backward(&self, cell: &Cell, dh: f64, dc: f64) -> ([f64; 4], f64, f64, [f64; 3]) {
-        let [i, f, g, o] = self.gates;
-        let clip = |d: f64| d.max(-limit(cell.grad_clip)).min(limit(cell.grad_clip));
         let d_hat = (1.0 - self.keep_h) * dh;
         let tanh_c = self.new.tanh();
-        let dz_o = clip(d_hat * tanh_c * o * (1.0 - o));
-        let mut d_new = (1.0 - self.keep_c) * dc + d_hat * o * (1.0 - tanh_c * tanh_c) + dz_o * self.peephole[2];
+        let dz_o = grad_clip(cell, d_hat * tanh_c * self.gates[3] * (1.0 - self.gates[3]));
+        let (dz, dc_prev, dp) = self.backward_cell(cell, dz_o, d_hat * self.gates[3] * (1.0 - tanh_c * tanh_c), dc);
+        (dz, self.keep_h * dh, dc_prev, dp)
+    }
+
+    /// From dz of o, the gradient of the new cell state through h, and that of c: dz, the gradients of the old c and of the peephole weights.
+    pub fn backward_cell(&self, cell: &Cell, dz_o: f64, through_h: f64, dc: f64) -> ([f64; 4], f64, [f64; 3]) {
+        let [i, f, g, _] = self.gates;
+        let clip = |d: f64| grad_clip(cell, d);
+        let mut d_new = (1.0 - self.keep_c) * dc + through_h + dz_o * self.peephole[2];
         if self.raw.abs() > limit(cell.cell_clip) {
             d_new = 0.0;
         }
         let (d_i, d_f) = if cell.coupled == 1 { (d_new * (g - self.c_prev), 0.0) } else { (d_new * g, d_new * self.c_prev) };
         let dz = [clip(d_i * i * (1.0 - i)), clip(d_f * f * (1.0 - f)), clip(d_new * i * (1.0 - g * g)), dz_o];
         let dc_prev = self.keep_c * dc + d_new * f + dz[0] * self.peephole[0] + dz[1] * self.peephole[1];
-        (dz, self.keep_h * dh, dc_prev, [dz[0] * self.c_prev, dz[1] * self.c_prev, dz[3] * self.new])
+        (dz, dc_prev, [dz[0] * self.c_prev, dz[1] * self.c_prev, dz[3] * self.new])
     }
+}
+
+fn grad_clip(cell: &Cell, d: f64) -> f64 {
+    d.max(-limit(cell.grad_clip)).min(limit(cell.grad_clip))
+}
+
+/// `(v - mean) / sqrt(variance + 1e-5)`, and the factor.
+fn normalise(v: &[f64]) -> (Vec<f64>, f64) {
+    let n = v.len() as f64;
+    let mean = v.iter().sum::<f64>() / n;
+    let variance = v.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / n;
+    let factor = 1.0 / (variance + 1e-5).sqrt();
+    (v.iter().map(|v| (v - mean) * factor).collect(), factor)
+}
+
+/// The gradient of what was normalised to `y`, from that of `y`.
+fn normalise_backward(y: &[f64], dy: &[f64], factor: f64) -> Vec<f64> {
+    let n = y.len() as f64;
+    let mean = dy.iter().sum::<f64>() / n;
+    let with_y = dy.iter().zip(y).map(|(d, y)| d * y).sum::<f64>() / n;
+    y.iter().zip(dy).map(|(y, d)| factor * (d - mean - y * with_y)).collect()
+}
+
+/// A whole row of any cell at one step: norms and projection too. Sizes are the true ones, gates lie one behind another.
+#[derive(Clone, Copy)]
+pub struct RowCell<'a> {
+    pub cell: &'a Cell,
+    pub hidden: usize,
+    /// `[3, H]`.
+    pub peephole: Option<&'a [f64]>,
+    /// Gains `[4H]` of both products, gain and bias `[2, H]` of the cell state.
+    pub norm: Option<[&'a [f64]; 3]>,
+    /// `[R, H]`.
+    pub projection: Option<&'a [f64]>,
+}
+
+/// What a row has been through.
+pub struct RowStep {
+    pub units: Vec<Unit>,
+    /// Both products, normalised, and their factors.
+    x: (Vec<f64>, f64),
+    pub y: (Vec<f64>, f64),
+    /// The new cell state, normalised, and its factor.
+    of_c: (Vec<f64>, f64),
+    pub m: Vec<f64>,
+    pub h: Vec<f64>,
+    pub c: Vec<f64>,
+    keep_h: Vec<f64>,
+}
+
+/// What comes out of a row backward.
+pub struct RowGradient {
+    /// Of the products of the input and of h, `[4H]`, and of the biases.
+    pub x: Vec<f64>,
+    pub y: Vec<f64>,
+    pub z: Vec<f64>,
+    /// Of the old h past the weights, and of the old c.
+    pub h: Vec<f64>,
+    pub c: Vec<f64>,
+    pub peephole: Vec<f64>,
+    pub norm: [Vec<f64>; 3],
+    pub projection: Vec<f64>,
+}
+
+impl<'a> RowCell<'a> {
+    /// From the products of the input and of h, biases apart.
+    #[allow(clippy::too_many_arguments, reason = "what a step reads")]
+    pub fn forward(&self, x: &[f64], y: &[f64], bias: &[f64], h_prev: &[f64], c_prev: &[f64], stream: usize, t: u32) -> RowStep {
+        let x = if self.norm.is_some() { normalise(x) } else { (x.to_vec(), 1.0) };
+        self.forward_normed(x, y, bias, h_prev, c_prev, stream, t)
+    }
+
+    /// As [`Self::forward`], with the input's product normalised already.
+    #[allow(clippy::too_many_arguments, reason = "what a step reads")]
+    pub fn forward_normed(
+        &self,
+        x: (Vec<f64>, f64),
+        y: &[f64],
+        bias: &[f64],
+        h_prev: &[f64],
+        c_prev: &[f64],
+        stream: usize,
+        t: u32,
+    ) -> RowStep {
+        let hidden = self.hidden;
+        let y = if self.norm.is_some() { normalise(y) } else { (y.to_vec(), 1.0) };
+        let gains = self.norm.map_or([None; 3], |norm| norm.map(Some));
+        let gain = |which: usize, j: usize| gains[which].map_or(1.0, |gain| gain[j]);
+        let z: Vec<f64> = (0..4 * hidden).map(|j| gain(0, j) * x.0[j] + gain(1, j) * y.0[j] + bias[j]).collect();
+        let units: Vec<Unit> = (0..hidden)
+            .map(|u| {
+                let peephole = [0, 1, 2].map(|gate| self.peephole.map_or(0.0, |w| w[gate * hidden + u]));
+                Unit::forward(self.cell, peephole, [0, 1, 2, 3].map(|gate| z[gate * hidden + u]), [0.0, c_prev[u]], stream, t, u)
+            })
+            .collect();
+        self.of_units(units, x, y, h_prev, stream, t)
+    }
+
+    /// From gates that are activated already.
+    #[allow(clippy::too_many_arguments, reason = "what a step left")]
+    pub fn of_gates(&self, gates: &[f64], x: (Vec<f64>, f64), y: (Vec<f64>, f64), c_prev: &[f64], stream: usize, t: u32) -> RowStep {
+        let hidden = self.hidden;
+        let unit = |u: usize| {
+            let peephole = [0, 1, 2].map(|gate| self.peephole.map_or(0.0, |w| w[gate * hidden + u]));
+            Unit::of_gates(self.cell, peephole, [0, 1, 2, 3].map(|gate| gates[gate * hidden + u]), [0.0, c_prev[u]], stream, t, u)
+        };
+        let old = vec![0.0; self.projection.map_or(hidden, |w| w.len() / hidden)];
+        self.of_units((0..hidden).map(unit).collect(), x, y, &old, stream, t)
+    }
+
+    fn of_units(&self, units: Vec<Unit>, x: (Vec<f64>, f64), y: (Vec<f64>, f64), h_prev: &[f64], stream: usize, t: u32) -> RowStep {
+        let new: Vec<f64> = units.iter().map(|unit| unit.new).collect();
+        let of_c = if self.norm.is_some() { normalise(&new) } else { (new, 1.0) };
+        let m: Vec<f64> = units.iter().enumerate().map(|(u, unit)| unit.gates[3] * self.inner(&of_c.0, u).tanh()).collect();
+        let r = self.projection.map_or_else(|| m.clone(), |w| w.chunks_exact(m.len()).map(|row| dot(row, &m)).collect());
+        let keep_h: Vec<f64> = (0..r.len()).map(|u| cell_kept(self.cell, 7, stream, t, u)).collect();
+        let h = (0..r.len()).map(|u| keep_h[u] * h_prev[u] + (1.0 - keep_h[u]) * r[u]).collect();
+        let c = units.iter().map(|unit| unit.c).collect();
+        RowStep { units, x, y, of_c, m, h, c, keep_h }
+    }
+
+    /// What tanh is taken of.
+    fn inner(&self, of_c: &[f64], u: usize) -> f64 {
+        self.norm.map_or(of_c[u], |[.., c]| c[u] * of_c[u] + c[self.hidden + u])
+    }
+
+    /// From the gradients of h and c.
+    pub fn backward(&self, step: &RowStep, dh: &[f64], dc: &[f64]) -> RowGradient {
+        let d_hat: Vec<f64> = dh.iter().zip(&step.keep_h).map(|(d, keep)| (1.0 - keep) * d).collect();
+        let dm = match self.projection {
+            None => d_hat.clone(),
+            Some(w) => (0..self.hidden).map(|u| (0..d_hat.len()).map(|r| d_hat[r] * w[r * self.hidden + u]).sum()).collect(),
+        };
+        let mut back = self.backward_of_m(step, &dm, dc);
+        back.h = dh.iter().zip(&step.keep_h).map(|(d, keep)| keep * d).collect();
+        if self.projection.is_some() {
+            back.projection = d_hat.iter().flat_map(|d| step.m.iter().map(move |m| d * m)).collect();
+        }
+        back
+    }
+
+    /// From the gradients of m and c.
+    pub fn backward_of_m(&self, step: &RowStep, dm: &[f64], dc: &[f64]) -> RowGradient {
+        let hidden = self.hidden;
+        let of_tanh: Vec<f64> = (0..hidden)
+            .map(|u| {
+                let tanh_c = self.inner(&step.of_c.0, u).tanh();
+                dm[u] * step.units[u].gates[3] * (1.0 - tanh_c * tanh_c)
+            })
+            .collect();
+        let mut norm: [Vec<f64>; 3] = Default::default();
+        let through_h = match self.norm {
+            None => of_tanh,
+            Some([.., c]) => {
+                norm[2] = of_tanh.iter().zip(&step.of_c.0).map(|(d, y)| d * y).chain(of_tanh.iter().copied()).collect();
+                let dy: Vec<f64> = of_tanh.iter().zip(c).map(|(d, gain)| d * gain).collect();
+                normalise_backward(&step.of_c.0, &dy, step.of_c.1)
+            }
+        };
+        let (mut z, mut c, mut peephole) = (vec![0.0; 4 * hidden], vec![0.0; hidden], vec![0.0; 3 * hidden]);
+        for (u, unit) in step.units.iter().enumerate() {
+            let o = unit.gates[3];
+            let dz_o = grad_clip(self.cell, dm[u] * self.inner(&step.of_c.0, u).tanh() * o * (1.0 - o));
+            let (dz, dc_prev, dp) = unit.backward_cell(self.cell, dz_o, through_h[u], dc[u]);
+            (0..4).for_each(|gate| z[gate * hidden + u] = dz[gate]);
+            (0..3).for_each(|gate| peephole[gate * hidden + u] = dp[gate]);
+            c[u] = dc_prev;
+        }
+        let (mut x, mut y) = (z.clone(), z.clone());
+        if let Some([ih, hh, _]) = self.norm {
+            for (which, (to, (normed, factor), gain)) in [(&mut x, &step.x, ih), (&mut y, &step.y, hh)].into_iter().enumerate() {
+                norm[which] = z.iter().zip(normed).map(|(d, v)| d * v).collect();
+                let dy: Vec<f64> = z.iter().zip(gain).map(|(d, gain)| d * gain).collect();
+                *to = normalise_backward(normed, &dy, *factor);
+            }
+        }
+        RowGradient { x, y, z, h: Vec::new(), c, peephole, norm, projection: Vec::new() }
+    }
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// What a kernel's row holds: padded gates at `at` of an operand as `[4H]` one gate behind another, true units only.
+fn gates_of_row(x: &Inputs<'_>, operand: usize, at: usize, units: usize) -> Vec<f64> {
+    (0..4).flat_map(|gate| (0..units).map(move |u| x.f(operand, at + gate_column(u, gate)))).collect()
+}
+
+fn floats_of(x: &Inputs<'_>, operand: usize, at: usize, n: usize) -> Vec<f64> {
+    (0..n).map(|i| x.f(operand, at + i)).collect()
+}
+
+/// Puts gates of true units back, padding zero.
+fn put_gates(to: &mut [f64], at: usize, hidden: usize, values: &[f64]) {
+    let units = values.len() / 4;
+    (0..hidden).for_each(|u| {
+        (0..4).for_each(|gate| to[at + gate_column(u, gate)] = if u < units { values[gate * units + u] } else { 0.0 });
+    });
+}
+
+fn lstm_norm_input(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
+    let k: LstmNormInput = parse(params);
+    let (hidden, units) = (k.hidden as usize, k.units as usize);
+    let mut gates = x.target(0);
+    for row in 0..k.n_rows as usize {
+        let at = k.x as usize + row * 4 * hidden;
+        let (normed, factor) = normalise(&gates_of_row(x, 0, at, units));
+        put_gates(&mut gates, at, hidden, &normed);
+        let at = k.factors as usize + 4 * row;
+        gates[at..at + 4].copy_from_slice(&[factor, 0.0, 0.0, 0.0]);
+    }
+    vec![Want::Floats(gates)]
+}
+
+/// The weights of a normalised row, true sizes: peepholes, gains of both products, gain and bias of the cell state.
+fn norm_weights(
+    x: &Inputs<'_>,
+    bias: usize,
+    peephole: u32,
+    at: [u32; 3],
+    hidden: usize,
+    units: usize,
+) -> (Option<Vec<f64>>, [Vec<f64>; 3]) {
+    let of_units = |offset: usize, n: usize| (0..n).flat_map(|row| floats_of(x, bias, offset + row * hidden, units)).collect::<Vec<_>>();
+    let peephole = (peephole != NONE).then(|| of_units(peephole as usize, 3));
+    let [ih, hh, c] = at.map(|at| at as usize);
+    (peephole, [gates_of_row(x, bias, ih, units), gates_of_row(x, bias, hh, units), of_units(c, 2)])
+}
+
+fn lstm_norm_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
+    const GATES: usize = 0;
+    const H: usize = 1;
+    const C: usize = 2;
+    const ROWS: usize = 3;
+    const BIAS: usize = 5;
+    let k: LstmNormForward = parse(params);
+    let (hidden, units) = (k.hidden as usize, k.units as usize);
+    let (mut gates, mut h, mut c) = (x.target(GATES), x.target(H), x.target(C));
+    let (peephole, norm) = norm_weights(x, BIAS, k.cell.peephole, [k.norm_ih, k.norm_hh, k.norm_c], hidden, units);
+    let row_cell = RowCell {
+        cell: &k.cell,
+        hidden: units,
+        peephole: peephole.as_deref(),
+        norm: Some([&norm[0], &norm[1], &norm[2]]),
+        projection: None,
+    };
+    let mut bias = vec![0.0; 4 * units];
+    for at in [k.bias_ih, k.bias_hh].into_iter().filter(|&at| at != NONE) {
+        bias.iter_mut().zip(gates_of_row(x, BIAS, at as usize, units)).for_each(|(sum, b)| *sum += b);
+    }
+    let is_masked = k.cell.mask_scale != 0.0;
+    for b in 0..k.n_rows as usize {
+        let ended = k.use_lengths == 1 && k.t as usize >= x.u(ROWS, b);
+        let stream = if is_masked || k.cell.draws == 1 { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
+        let place = |at: u32| at as usize + b * 4 * hidden;
+        let state = |at: u32| at as usize + b * hidden;
+        let normed_x = (gates_of_row(x, GATES, place(k.x), units), 1.0);
+        let y = gates_of_row(x, GATES, place(k.y), units);
+        let c_prev = floats_of(x, C, state(k.c_prev), units);
+        let projects = k.m != NONE;
+        let h_prev = if projects { vec![0.0; units] } else { floats_of(x, H, state(k.h_prev), units) };
+        let step = row_cell.forward_normed(normed_x, &y, &bias, &h_prev, &c_prev, stream, k.t);
+        let of_gates: Vec<f64> = (0..4).flat_map(|gate| step.units.iter().map(move |unit| unit.gates[gate])).collect();
+        put_gates(&mut gates, place(k.y), hidden, &step.y.0);
+        let at = k.factors as usize + 4 * b;
+        let factor_x = x.f(GATES, at);
+        gates[at..at + 4].copy_from_slice(&[factor_x, step.y.1, 0.0, 0.0]);
+        if ended {
+            (0..4 * hidden).for_each(|j| gates[place(k.gates) + j] = 0.0);
+        } else {
+            put_gates(&mut gates, place(k.gates), hidden, &of_gates);
+            // What padding makes of zeros.
+            for u in units..hidden {
+                let i = sigmoid(0.0);
+                let of_pad = [i, if k.cell.coupled == 1 { 1.0 - i } else { i }, 0.0, i];
+                (0..4).for_each(|gate| gates[place(k.gates) + gate_column(u, gate)] = of_pad[gate]);
+            }
+        }
+        for u in 0..hidden {
+            let exists = u < units;
+            c[state(k.c) + u] = match (ended, exists) {
+                (true, _) => x.f(C, state(k.c_prev) + u),
+                (false, true) => step.c[u],
+                (false, false) => 0.0,
+            };
+            if projects {
+                c[state(k.m) + u] = if ended || !exists { 0.0 } else { step.m[u] };
+                continue;
+            }
+            let old = x.f(H, state(k.h_prev) + u);
+            let pad = cell_kept(&k.cell, 7, stream, k.t, u) * old;
+            h[state(k.h) + u] = match (ended, exists) {
+                (true, _) => old,
+                (false, true) => step.h[u],
+                (false, false) => pad,
+            };
+            if is_masked {
+                h[state(k.masked) + u] = cell_mask(&k.cell, stream, u) * h[state(k.h) + u];
+            }
+        }
+    }
+    vec![Want::Floats(gates), Want::Floats(h), Want::Floats(c), Want::Unchanged, Want::Unchanged, Want::Unchanged]
+}
+
+fn lstm_norm_backward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
+    const GATES: usize = 0;
+    const C: usize = 1;
+    const DH: usize = 2;
+    const CARRY: usize = 3;
+    const ROWS: usize = 4;
+    const BIAS: usize = 5;
+    let k: LstmNormBackward = parse(params);
+    let (rows, hidden, units, width) = (k.n_rows as usize, k.hidden as usize, k.units as usize, k.width as usize);
+    let (mut gates, mut carry) = (x.target(GATES), x.target(CARRY));
+    let (peephole, norm) = norm_weights(x, BIAS, k.cell.peephole, [k.norm_ih, k.norm_hh, k.norm_c], hidden, units);
+    let row_cell = RowCell {
+        cell: &k.cell,
+        hidden: units,
+        peephole: peephole.as_deref(),
+        norm: Some([&norm[0], &norm[1], &norm[2]]),
+        projection: None,
+    };
+    let of_peepholes = if peephole.is_some() { 3 * hidden } else { 0 };
+    let sums_width = of_peepholes + 10 * hidden;
+    for b in 0..rows {
+        let ended = k.use_lengths == 1 && k.t as usize >= x.u(ROWS, b);
+        let is_masked = k.cell.mask_scale != 0.0;
+        let stream = if is_masked || k.cell.draws == 1 { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
+        let place = |at: u32| at as usize + b * 4 * hidden;
+        let dc_at = k.carry as usize + rows * width + b * hidden;
+        let sums_at = k.carry as usize + rows * (width + hidden) + b * sums_width;
+        for at in sums_at..sums_at + sums_width {
+            carry[at] = if k.last == 1 { 0.0 } else { x.f(CARRY, at) };
+        }
+        if ended {
+            for at in [k.gates, k.x, k.y] {
+                gates[place(at)..place(at) + 4 * hidden].fill(0.0);
+            }
+            continue;
+        }
+        let factors = k.factors as usize + 4 * b;
+        let of = |at: u32, factor: usize| (gates_of_row(x, GATES, place(at), units), x.f(GATES, factors + factor));
+        let c_prev = floats_of(x, C, k.c_prev as usize + b * hidden, units);
+        let step = row_cell.of_gates(&gates_of_row(x, GATES, place(k.gates), units), of(k.x, 0), of(k.y, 1), &c_prev, stream, k.t);
+        let dm = if k.from_carry == NONE {
+            floats_of(x, DH, k.dh as usize + b * hidden, units)
+        } else {
+            floats_of(x, CARRY, k.from_carry as usize + b * hidden, units)
+        };
+        let dc = floats_of(x, CARRY, dc_at, units);
+        let back = row_cell.backward_of_m(&step, &dm, &dc);
+        put_gates(&mut gates, place(k.gates), hidden, &back.z);
+        put_gates(&mut gates, place(k.x), hidden, &back.x);
+        put_gates(&mut gates, place(k.y), hidden, &back.y);
+        carry[dc_at..dc_at + units].copy_from_slice(&back.c);
+        // A padded unit has gates of zero in the cases, and forgets; zoneout keeps its share.
+        for u in units..hidden {
+            let keep = cell_kept(&k.cell, 8, stream, k.t, u);
+            carry[dc_at + u] = keep * x.f(CARRY, dc_at + u);
+        }
+        for u in 0..units {
+            if peephole.is_some() {
+                (0..3).for_each(|gate| carry[sums_at + gate * hidden + u] += back.peephole[gate * units + u]);
+            }
+            for (which, start) in [(0, 0), (1, 4 * hidden)] {
+                for gate in 0..4 {
+                    carry[sums_at + of_peepholes + start + gate_column(u, gate)] += back.norm[which][gate * units + u];
+                }
+            }
+            for row in 0..2 {
+                carry[sums_at + of_peepholes + (8 + row) * hidden + u] += back.norm[2][row * units + u];
+            }
+        }
+    }
+    vec![Want::Floats(gates), Want::Unchanged, Want::Unchanged, Want::Floats(carry), Want::Unchanged, Want::Unchanged]
+}
+
+fn lstm_project(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
+    const H: usize = 2;
+    const ROWS: usize = 3;
+    let k: LstmProject = parse(params);
+    let (hidden, width) = (k.hidden as usize, k.width as usize);
+    let mut h = x.target(H);
+    let is_masked = k.cell.mask_scale != 0.0;
+    for b in 0..k.n_rows as usize {
+        let ended = k.use_lengths == 1 && k.t as usize >= x.u(ROWS, b);
+        let stream = if is_masked || k.cell.draws == 1 { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
+        for unit in 0..width {
+            let at = b * width + unit;
+            let (old, keep) = (x.f(H, k.h_prev as usize + at), cell_kept(&k.cell, 7, stream, k.t, unit));
+            let product: f64 =
+                (0..hidden).map(|u| x.f(0, k.weight_hr as usize + unit * hidden + u) * x.f(1, k.m as usize + b * hidden + u)).sum();
+            let next = if ended { old } else { keep * old + (1.0 - keep) * product };
+            h[k.h as usize + at] = next;
+            if is_masked {
+                let kept = x.f(H, k.masked_prev as usize + at);
+                h[k.masked as usize + at] = if ended { kept } else { cell_mask(&k.cell, stream, unit) * next };
+            }
+        }
+    }
+    vec![Want::Unchanged, Want::Unchanged, Want::Floats(h), Want::Unchanged]
+}
+
+fn lstm_state_gradient(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
+    const DZ: usize = 1;
+    const DH: usize = 3;
+    const CARRY: usize = 4;
+    const ROWS: usize = 5;
+    let k: LstmStateGradient = parse(params);
+    let (hidden, width) = (k.hidden as usize, k.width as usize);
+    let (mut dh, mut carry) = (x.target(DH), x.target(CARRY));
+    let is_masked = k.cell.mask_scale != 0.0;
+    for b in 0..k.n_rows as usize {
+        let length = if k.use_lengths == 1 { x.u(ROWS, b) } else { usize::MAX };
+        let stream = if is_masked || k.cell.draws == 1 { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
+        for unit in 0..width {
+            let at = b * width + unit;
+            let mut d = 0.0;
+            if k.last == 0 {
+                for (v, gate) in (0..hidden).flat_map(|v| [0, 1, 2, 3].map(|gate| (v, gate))) {
+                    d += x.f(DZ, k.dz_after as usize + b * 4 * hidden + gate_column(v, gate))
+                        * x.f(0, k.weight_hh as usize + weight_at(width, unit, v, gate));
+                }
+                d *= cell_mask(&k.cell, stream, unit);
+            }
+            let carry_at = k.carry as usize + at;
+            if k.initial == 1 || k.t as usize >= length {
+                carry[carry_at] = x.f(CARRY, carry_at) + d;
+                if k.initial == 0 {
+                    dh[k.dh as usize + at] = 0.0;
+                }
+                continue;
+            }
+            if k.last == 1 || k.t as usize + 1 == length || k.cell.zoneout_h > 0.0 {
+                d += x.f(CARRY, carry_at);
+                carry[carry_at] = 0.0;
+            }
+            if k.dh_out != NONE {
+                d += x.f(2, k.dh_out as usize + at);
+            }
+            let keep = cell_kept(&k.cell, 7, stream, k.t, unit);
+            if k.cell.zoneout_h > 0.0 {
+                carry[carry_at] = keep * d;
+            }
+            dh[k.dh as usize + at] = (1.0 - keep) * d;
+        }
+    }
+    vec![Want::Unchanged, Want::Unchanged, Want::Unchanged, Want::Floats(dh), Want::Floats(carry), Want::Unchanged]
 }
 
 fn lstm_step_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
@@ -233,7 +695,8 @@ fn lstm_step_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     const ROWS: usize = 4;
     const BIAS: usize = 6;
     let k: LstmStepForward = parse(params);
-    let (hidden, width) = (k.hidden as usize, 4 * k.hidden as usize);
+    let (hidden, width, h_width) = (k.hidden as usize, 4 * k.hidden as usize, k.width as usize);
+    let projects = k.m != NONE;
     let (mut gates, mut h, mut c) = (x.target(GATES), x.target(H), x.target(C));
     let mut flags = x.operands[5].clone();
     let is_masked = k.cell.mask_scale != 0.0;
@@ -243,18 +706,19 @@ fn lstm_step_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
         let stream = if is_masked || k.cell.draws == 1 { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
         for unit in 0..hidden {
             let state = b * hidden + unit;
-            let (h_prev, c_prev) = (x.f(H, k.h_prev as usize + state), x.f(C, k.c_prev as usize + state));
+            let h_prev = if projects { 0.0 } else { x.f(H, k.h_prev as usize + state) };
             let mask = cell_mask(&k.cell, stream, unit);
             if k.initial == 1 {
                 h[k.masked as usize + state] = mask * h_prev;
                 continue;
             }
+            let c_prev = x.f(C, k.c_prev as usize + state);
             let column = |gate: usize| k.gates as usize + b * width + gate_column(unit, gate);
             let mut z = [0.0; 4];
             for (gate, z) in z.iter_mut().enumerate() {
                 *z = x.f(GATES, column(gate));
-                for j in 0..hidden {
-                    *z += x.f(H, product_from + b * hidden + j) * x.f(PARAMS, k.weight_hh as usize + weight_at(hidden, j, unit, gate));
+                for j in 0..h_width {
+                    *z += x.f(H, product_from + b * h_width + j) * x.f(PARAMS, k.weight_hh as usize + weight_at(h_width, j, unit, gate));
                 }
                 for bias in [k.bias_ih, k.bias_hh] {
                     if bias != NONE {
@@ -271,6 +735,10 @@ fn lstm_step_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
                 gates[column(gate)] = if ended { 0.0 } else { value };
             }
             c[k.c as usize + state] = if ended { c_prev } else { done.c };
+            if projects {
+                c[k.m as usize + state] = if ended { 0.0 } else { done.gates[3] * done.new.tanh() };
+                continue;
+            }
             h[k.h as usize + state] = if ended { h_prev } else { done.h };
             if is_masked {
                 h[k.masked as usize + state] = if ended { x.f(H, k.masked_prev as usize + state) } else { mask * done.h };
@@ -295,7 +763,10 @@ fn lstm_step_backward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     const CARRY: usize = 4;
     const ROWS: usize = 5;
     let k: LstmStepBackward = parse(params);
-    let (rows, hidden, width) = (k.n_rows as usize, k.hidden as usize, 4 * k.hidden as usize);
+    let (rows, hidden, width, h_width) = (k.n_rows as usize, k.hidden as usize, 4 * k.hidden as usize, k.width as usize);
+    // With a projection what is h's own has been done.
+    let projected = k.projected == 1;
+    let cell = if projected { Cell { zoneout_h: 0.0, ..k.cell } } else { k.cell };
     let (mut gates, mut carry) = (x.target(GATES), x.target(CARRY));
     let is_masked = k.cell.mask_scale != 0.0;
     for b in 0..rows {
@@ -304,25 +775,32 @@ fn lstm_step_backward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
         for unit in 0..hidden {
             let column = |gate: usize| k.gates as usize + b * width + gate_column(unit, gate);
             let state = b * hidden + unit;
-            let sum_at = |gate: usize| k.carry as usize + (2 * rows + 3 * b + gate) * hidden + unit;
+            let sum_at = |gate: usize| k.carry as usize + rows * (h_width + hidden) + (3 * b + gate) * hidden + unit;
             let mut sums = if k.cell.peephole == NONE { [0.0; 3] } else { [0, 1, 2].map(|gate| x.f(CARRY, sum_at(gate))) };
             // What reaches h through W_hh from the step after.
             let mut dh = 0.0;
-            if k.last == 0 {
+            if projected {
+                for r in 0..h_width {
+                    dh += x.f(DH_OUT, k.dh_out as usize + b * h_width + r) * x.f(PARAMS, k.weight as usize + r * hidden + unit);
+                }
+            } else if k.last == 0 {
                 for v in 0..hidden {
                     for gate in 0..4 {
                         dh += x.f(GATES, k.dz_after as usize + b * width + gate_column(v, gate))
-                            * x.f(PARAMS, k.weight_hh as usize + weight_at(hidden, unit, v, gate));
+                            * x.f(PARAMS, k.weight as usize + weight_at(hidden, unit, v, gate));
                     }
                 }
                 dh *= cell_mask(&k.cell, stream, unit);
-            } else if k.cell.peephole != NONE {
+            }
+            if k.last == 1 && k.cell.peephole != NONE {
                 (0..3).for_each(|gate| sums[gate] = 0.0);
             }
             let carry_at = k.carry as usize + state;
-            let mut carry_h = x.f(CARRY, carry_at);
+            let mut carry_h = if projected { 0.0 } else { x.f(CARRY, carry_at) };
             if k.initial == 1 || k.t as usize >= length {
-                carry[carry_at] = carry_h + dh;
+                if !projected {
+                    carry[carry_at] = carry_h + dh;
+                }
                 if k.cell.peephole != NONE && k.last == 1 {
                     (0..3).for_each(|gate| carry[sum_at(gate)] = 0.0);
                 }
@@ -331,20 +809,22 @@ fn lstm_step_backward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
                 }
                 continue;
             }
-            if k.last == 1 || k.t as usize + 1 == length || k.cell.zoneout_h > 0.0 {
+            if !projected && (k.last == 1 || k.t as usize + 1 == length || k.cell.zoneout_h > 0.0) {
                 dh += carry_h;
                 carry_h = 0.0;
             }
-            if k.dh_out != NONE {
+            if !projected && k.dh_out != NONE {
                 dh += x.f(DH_OUT, k.dh_out as usize + state);
             }
             let of_step = [0, 1, 2, 3].map(|gate| x.f(GATES, column(gate)));
             let peephole = peepholes(x, 6, k.cell.peephole, hidden, unit);
-            let done = Unit::of_gates(&k.cell, peephole, of_step, [0.0, x.f(C, k.c_prev as usize + state)], stream, k.t, unit);
-            let dc_at = k.carry as usize + rows * hidden + state;
-            let (dz, dh_prev, dc_prev, dp) = done.backward(&k.cell, dh, x.f(CARRY, dc_at));
+            let done = Unit::of_gates(&cell, peephole, of_step, [0.0, x.f(C, k.c_prev as usize + state)], stream, k.t, unit);
+            let dc_at = k.carry as usize + rows * h_width + state;
+            let (dz, dh_prev, dc_prev, dp) = done.backward(&cell, dh, x.f(CARRY, dc_at));
             (0..4).for_each(|gate| gates[column(gate)] = dz[gate]);
-            carry[carry_at] = carry_h + dh_prev;
+            if !projected {
+                carry[carry_at] = carry_h + dh_prev;
+            }
             carry[dc_at] = dc_prev;
             if k.cell.peephole != NONE {
                 (0..3).for_each(|gate| carry[sum_at(gate)] = sums[gate] + dp[gate]);

@@ -32,7 +32,7 @@ pub fn config(task: Task, data: &[&Path]) -> RunConfig {
         season: None,
         calendar: false,
         layers: 1,
-        hidden: 16,
+        hidden: 16.into(),
         embedding: 16,
         tied: false,
         dropout: 0.0,

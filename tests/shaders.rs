@@ -8,7 +8,9 @@ use carrousel::kernels::elementwise::{Add, ELEMENTS, Scale};
 use carrousel::kernels::embedding::{EMBEDDING_VECTORS, EmbeddingGather, EmbeddingGradient};
 use carrousel::kernels::gemm::{DIRECT_BLOCK, Gemm, TILED_BLOCK};
 use carrousel::kernels::loss::{SOFTMAX_WORKGROUP, SQUARED_ROWS, SoftmaxCrossEntropy, SquaredError};
-use carrousel::kernels::lstm::{LstmStepBackward, LstmStepForward, NONE, STEP_ROWS};
+use carrousel::kernels::lstm::{
+    LstmNormBackward, LstmNormForward, LstmNormInput, LstmProject, LstmStateGradient, LstmStepBackward, LstmStepForward, NONE, STEP_ROWS,
+};
 use carrousel::kernels::pooling::{POOL_VECTORS, PoolSteps};
 use carrousel::kernels::reduce::{BlockSquares, ColumnSums, NON_FINITE_BLOCK, NonFinite, REDUCE_WORKGROUP, SUM_COLUMNS, Sum};
 use carrousel::kernels::update::{Adam, Rmsprop, Sgd};
@@ -36,13 +38,30 @@ fn rust_layout(kernel: &str) -> (usize, Vec<Field>) {
             a.offset, a.row_stride, a.panel, a.panel_stride, b.offset, b.row_stride, b.panel, b.panel_stride,
             c.offset, c.row_stride, c.panel, c.panel_stride
         ),
+        "lstm_norm_input" => layout!(LstmNormInput: n_rows, hidden, units, x, factors),
         "lstm_step_forward" => layout!(
             LstmStepForward: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.unused0, cell.unused1, cell.unused2,
-            n_rows, hidden, weight_hh, bias_ih, bias_hh, gates, h_prev, h, masked_prev, masked, c_prev, c, t, use_lengths, initial
+            n_rows, hidden, width, weight_hh, bias_ih, bias_hh, gates, h_prev, h, masked_prev, masked, c_prev, c, m, t, use_lengths, initial
+        ),
+        "lstm_norm_forward" => layout!(
+            LstmNormForward: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.unused0, cell.unused1, cell.unused2,
+            n_rows, hidden, units, gates, x, y, factors, bias_ih, bias_hh, norm_ih, norm_hh, norm_c, h_prev, h, masked, c_prev, c, m, t, use_lengths
+        ),
+        "lstm_project" => layout!(
+            LstmProject: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.unused0, cell.unused1, cell.unused2,
+            n_rows, hidden, width, weight_hr, m, h_prev, h, masked_prev, masked, t, use_lengths
+        ),
+        "lstm_state_gradient" => layout!(
+            LstmStateGradient: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.unused0, cell.unused1, cell.unused2,
+            n_rows, hidden, width, weight_hh, dz_after, dh_out, dh, carry, t, last, use_lengths, initial
         ),
         "lstm_step_backward" => layout!(
             LstmStepBackward: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.unused0, cell.unused1, cell.unused2,
-            n_rows, hidden, weight_hh, gates, dz_after, c_prev, dh_out, carry, t, last, use_lengths, initial
+            n_rows, hidden, width, weight, gates, dz_after, c_prev, dh_out, carry, t, last, use_lengths, initial, projected
+        ),
+        "lstm_norm_backward" => layout!(
+            LstmNormBackward: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.unused0, cell.unused1, cell.unused2,
+            n_rows, hidden, units, width, gates, x, y, factors, norm_ih, norm_hh, norm_c, c_prev, dh, from_carry, carry, t, last, use_lengths
         ),
         "dropout" => layout!(Dropout: n_steps, n_rows, width, start, to, key0, key1, tag, threshold, scale),
         "pool_steps" | "pool_steps_gradient" => layout!(PoolSteps: n_steps, n_rows, width, x, pooled, which, use_lengths),
@@ -230,7 +249,8 @@ fn numbers_that_stand_in_wgsl_and_in_rust_are_the_same() {
             "sum" => same("workgroup", invocations, REDUCE_WORKGROUP),
             "block_squares" => same("floats a workgroup", get("BLOCK"), BLOCK as u32),
             "non_finite" => same("floats a workgroup", get("BLOCK"), NON_FINITE_BLOCK),
-            "lstm_step_forward" | "lstm_step_backward" => {
+            "lstm_norm_input" | "lstm_norm_forward" | "lstm_norm_backward" => same("workgroup", invocations, get("ROW_WORKGROUP")),
+            "lstm_step_forward" | "lstm_step_backward" | "lstm_project" | "lstm_state_gradient" => {
                 same("rows a workgroup", get("STEP_ROWS"), STEP_ROWS);
                 same("rows of its invocations", y * get("INVOCATION_ROWS"), STEP_ROWS);
                 same("units of a panel", get("PANEL_UNITS"), PANEL_UNITS as u32);

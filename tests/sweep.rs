@@ -7,17 +7,21 @@ use std::ops::Range;
 
 use carrousel::backend::{Backend, Span};
 use carrousel::kernels::Tolerance;
-use carrousel::kernels::lstm::{Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneTensors, LaneVectors, NONE, SweepArgs};
+use carrousel::kernels::lstm::{
+    Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneTensors, LaneVectors, NONE, SweepArgs,
+};
 use carrousel::rng::{Purpose, StepKey, Stream};
 use carrousel::shape::{ALIGN, pad_inner, pad_units, round_up};
 
 use crate::adapters::{Device, devices};
 use crate::compare::{Outcome, Source, What, compare};
 use crate::memory::{Guarded, POISON_WORD, floats};
-use crate::oracle::{Unit, cell_mask, gate_column, weight_at};
+use crate::oracle::{RowCell, RowStep, cell_mask, gate_column, weight_at};
 
 /// Sums of up to a few hundred products of numbers below 1, through up to 20 steps of functions with errors of a few ulp.
 const TOLERANCE: Tolerance = Tolerance { absolute: 2e-5, relative: 1e-4, reason: "f32 sums through a few steps of recurrence" };
+/// A norm divides by the deviation of a few units, which may be small: what is off before is off by so much more.
+const NORM_TOLERANCE: Tolerance = Tolerance { absolute: 3e-4, relative: 1e-3, reason: "norms over few units magnify what was rounded" };
 /// The same arithmetic in another grouping.
 const ROUNDING: Tolerance = Tolerance { absolute: 2e-6, relative: 1e-5, reason: "the same sums, cut elsewhere" };
 
@@ -52,6 +56,10 @@ struct Problem {
     cell: Cell,
     /// `[3, H]`.
     peephole: Option<Vec<f32>>,
+    /// `[R, H]`; then h, its gradients and the columns of weight_hh are R wide.
+    projection: Option<Vec<f32>>,
+    /// Gains `[4H]` of both products, gain and bias `[2, H]` of the cell state.
+    norm: Option<[Vec<f32>; 3]>,
 }
 
 /// Global stream number of a row.
@@ -72,12 +80,14 @@ struct Solution<F> {
     dweight_hh: Vec<F>,
     dbias: Vec<F>,
     dpeephole: Vec<F>,
+    dprojection: Vec<F>,
+    dnorm: [Vec<F>; 3],
     dh0: Vec<F>,
     dc0: Vec<F>,
 }
 
 impl<F: Clone> Solution<F> {
-    fn parts(&self) -> [(&'static str, &Vec<F>); 10] {
+    fn parts(&self) -> [(&'static str, &Vec<F>); 14] {
         [
             ("outputs", &self.outputs),
             ("final h", &self.h_last),
@@ -87,6 +97,10 @@ impl<F: Clone> Solution<F> {
             ("gradient of weight_hh", &self.dweight_hh),
             ("gradient of the biases", &self.dbias),
             ("gradient of the peepholes", &self.dpeephole),
+            ("gradient of the projection", &self.dprojection),
+            ("gradient of the gain of the input's product", &self.dnorm[0]),
+            ("gradient of the gain of the recurrent product", &self.dnorm[1]),
+            ("gradient of gain and bias of the cell state", &self.dnorm[2]),
             ("gradient of the initial h", &self.dh0),
             ("gradient of the initial c", &self.dc0),
         ]
@@ -123,7 +137,40 @@ impl Problem {
             dc_last: draw(n_rows * hidden, 1.0),
             cell: Cell::PLAIN,
             peephole: None,
+            projection: None,
+            norm: None,
         }
+    }
+
+    /// R: floats of h.
+    fn width(&self) -> usize {
+        self.projection.as_ref().map_or(self.hidden, |w| w.len() / self.hidden)
+    }
+
+    fn draw(&self, tensor: u32, len: usize, range: f32) -> Vec<f32> {
+        let mut stream = Stream::new(StepKey::new(self.seed, 0), Purpose::Test, tensor, 0);
+        (0..len).map(|_| (2.0 * stream.uniform() - 1.0) * range).collect()
+    }
+
+    /// With h projected to `width` units.
+    fn projected(self, width: usize) -> Self {
+        let (t, b, hidden) = (self.n_steps, self.n_rows, self.hidden);
+        Self {
+            projection: Some(self.draw(101, width * hidden, 1.0)),
+            weight_hh: self.draw(102, 4 * hidden * width, 1.0),
+            h0: self.draw(103, b * width, 0.8),
+            dh_out: self.dh_out.as_ref().map(|_| self.draw(104, t * b * width, 1.0)),
+            dh_last: self.draw(105, b * width, 1.0),
+            ..self
+        }
+    }
+
+    /// With layer normalisation.
+    fn normed(self) -> Self {
+        let hidden = self.hidden;
+        let near_one = |values: Vec<f32>| values.into_iter().map(|v| 1.0 + v).collect();
+        let gains = [near_one(self.draw(106, 4 * hidden, 0.5)), near_one(self.draw(107, 4 * hidden, 0.5)), self.draw(108, 2 * hidden, 1.0)];
+        Self { norm: Some(gains), ..self }
     }
 
     /// The same with another cell.
@@ -132,8 +179,7 @@ impl Problem {
     }
 
     fn with_peepholes(self) -> Self {
-        let mut draw = Stream::new(StepKey::new(self.seed, 0), Purpose::Test, 100, 0);
-        Self { peephole: Some((0..3 * self.hidden).map(|_| 2.0 * draw.uniform() - 1.0).collect()), ..self }
+        Self { peephole: Some(self.draw(100, 3 * self.hidden, 1.0)), ..self }
     }
 
     /// Rows of these lengths; what lies behind the end of a row is zero, as the data layer leaves it.
@@ -170,7 +216,7 @@ impl Problem {
         Self {
             n_steps: range.len(),
             x: cut(&self.x, self.n_inputs),
-            dh_out: self.dh_out.as_ref().map(|d| cut(d, self.hidden)),
+            dh_out: self.dh_out.as_ref().map(|d| cut(d, self.width())),
             h0,
             c0,
             ..self.clone()
@@ -186,10 +232,10 @@ impl Problem {
             n_rows: 1,
             lengths: self.lengths.as_ref().map(|lengths| vec![lengths[row]]),
             x: pick(&self.x, self.n_inputs),
-            h0: pick(&self.h0, self.hidden),
+            h0: pick(&self.h0, self.width()),
             c0: pick(&self.c0, self.hidden),
-            dh_out: self.dh_out.as_ref().map(|d| pick(d, self.hidden)),
-            dh_last: pick(&self.dh_last, self.hidden),
+            dh_out: self.dh_out.as_ref().map(|d| pick(d, self.width())),
+            dh_last: pick(&self.dh_last, self.width()),
             dc_last: pick(&self.dc_last, self.hidden),
             ..self.clone()
         }
@@ -199,78 +245,77 @@ impl Problem {
 /// The layer forward and back, row by row and step by step, from the equations.
 fn solve(p: &Problem) -> Solution<f64> {
     let wide = |values: &[f32]| -> Vec<f64> { values.iter().map(|&v| f64::from(v)).collect() };
-    let (hidden, n_inputs, n_rows) = (p.hidden, p.n_inputs, p.n_rows);
+    let (hidden, width, n_inputs, n_rows) = (p.hidden, p.width(), p.n_inputs, p.n_rows);
     let (x, w, r) = (wide(&p.x), wide(&p.weight_ih), wide(&p.weight_hh));
+    let (peephole, projection) = (p.peephole.as_deref().map(wide), p.projection.as_deref().map(wide));
+    let norm = p.norm.as_ref().map(|norm| norm.each_ref().map(|gain| wide(gain)));
+    let row_cell = RowCell {
+        cell: &p.cell,
+        hidden,
+        peephole: peephole.as_deref(),
+        norm: norm.as_ref().map(|norm| norm.each_ref().map(|gain| &gain[..])),
+        projection: projection.as_deref(),
+    };
     let bias: Vec<f64> =
         (0..4 * hidden).map(|j| [&p.bias_ih, &p.bias_hh].into_iter().flatten().map(|bias| f64::from(bias[j])).sum()).collect();
+    let zeros = |of: &Option<Vec<f64>>| vec![0.0; of.as_ref().map_or(0, Vec::len)];
     let mut s = Solution {
-        outputs: vec![0.0; p.n_steps * n_rows * hidden],
+        outputs: vec![0.0; p.n_steps * n_rows * width],
         h_last: Vec::new(),
         c_last: Vec::new(),
         dx: vec![0.0; x.len()],
         dweight_ih: vec![0.0; w.len()],
         dweight_hh: vec![0.0; r.len()],
         dbias: vec![0.0; 4 * hidden],
-        dpeephole: vec![0.0; p.peephole.as_ref().map_or(0, Vec::len)],
+        dpeephole: zeros(&peephole),
+        dprojection: zeros(&projection),
+        dnorm: norm.as_ref().map_or_else(Default::default, |norm| norm.each_ref().map(|gain| vec![0.0; gain.len()])),
         dh0: Vec::new(),
         dc0: Vec::new(),
     };
+    let add = |to: &mut [f64], values: &[f64]| to.iter_mut().zip(values).for_each(|(to, v)| *to += v);
     for b in 0..n_rows {
-        let mut h = wide(&p.h0[b * hidden..][..hidden]);
+        let mut h = wide(&p.h0[b * width..][..width]);
         let mut c = wide(&p.c0[b * hidden..][..hidden]);
-        let mut past = Vec::new();
+        let mut past: Vec<(usize, Vec<f64>, RowStep)> = Vec::new();
         for t in p.order(b) {
             let place = t * n_rows + b;
             // What the recurrent product reads.
-            let r_in: Vec<f64> = (0..hidden).map(|u| h[u] * cell_mask(&p.cell, stream(b), u)).collect();
-            let z: Vec<f64> = (0..4 * hidden)
-                .map(|j| {
-                    let from_input: f64 = (0..n_inputs).map(|k| w[j * n_inputs + k] * x[place * n_inputs + k]).sum();
-                    let from_state: f64 = (0..hidden).map(|u| r[j * hidden + u] * r_in[u]).sum();
-                    from_input + from_state + bias[j]
-                })
-                .collect();
-            let units: Vec<Unit> = (0..hidden)
-                .map(|u| {
-                    let peephole = [0, 1, 2].map(|gate| p.peephole.as_ref().map_or(0.0, |w| f64::from(w[gate * hidden + u])));
-                    let z = [0, 1, 2, 3].map(|gate| z[gate * hidden + u]);
-                    Unit::forward(&p.cell, peephole, z, [h[u], c[u]], stream(b), t as u32, u)
-                })
-                .collect();
-            (h, c) = units.iter().map(|unit| (unit.h, unit.c)).unzip();
-            s.outputs[place * hidden..][..hidden].copy_from_slice(&h);
-            past.push((t, r_in, units));
+            let r_in: Vec<f64> = (0..width).map(|u| h[u] * cell_mask(&p.cell, stream(b), u)).collect();
+            let by_input: Vec<f64> =
+                (0..4 * hidden).map(|j| (0..n_inputs).map(|k| w[j * n_inputs + k] * x[place * n_inputs + k]).sum()).collect();
+            let by_state: Vec<f64> = (0..4 * hidden).map(|j| (0..width).map(|u| r[j * width + u] * r_in[u]).sum()).collect();
+            let step = row_cell.forward(&by_input, &by_state, &bias, &h, &c, stream(b), t as u32);
+            (h, c) = (step.h.clone(), step.c.clone());
+            s.outputs[place * width..][..width].copy_from_slice(&h);
+            past.push((t, r_in, step));
         }
         s.h_last.extend(&h);
         s.c_last.extend(&c);
-        let mut dh = wide(&p.dh_last[b * hidden..][..hidden]);
+        let mut dh = wide(&p.dh_last[b * width..][..width]);
         let mut dc = wide(&p.dc_last[b * hidden..][..hidden]);
-        for (t, r_in, units) in past.into_iter().rev() {
+        for (t, r_in, step) in past.into_iter().rev() {
             let place = t * n_rows + b;
             if let Some(dh_out) = &p.dh_out {
-                (0..hidden).for_each(|u| dh[u] += f64::from(dh_out[place * hidden + u]));
+                (0..width).for_each(|u| dh[u] += f64::from(dh_out[place * width + u]));
             }
-            let mut dz = vec![0.0; 4 * hidden];
-            for (u, unit) in units.iter().enumerate() {
-                let (of_unit, dh_prev, dc_prev, dp) = unit.backward(&p.cell, dh[u], dc[u]);
-                (0..4).for_each(|gate| dz[gate * hidden + u] = of_unit[gate]);
-                (dh[u], dc[u]) = (dh_prev, dc_prev);
-                if p.peephole.is_some() {
-                    (0..3).for_each(|gate| s.dpeephole[gate * hidden + u] += dp[gate]);
-                }
-            }
-            for (j, d) in dz.iter().enumerate() {
-                s.dbias[j] += d;
+            let back = row_cell.backward(&step, &dh, &dc);
+            (dh, dc) = (back.h, back.c);
+            add(&mut s.dbias, &back.z);
+            add(&mut s.dpeephole, &back.peephole);
+            add(&mut s.dprojection, &back.projection);
+            s.dnorm.iter_mut().zip(&back.norm).for_each(|(to, values)| add(to, values));
+            for j in 0..4 * hidden {
                 for k in 0..n_inputs {
-                    s.dweight_ih[j * n_inputs + k] += d * x[place * n_inputs + k];
-                    s.dx[place * n_inputs + k] += d * w[j * n_inputs + k];
+                    s.dweight_ih[j * n_inputs + k] += back.x[j] * x[place * n_inputs + k];
+                    s.dx[place * n_inputs + k] += back.x[j] * w[j * n_inputs + k];
                 }
                 for (u, r_in) in r_in.iter().enumerate() {
-                    s.dweight_hh[j * hidden + u] += d * r_in;
+                    s.dweight_hh[j * width + u] += back.y[j] * r_in;
                 }
             }
-            for u in 0..hidden {
-                dh[u] += cell_mask(&p.cell, stream(b), u) * (0..4 * hidden).map(|j| dz[j] * r[j * hidden + u]).sum::<f64>();
+            for u in 0..width {
+                dh[u] += cell_mask(&p.cell, stream(b), u) * (0..4 * hidden).map(|j| back.y[j] * r[j * width + u]).sum::<f64>();
             }
         }
         s.dh0.extend(&dh);
@@ -284,11 +329,15 @@ fn solve(p: &Problem) -> Solution<f64> {
 struct Bucket {
     n_inputs: usize,
     hidden: usize,
+    /// R, padded.
+    width: usize,
     weight_ih: usize,
     weight_hh: usize,
+    weight_hr: Option<usize>,
     bias_ih: Option<usize>,
     bias_hh: Option<usize>,
     peephole: Option<usize>,
+    norm: Option<[usize; 3]>,
     len: usize,
 }
 
@@ -303,22 +352,29 @@ impl Bucket {
             at
         };
         let weight_ih = place(4 * hidden * n_inputs);
-        let weight_hh = place(4 * hidden * hidden);
+        let width = if p.projection.is_some() { pad_units(p.width()) } else { hidden };
+        let weight_hh = place(4 * hidden * width);
+        let weight_hr = p.projection.as_ref().map(|_| place(hidden * width));
         let bias_ih = p.bias_ih.as_ref().map(|_| place(4 * hidden));
         let bias_hh = p.bias_hh.as_ref().map(|_| place(4 * hidden));
         let peephole = p.peephole.as_ref().map(|_| place(3 * hidden));
-        Self { n_inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, peephole, len: next }
+        let norm = p.norm.as_ref().map(|_| [4 * hidden, 4 * hidden, 2 * hidden].map(&mut place));
+        Self { n_inputs, hidden, width, weight_ih, weight_hh, weight_hr, bias_ih, bias_hh, peephole, norm, len: next }
     }
 
     /// The tensors within `span`; some by a part of it that begins elsewhere, as tensors of several buckets do.
     fn tensors(&self, span: Span) -> LaneTensors {
         let from = |at: usize| span.part(at - ALIGN, span.len - (at - ALIGN));
-        let first = [self.bias_ih, self.bias_hh, self.peephole].into_iter().flatten().min();
+        let norm = self.norm.map_or([None; 3], |norm| norm.map(Some));
+        let first = [self.bias_ih, self.bias_hh, self.peephole].into_iter().chain(norm).flatten().min();
         let vectors = first.map(|first| {
             let at = |place: Option<usize>| place.map_or(NONE, |at| (at - first + ALIGN) as u32);
-            LaneVectors { span: from(first), bias_ih: at(self.bias_ih), bias_hh: at(self.bias_hh), peephole: at(self.peephole) }
+            let [norm_ih, norm_hh, norm_c] = norm.map(at);
+            let (bias_ih, bias_hh, peephole) = (at(self.bias_ih), at(self.bias_hh), at(self.peephole));
+            LaneVectors { span: from(first), bias_ih, bias_hh, peephole, norm_ih, norm_hh, norm_c }
         });
-        LaneTensors { weight_ih: (span, self.weight_ih as u32), weight_hh: (from(self.weight_hh), ALIGN as u32), vectors }
+        let weight_hr = self.weight_hr.map(|at| (from(at), ALIGN as u32));
+        LaneTensors { weight_ih: (span, self.weight_ih as u32), weight_hh: (from(self.weight_hh), ALIGN as u32), weight_hr, vectors }
     }
 
     /// Puts `[4H, K]` of torch's order into panels at `at`.
@@ -336,8 +392,11 @@ impl Bucket {
     fn pack(&self, p: &Problem) -> Vec<f32> {
         let mut words = vec![f32::from_bits(POISON_WORD); self.len];
         self.put_weight(&mut words, self.weight_ih, self.n_inputs, &p.weight_ih, p);
-        self.put_weight(&mut words, self.weight_hh, self.hidden, &p.weight_hh, p);
-        for (at, bias) in [(self.bias_ih, &p.bias_ih), (self.bias_hh, &p.bias_hh)] {
+        self.put_weight(&mut words, self.weight_hh, self.width, &p.weight_hh, p);
+        let gains = self.norm.map_or([None; 2], |[ih, hh, _]| [Some(ih), Some(hh)]);
+        let [gain_ih, gain_hh] = p.norm.as_ref().map_or([None, None], |[ih, hh, _]| [Some(ih.clone()), Some(hh.clone())]);
+        let of_gates = [(self.bias_ih, &p.bias_ih), (self.bias_hh, &p.bias_hh), (gains[0], &gain_ih), (gains[1], &gain_hh)];
+        for (at, bias) in of_gates {
             if let (Some(at), Some(bias)) = (at, bias) {
                 words[at..at + 4 * self.hidden].fill(0.0);
                 for (row, value) in bias.iter().enumerate() {
@@ -347,6 +406,14 @@ impl Bucket {
         }
         if let (Some(at), Some(peephole)) = (self.peephole, &p.peephole) {
             words[at..at + 3 * self.hidden].copy_from_slice(&widen(peephole, p.hidden, self.hidden));
+        }
+        if let (Some([.., at]), Some([.., c])) = (self.norm, &p.norm) {
+            words[at..at + 2 * self.hidden].copy_from_slice(&widen(c, p.hidden, self.hidden));
+        }
+        if let (Some(at), Some(projection)) = (self.weight_hr, &p.projection) {
+            words[at..at + self.width * self.hidden].fill(0.0);
+            let rows = widen(projection, p.hidden, self.hidden);
+            words[at..at + rows.len()].copy_from_slice(&rows);
         }
         words
     }
@@ -408,6 +475,7 @@ struct Placed<'p> {
     rows: Option<Guarded>,
     dh_out: Option<Guarded>,
     carry: Guarded,
+    dh: Option<Guarded>,
     grads: Guarded,
     dx: Guarded,
 }
@@ -435,11 +503,13 @@ impl<'p> Placed<'p> {
         let hidden = if manner.hidden == 0 { pad_units(p.hidden) } else { manner.hidden };
         let bucket = Bucket::new(p, hidden);
         let poison = |len: usize| vec![f32::from_bits(POISON_WORD); len];
-        let state = p.n_rows * hidden;
-        let states = |initial: &[f32]| {
-            let mut words = poison((p.n_steps + 1) * state);
+        let shape = Self::shape_of(p, &bucket);
+        let (places, width) = (p.n_steps * p.n_rows, bucket.width);
+        let states = |initial: &[f32], units: usize, padded: usize, len: usize| {
+            let mut words = poison(len);
+            let state = p.n_rows * padded;
             let at = if p.reverse { p.n_steps * state } else { 0 };
-            words[at..at + state].copy_from_slice(&widen(initial, p.hidden, hidden));
+            words[at..at + state].copy_from_slice(&widen(initial, units, padded));
             words
         };
         // Lengths, then stream numbers; what is not used is poison.
@@ -450,25 +520,24 @@ impl<'p> Placed<'p> {
         let has_rows = p.lengths.is_some() || p.cell.draws == 1 || p.cell.is_masked();
         let behind = |offset: usize, words: Vec<f32>| [poison(offset), words].concat();
         let x = behind(X_OFFSET, widen(&p.x, p.n_inputs, bucket.n_inputs));
-        let sums = if p.peephole.is_some() { 3 * state } else { 0 };
-        let carry = [widen(&p.dh_last, p.hidden, hidden), widen(&p.dc_last, p.hidden, hidden), poison(sums)].concat();
-        let dh_out = p.dh_out.as_ref().map(|d| behind(DH_OFFSET, widen(d, p.hidden, hidden)));
-        let (mut h, c) = (states(&p.h0), states(&p.c0));
-        if p.cell.is_masked() {
-            h.extend(poison((p.n_steps + 1) * state));
-        }
+        let mut carry = [widen(&p.dh_last, p.width(), width), widen(&p.dc_last, p.hidden, hidden)].concat();
+        carry.resize(shape.carry_len(p.n_rows), f32::from_bits(POISON_WORD));
+        let dh_out = p.dh_out.as_ref().map(|d| behind(DH_OFFSET, widen(d, p.width(), width)));
+        let h = states(&p.h0, p.width(), width, shape.h_len(places, p.n_rows));
+        let c = states(&p.c0, p.hidden, hidden, shape.c_len(places, p.n_rows));
         let grads = vec![manner.accumulate_onto.unwrap_or(f32::from_bits(POISON_WORD)); bucket.len];
         let mut put = |label: &str, values: &[f32]| Guarded::upload_f32(backend, label, values);
         Self {
             params: put("params", &bucket.pack(p)),
             x: put("x", &x),
-            gates: put("gates", &poison(p.n_steps * state * 4)),
+            gates: put("gates", &poison(shape.gates_len(places))),
             h: put("h", &h),
             c: put("c", &c),
             flags: put("flags", &[0.0]),
             rows: has_rows.then(|| put("rows", bytemuck::cast_slice(&rows(p)))),
             dh_out: dh_out.map(|words| put("dh_out", &words)),
             carry: put("carry", &carry),
+            dh: (shape.dh_len(places) > 0).then(|| put("dh", &poison(shape.dh_len(places)))),
             grads: put("grads", &grads),
             dx: put("dx", &poison(p.n_steps * p.n_rows * bucket.n_inputs)),
             problem,
@@ -478,15 +547,27 @@ impl<'p> Placed<'p> {
         }
     }
 
+    fn shape_of(p: &Problem, bucket: &Bucket) -> LaneShape {
+        LaneShape {
+            hidden: bucket.hidden as u32,
+            units: p.hidden as u32,
+            width: bucket.width as u32,
+            projects: p.projection.is_some(),
+            norms: p.norm.is_some(),
+            peepholes: p.peephole.is_some(),
+            masks: p.cell.is_masked(),
+        }
+    }
+
     fn lane(&self, range: Range<u32>, accumulate: bool, gradients: bool) -> Lane {
         Lane {
-            hidden: self.bucket.hidden as u32,
+            shape: Self::shape_of(self.problem, &self.bucket),
+            n_steps: self.problem.n_steps as u32,
             reverse: self.problem.reverse,
             tensors: self.bucket.tensors(self.params.span),
             x: [Some(self.part(self.x.span, X_OFFSET)), None],
             gates: self.gates.span,
             h: self.h.span,
-            masked: ((self.problem.n_steps + 1) * self.problem.n_rows * self.bucket.hidden) as u32,
             c: self.c.span,
             range,
             rows: self.rows.as_ref().map(|rows| rows.span),
@@ -495,6 +576,7 @@ impl<'p> Placed<'p> {
             backward: gradients.then(|| LaneGradients {
                 dh_out: self.dh_out.as_ref().map(|d| (d.span, DH_OFFSET as u32)),
                 carry: self.carry.span,
+                dh: self.dh.as_ref().map(|dh| dh.span),
                 tensors: self.bucket.tensors(self.grads.span),
                 accumulate,
                 dx: [Some(self.part(self.dx.span, 0)), None],
@@ -548,7 +630,7 @@ impl<'p> Placed<'p> {
     /// What the sweeps left, at true sizes; checks guards, paddings, and what only is read. Frees everything.
     fn finish(self, backend: &mut dyn Backend) -> Solution<f32> {
         let (p, bucket) = (self.problem, self.bucket);
-        let (hidden, state) = (bucket.hidden, p.n_rows * bucket.hidden);
+        let (hidden, width, state) = (bucket.hidden, bucket.width, p.n_rows * bucket.width);
         assert_eq!(self.flag(backend), 0, "finite values raised the flag");
         let params: Vec<u32> = bytemuck::cast_vec(bucket.pack(p));
         assert!(self.words(backend, &self.params, "params") == params, "the sweep wrote to its parameters");
@@ -557,28 +639,28 @@ impl<'p> Placed<'p> {
         let h = floats(self.words(backend, &self.h, "h"));
         let c = floats(self.words(backend, &self.c, "c"));
         let outputs = if p.reverse { &h[..p.n_steps * state] } else { &h[state..(p.n_steps + 1) * state] };
-        let mut outputs = narrow(outputs, hidden, p.hidden, "outputs");
-        for (place, output) in outputs.chunks_exact_mut(p.hidden).enumerate() {
+        let mut outputs = narrow(outputs, width, p.width(), "outputs");
+        for (place, output) in outputs.chunks_exact_mut(p.width()).enumerate() {
             let (t, b) = (place / p.n_rows, place % p.n_rows);
             if t >= p.length(b) {
                 // What a row that has ended keeps: its last state, or in reverse the one that it has not left yet.
                 let kept = if p.reverse { p.n_steps } else { p.length(b) };
-                let kept = &h[kept * state + b * hidden..][..p.hidden];
+                let kept = &h[kept * state + b * width..][..p.width()];
                 assert_eq!(output, kept, "row {b} has ended before step {t}");
                 output.fill(0.0);
             }
         }
-        let last = |states: &[f32], name: &str| -> Vec<f32> {
-            let at = if p.reverse { 0 } else { p.n_steps };
-            narrow(&states[at * state..(at + 1) * state], hidden, p.hidden, name)
+        let last = |states: &[f32], padded: usize, units: usize, name: &str| -> Vec<f32> {
+            let (at, state) = (if p.reverse { 0 } else { p.n_steps }, p.n_rows * padded);
+            narrow(&states[at * state..(at + 1) * state], padded, units, name)
         };
-        let (h_last, c_last) = (last(&h, "final h"), last(&c, "final c"));
+        let (h_last, c_last) = (last(&h, width, p.width(), "final h"), last(&c, hidden, p.hidden, "final c"));
         let carry = floats(self.words(backend, &self.carry, "carry"));
-        let (dh0, dc0) = carry[..2 * state].split_at(state);
+        let (dh0, dc0) = carry[..p.n_rows * (width + hidden)].split_at(state);
         let grads = floats(self.words(backend, &self.grads, "grads"));
         let base = self.manner.accumulate_onto.unwrap_or(0.0);
         let weight_ih = Tensor { name: "gradient of weight_ih", at: bucket.weight_ih, n_inputs: p.n_inputs, padded: bucket.n_inputs };
-        let weight_hh = Tensor { name: "gradient of weight_hh", at: bucket.weight_hh, n_inputs: p.hidden, padded: hidden };
+        let weight_hh = Tensor { name: "gradient of weight_hh", at: bucket.weight_hh, n_inputs: p.width(), padded: width };
         let of_bias = |at: usize| bucket.take(&grads, &Tensor { name: "gradient of a bias", at, n_inputs: 1, padded: 1 }, p, base);
         let biases: Vec<Vec<f32>> = [bucket.bias_ih, bucket.bias_hh].into_iter().flatten().map(of_bias).collect();
         if let [ih, hh] = &biases[..] {
@@ -587,19 +669,31 @@ impl<'p> Placed<'p> {
         let before = self.manner.accumulate_onto.map_or(POISON_WORD, f32::to_bits);
         let tensors = [
             Some((bucket.weight_ih, 4 * hidden * bucket.n_inputs)),
-            Some((bucket.weight_hh, 4 * hidden * hidden)),
+            Some((bucket.weight_hh, 4 * hidden * width)),
+            bucket.weight_hr.map(|at| (at, width * hidden)),
+            bucket.norm.map(|[ih, ..]| (ih, 4 * hidden)),
+            bucket.norm.map(|[_, hh, _]| (hh, 4 * hidden)),
+            bucket.norm.map(|[.., c]| (c, 2 * hidden)),
             bucket.bias_ih.map(|at| (at, 4 * hidden)),
             bucket.bias_hh.map(|at| (at, 4 * hidden)),
             bucket.peephole.map(|at| (at, 3 * hidden)),
         ];
-        let dpeephole = bucket.peephole.map(|at| {
-            let rows = grads[at..at + 3 * hidden].chunks_exact(hidden);
+        // Rows of units whose padding is as before.
+        let unit_rows = |at: usize, n: usize, what: &str| -> Vec<f32> {
+            let rows = grads[at..at + n * hidden].chunks_exact(hidden);
             rows.flat_map(|row| {
-                assert!(row[p.hidden..].iter().all(|v| *v == base), "gradient of the peepholes: padding");
+                assert!(row[p.hidden..].iter().all(|v| *v == base), "gradient of {what}: padding");
                 &row[..p.hidden]
             })
             .copied()
             .collect()
+        };
+        let dpeephole = bucket.peephole.map(|at| unit_rows(at, 3, "the peepholes"));
+        let dnorm = bucket.norm.map(|[ih, hh, c]| [of_bias(ih), of_bias(hh), unit_rows(c, 2, "the norm of the cell state")]);
+        let dprojection = bucket.weight_hr.map(|at| {
+            let rows = unit_rows(at, width, "the projection");
+            assert!(rows[p.width() * p.hidden..].iter().all(|v| *v == base), "gradient of the projection: padding");
+            rows[..p.width() * p.hidden].to_vec()
         });
         for (i, value) in grads.iter().enumerate() {
             let is_tensor = tensors.iter().flatten().any(|&(at, len)| (at..at + len).contains(&i));
@@ -615,11 +709,13 @@ impl<'p> Placed<'p> {
             dweight_hh: bucket.take(&grads, &weight_hh, p, base),
             dbias: biases.into_iter().next().unwrap_or_default(),
             dpeephole: dpeephole.unwrap_or_default(),
-            dh0: narrow(dh0, hidden, p.hidden, "gradient of the initial h"),
+            dprojection: dprojection.unwrap_or_default(),
+            dnorm: dnorm.unwrap_or_default(),
+            dh0: narrow(dh0, width, p.width(), "gradient of the initial h"),
             dc0: narrow(dc0, hidden, p.hidden, "gradient of the initial c"),
         };
         let operands = [self.params, self.x, self.gates, self.h, self.c, self.flags, self.carry, self.grads, self.dx];
-        operands.into_iter().chain(self.rows).chain(self.dh_out).for_each(|operand| operand.free(backend));
+        operands.into_iter().chain(self.rows).chain(self.dh_out).chain(self.dh).for_each(|operand| operand.free(backend));
         solution
     }
 }
@@ -645,12 +741,14 @@ fn agree<W: crate::compare::Number, G: crate::compare::Number>(
         let is_absent = match name {
             "gradient of the biases" => p.bias_ih.is_none() && p.bias_hh.is_none(),
             "gradient of the peepholes" => p.peephole.is_none(),
+            "gradient of the projection" => p.projection.is_none(),
+            _ if name.starts_with("gradient of the gain") || name.starts_with("gradient of gain") => p.norm.is_none(),
             _ => false,
         };
         if is_absent {
             continue;
         }
-        let is_sum = name.starts_with("gradient of weight") || ["gradient of the biases", "gradient of the peepholes"].contains(&name);
+        let is_sum = name.starts_with("gradient of") && !name.contains("initial");
         let absolute = tolerance.absolute * if is_sum { n_terms } else { 1.0 };
         let tolerance = Tolerance { absolute, ..*tolerance };
         let case = format!("{label} T{} B{} I{} H{}", p.n_steps, p.n_rows, p.n_inputs, p.hidden);
@@ -674,17 +772,23 @@ fn near(name: &str, a: &[f32], b: &[f32]) {
 fn judge(label: &str, p: &Problem, manner: &Manner) {
     let mut want = solve(p);
     if let Some(base) = manner.accumulate_onto {
-        for sums in [&mut want.dweight_ih, &mut want.dweight_hh, &mut want.dbias, &mut want.dpeephole] {
+        let [of_x, of_h, of_c] = &mut want.dnorm;
+        let of_norm = [of_x, of_h, of_c].into_iter();
+        for sums in [&mut want.dweight_ih, &mut want.dweight_hh, &mut want.dbias, &mut want.dpeephole, &mut want.dprojection]
+            .into_iter()
+            .chain(of_norm)
+        {
             sums.iter_mut().for_each(|v| *v += f64::from(base));
         }
     }
+    let tolerance = if p.norm.is_some() { NORM_TOLERANCE } else { TOLERANCE };
     let mut first = None;
     for device in devices() {
         let got = run(&mut *device.open(), device, p, manner);
-        agree(p, label, (Source::Oracle, &want), (Source::Device(device), &got), &TOLERANCE);
+        agree(p, label, (Source::Oracle, &want), (Source::Device(device), &got), &tolerance);
         match &first {
             None => first = Some((Source::Device(device), got)),
-            Some((source, first)) => agree(p, label, (*source, first), (Source::Device(device), &got), &TOLERANCE),
+            Some((source, first)) => agree(p, label, (*source, first), (Source::Device(device), &got), &tolerance),
         }
     }
 }
@@ -699,7 +803,12 @@ fn the_oracles_gradients_are_the_derivatives_of_its_values() {
         let p = Problem::new(7, [3, 2, 2, 3]).with_cell(Cell { grad_clip: 0.0, ..cell }).with_lengths(&[3, 2]);
         if cell.cell_clip > 0.0 { p } else { p.with_peepholes() }
     });
-    for p in [p, Problem::new(6, [3, 2, 2, 3]).reversed()].into_iter().chain(more) {
+    let wide = cells().map(|(_, cell)| {
+        let p = Problem::new(8, [3, 2, 2, 4]).projected(3).with_cell(Cell { grad_clip: 0.0, ..cell }).with_lengths(&[2, 3]).normed();
+        if cell.cell_clip > 0.0 { p } else { p.with_peepholes() }
+    });
+    let wide = wide.into_iter().chain([Problem::new(9, [3, 2, 2, 4]).normed(), Problem::new(9, [3, 2, 2, 4]).projected(2)]);
+    for p in [p, Problem::new(6, [3, 2, 2, 3]).reversed()].into_iter().chain(more).chain(wide) {
         let s = solve(&p);
         // The number whose gradient the sweep computes: every output and final state times the gradient that comes in for it.
         let value = |p: &Problem| -> f64 {
@@ -707,12 +816,12 @@ fn the_oracles_gradients_are_the_derivatives_of_its_values() {
             let dot = |a: &[f64], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * f64::from(*b)).sum::<f64>();
             dot(&s.outputs, p.dh_out.as_ref().expect("drawn")) + dot(&s.h_last, &p.dh_last) + dot(&s.c_last, &p.dc_last)
         };
-        // Steps of 2^-10 are exact in f32 beside values of this size, up to rounding that is divided out below.
+        // Steps of 2^-15 are nearly exact in f32 beside values of this size; rounding is divided out below.
         let check = |name: &str, gradient: &[f64], pick: fn(&mut Problem) -> &mut Vec<f32>| {
             for (i, exact) in gradient.iter().enumerate() {
                 let (mut up, mut down) = (p.clone(), p.clone());
-                pick(&mut up)[i] += 1.0 / 1024.0;
-                pick(&mut down)[i] -= 1.0 / 1024.0;
+                pick(&mut up)[i] += 1.0 / 32768.0;
+                pick(&mut down)[i] -= 1.0 / 32768.0;
                 let width = f64::from(pick(&mut up)[i]) - f64::from(pick(&mut down)[i]);
                 let slope = (value(&up) - value(&down)) / width;
                 assert!((slope - exact).abs() < 2e-6 * (1.0 + exact.abs()), "{name}[{i}]: slope {slope}, gradient {exact}");
@@ -723,6 +832,14 @@ fn the_oracles_gradients_are_the_derivatives_of_its_values() {
         check("weight_hh", &s.dweight_hh, |p| &mut p.weight_hh);
         if p.peephole.is_some() {
             check("peephole", &s.dpeephole, |p| p.peephole.as_mut().expect("drawn"));
+        }
+        if p.projection.is_some() {
+            check("projection", &s.dprojection, |p| p.projection.as_mut().expect("drawn"));
+        }
+        if p.norm.is_some() {
+            check("gain of the input's product", &s.dnorm[0], |p| &mut p.norm.as_mut().expect("drawn")[0]);
+            check("gain of the recurrent product", &s.dnorm[1], |p| &mut p.norm.as_mut().expect("drawn")[1]);
+            check("norm of the cell state", &s.dnorm[2], |p| &mut p.norm.as_mut().expect("drawn")[2]);
         }
         check("bias_ih", &s.dbias, |p| p.bias_ih.as_mut().expect("drawn"));
         check("h0", &s.dh0, |p| &mut p.h0);
@@ -951,6 +1068,48 @@ fn every_cell_matches_the_oracle_in_both_directions_with_and_without_lengths() {
             judge(name, &p, &Manner { chunks: vec![0..3, 3..4, 4..7], accumulate_onto: Some(0.25), ..Manner::whole(&p) });
         }
     }
+}
+
+#[test]
+fn projections_and_norms_match_the_oracle_with_every_cell_in_both_directions() {
+    type Wider = fn(Problem) -> Problem;
+    let wider: [(&str, Wider); 3] =
+        [("projected", |p| p.projected(5)), ("normed", Problem::normed), ("projected and normed", |p| p.projected(5).normed())];
+    for (w, (what, wider)) in wider.into_iter().enumerate() {
+        for (i, (name, cell)) in [("plain", Cell::PLAIN)].into_iter().chain(cells()).enumerate() {
+            let (seed, label) = (400 + 100 * w as u64 + 10 * i as u64, format!("{what}, {name}"));
+            for reverse in [false, true] {
+                let p = Problem { reverse, ..wider(Problem::new(seed, [6, 5, 3, 17])).with_cell(cell) };
+                judge(&label, &p, &Manner::whole(&p));
+                let p = wider(Problem::new(seed + 1, [7, 5, 5, 33])).with_cell(cell).with_peepholes().with_lengths(&[7, 0, 4, 6, 2]);
+                let p = Problem { reverse, ..p };
+                judge(&label, &p, &Manner::whole(&p));
+                judge(&label, &p, &Manner { chunks: vec![0..3, 3..4, 4..7], accumulate_onto: Some(0.25), ..Manner::whole(&p) });
+            }
+        }
+    }
+}
+
+#[test]
+fn projections_and_norms_match_the_oracle_at_odd_sizes() {
+    for (i, [t, b, k, h]) in
+        [[2, 3, 5, 3], [7, 5, 3, 17], [5, 17, 33, 16], [4, 33, 1, 33], [3, 65, 17, 5], [2, 2, 3, 300]].into_iter().enumerate()
+    {
+        let p = Problem::new(800 + i as u64, [t, b, k, h]);
+        for p in [
+            p.clone().projected(h / 2),
+            p.clone().normed(),
+            Problem { bias_ih: None, bias_hh: None, dh_out: None, ..p.projected(h - 1).normed() },
+        ] {
+            judge("odd", &p, &Manner::whole(&p));
+        }
+    }
+}
+
+#[test]
+fn ten_thousand_steps_are_swept() {
+    let p = Problem::new(98, [10_000, 1, 1, 1]);
+    judge("long", &p, &Manner::whole(&p));
 }
 
 #[test]

@@ -102,7 +102,7 @@ fn the_sum_of_two_marked_numbers_among_twenty_is_learnt() {
         input: ModelInput::Values { n_features: 2 },
         output: Output::Values { n_outputs: 1, pooling: Pooling::Last },
         n_layers: 1,
-        hidden: 32,
+        hidden: 32.into(),
         dropout: 0.0,
         bias: true,
         tied: false,
@@ -141,7 +141,7 @@ fn five_symbols_are_said_again_after_a_pause() {
         input: ModelInput::Tokens { vocabulary: n_classes, width: 8 },
         output: Output::Classes { n_classes },
         n_layers: 1,
-        hidden: 48,
+        hidden: 48.into(),
         dropout: 0.0,
         bias: true,
         tied: false,
@@ -164,7 +164,7 @@ fn a_sine_is_continued() {
     std::fs::write(&file, format!("row,height\n{rows}")).unwrap();
     let mut config = config(Task::Forecast, &[&file]);
     config.split = Split { train: 0.7, valid: 0.1, test: 0.2 };
-    (config.relative, config.seq_len, config.horizon, config.hidden) = (Relative::Auto, 24, 6, 24);
+    (config.relative, config.seq_len, config.horizon, config.hidden) = (Relative::Auto, 24, 6, 24.into());
     (config.max_steps, config.batch_size, config.optimizer.lr, config.schedule.kind) = (Some(250), 32, 1e-2, ScheduleKind::Cosine);
     let ran = train(&config, &dir.path().join("run"), false);
     let summary = ran.outcome.unwrap().summary;

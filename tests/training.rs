@@ -140,7 +140,7 @@ fn a_language_model_learns_a_small_text() {
     let dir = tempfile::tempdir().unwrap();
     let file = text_file(dir.path(), 6000);
     let mut config = config(Task::Lm, &[&file]);
-    (config.max_steps, config.hidden, config.embedding) = (Some(200), 32, 16);
+    (config.max_steps, config.hidden, config.embedding) = (Some(200), 32.into(), 16);
     let ran = train(&config, &dir.path().join("run"), false);
     let outcome = ran.outcome.unwrap();
     let (first, last) = (ran.losses[0], ran.losses[199]);
@@ -168,7 +168,7 @@ fn every_mixture_of_devices_takes_the_same_steps() {
         let dir = tempfile::tempdir().unwrap();
         let mut config = small(dir.path());
         (config.batch_size, config.max_steps, config.layers, config.balance) = (batch, Some(n_steps), 1, "equal".into());
-        (config.hidden, config.seq_len) = (16, 6);
+        (config.hidden, config.seq_len) = (16.into(), 6);
         let one = train(&config, &dir.path().join("one"), false);
         one.outcome.unwrap();
         for devices in &mixtures {
@@ -347,7 +347,7 @@ fn a_finished_run_resumes_to_its_summary_and_more_steps_continue_it() {
     }
     config.max_steps = Some(15);
     assert_eq!(train(&config, &out, true).losses.len(), 3);
-    config.hidden = 32;
+    config.hidden = 32.into();
     let error = format!("{:#}", train(&config, &out, true).outcome.err().expect("another model"));
     assert!(error.contains("--hidden 32") && error.contains("16"), "{error}");
 }
@@ -582,7 +582,7 @@ fn the_built_in_series_is_forecast_better_than_its_last_value_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let mut config = config(Task::Forecast, &[]);
     (config.split, config.seq_len, config.horizon) = (carrousel::data::builtin::co2_split(), 52, 26);
-    (config.hidden, config.batch_size, config.max_steps) = (16, 32, Some(60));
+    (config.hidden, config.batch_size, config.max_steps) = (16.into(), 32, Some(60));
     let outcome = train(&config, &dir.path().join("run"), false).outcome.unwrap();
     let rmse = &outcome.summary["rmse"];
     assert!(rmse["model"].as_f64().unwrap() < rmse["last"].as_f64().unwrap(), "{rmse}");

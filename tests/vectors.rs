@@ -1,11 +1,10 @@
 //! Cases that PyTorch computed (`tests/vectors/README.md`): the sweep of stacked layers and a step of Adam on every device against them.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use carrousel::backend::{Backend, Span, read_now};
-use carrousel::kernels::lstm::{Cell, Lane, LaneGradients, LanePart, LaneTensors, LaneVectors, NONE, SweepArgs};
+use carrousel::kernels::lstm::{Cell, Lane, LaneGradients, LanePart, LaneShape, LaneTensors, LaneVectors, SweepArgs};
 use carrousel::model::{read_buckets, write_buckets};
 use carrousel::optim::{BETAS, EPS, OptimizerConfig, Rule};
 use carrousel::params::{Axis, Layout, ParamTable};
@@ -28,6 +27,8 @@ struct Case {
     n_rows: usize,
     n_inputs: usize,
     hidden: usize,
+    /// Units that h is projected to; 0 for none.
+    projection: usize,
     n_layers: usize,
     n_directions: usize,
     has_bias: bool,
@@ -36,15 +37,12 @@ struct Case {
     tensors: BTreeMap<String, Vec<f64>>,
 }
 
-/// The case of a description, or the option that is not supported here.
-fn read_case(json: &Path) -> Result<Case, String> {
+/// The case of a description.
+fn read_case(json: &Path) -> Case {
     let text = std::fs::read_to_string(json).unwrap_or_else(|e| panic!("{}: {e}", json.display()));
     let about: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", json.display()));
     let number = |key: &str| about[key].as_u64().unwrap_or_else(|| panic!("{}: {key} is {}", json.display(), about[key])) as usize;
     let is_set = |key: &str| !matches!(&about[key], Value::Null | Value::Bool(false)) && about[key].as_u64() != Some(0);
-    if is_set("proj_size") {
-        return Err(format!("proj_size is {}", about["proj_size"]));
-    }
     let [wide, narrow] = ["f64", "f32"].map(|kind| json.with_extension(format!("{kind}.safetensors")));
     let file = if wide.exists() { wide } else { narrow };
     let bytes = std::fs::read(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
@@ -65,6 +63,7 @@ fn read_case(json: &Path) -> Result<Case, String> {
         n_rows: number("batch"),
         n_inputs: number("input_size"),
         hidden: number("hidden_size"),
+        projection: if is_set("proj_size") { number("proj_size") } else { 0 },
         n_layers: number("num_layers"),
         n_directions: 1 + usize::from(is_set("bidirectional")),
         has_bias: is_set("bias"),
@@ -74,7 +73,7 @@ fn read_case(json: &Path) -> Result<Case, String> {
     if is_set("batch_first") {
         case.make_time_major();
     }
-    Ok(case)
+    case
 }
 
 impl Case {
@@ -97,20 +96,29 @@ impl Case {
     /// The parameters of all layers in the order of the forward pass, under torch's names.
     fn table(&self) -> ParamTable {
         let mut table = ParamTable::new();
-        let hidden = self.hidden;
+        let (hidden, width) = (self.hidden, self.width());
         for layer in 0..self.n_layers {
-            let inputs = if layer == 0 { Axis::inner(self.n_inputs) } else { Axis { groups: self.n_directions, ..Axis::units(hidden) } };
+            let inputs = if layer == 0 { Axis::inner(self.n_inputs) } else { Axis { groups: self.n_directions, ..Axis::units(width) } };
             let weight = |inputs: Axis| Layout::Panels { hidden, inputs };
             for suffix in &["", "_reverse"][..self.n_directions] {
                 let name = |what: &str| format!("{what}_l{layer}{suffix}");
                 table.push(name("weight_ih"), layer, vec![GATES * hidden, inputs.len()], weight(inputs));
-                table.push(name("weight_hh"), layer, vec![GATES * hidden, hidden], weight(Axis::units(hidden)));
+                table.push(name("weight_hh"), layer, vec![GATES * hidden, width], weight(Axis::units(width)));
+                if self.projection > 0 {
+                    let layout = Layout::Matrix { rows: Axis::units(width), cols: Axis::units(hidden) };
+                    table.push(name("weight_hr"), layer, vec![width, hidden], layout);
+                }
                 for which in ["bias_ih", "bias_hh"].into_iter().filter(|_| self.has_bias) {
                     table.push(name(which), layer, vec![GATES * hidden], Layout::gate_bias(hidden));
                 }
             }
         }
         table
+    }
+
+    /// Units of h.
+    fn width(&self) -> usize {
+        if self.projection > 0 { self.projection } else { self.hidden }
     }
 
     /// Sets what lies behind the end of each row of `[T, B, width]` to zero, as torch has it.
@@ -259,8 +267,9 @@ fn pull(values: &[f32], targets: &[f64], weight: f64, n: usize) -> Vec<f64> {
 fn judge(backend: &mut dyn Backend, device: Device, case: &Case) -> Vec<String> {
     let mut judge = Judge::new(case, device);
     let (t, b, h, n) = (case.n_steps, case.n_rows, case.hidden, case.n_directions);
-    let hidden = pad_units(h);
-    let state = b * hidden;
+    let r = case.width();
+    let (hidden, width) = (pad_units(h), pad_units(r));
+    let shape = LaneShape { width: width as u32, projects: case.projection > 0, ..LaneShape::plain(hidden as u32, h as u32) };
     let table = case.table();
     let mut alloc = |label: &str| table.buckets().iter().map(|bucket| backend.alloc(label, bucket.range.len()).expect("memory")).collect();
     let (params, grads): (Vec<_>, Vec<_>) = (alloc("parameters"), alloc("gradients"));
@@ -272,9 +281,9 @@ fn judge(backend: &mut dyn Backend, device: Device, case: &Case) -> Vec<String> 
         };
         let vectors = case.has_bias.then(|| {
             let ((span, bias_ih), (_, bias_hh)) = (at("bias_ih"), at("bias_hh"));
-            LaneVectors { span, bias_ih, bias_hh, peephole: NONE }
+            LaneVectors { bias_ih, bias_hh, ..LaneVectors::none(span) }
         });
-        LaneTensors { weight_ih: at("weight_ih"), weight_hh: at("weight_hh"), vectors }
+        LaneTensors { weight_ih: at("weight_ih"), weight_hh: at("weight_hh"), weight_hr: shape.projects.then(|| at("weight_hr")), vectors }
     };
     let flags = upload(backend, "flags", &[0.0; ALIGN]);
     let rows = case.lengths.as_ref().map(|lengths| upload(backend, "lengths", bytemuck::cast_slice(lengths)));
@@ -285,21 +294,22 @@ fn judge(backend: &mut dyn Backend, device: Device, case: &Case) -> Vec<String> 
     for layer in 0..case.n_layers {
         for direction in 0..n {
             let lane = layer * n + direction;
-            let mut states = |initial: &str| {
-                let mut words = vec![f32::NAN; (t + 1) * state];
-                let start = case.tensors.get(initial).map_or(vec![0.0; state], |s| padded(&s[lane * b * h..][..b * h], h, hidden));
+            let mut states = |initial: &str, units: usize, to: usize, len: usize| {
+                let (mut words, state) = (vec![f32::NAN; len], b * to);
+                let start = case.tensors.get(initial).map_or(vec![0.0; state], |s| padded(&s[lane * b * units..][..b * units], units, to));
                 words[direction * t * state..][..state].copy_from_slice(&start);
                 upload(backend, initial, &words)
             };
-            let (h_states, c_states) = (states("h_0"), states("c_0"));
+            let h_states = states("h_0", r, width, shape.h_len(t * b, b));
+            let c_states = states("c_0", h, hidden, shape.c_len(t * b, b));
             lanes.push(Lane {
-                hidden: hidden as u32,
+                shape,
+                n_steps: t as u32,
                 reverse: direction == 1,
                 tensors: tensors(backend, &params, lane),
                 x,
-                gates: upload(backend, "gates", &vec![f32::NAN; t * state * GATES]),
+                gates: upload(backend, "gates", &vec![f32::NAN; shape.gates_len(t * b)]),
                 h: h_states,
-                masked: 0,
                 c: c_states,
                 range: 0..t as u32,
                 rows,
@@ -310,61 +320,64 @@ fn judge(backend: &mut dyn Backend, device: Device, case: &Case) -> Vec<String> 
         }
         let of_layer = &lanes[layer * n..];
         backend.sweep(&SweepArgs { n_rows: b as u32, lanes: of_layer, flags, gradients: false }).expect("a forward sweep");
-        x = [part(of_layer[0].h, state, hidden), of_layer.get(1).and_then(|lane| part(lane.h, 0, hidden))];
+        x = [part(of_layer[0].h, b * width, width), of_layer.get(1).and_then(|lane| part(lane.h, 0, width))];
     }
 
     // Both directions side by side.
-    let mut output = vec![0.0; t * b * n * h];
+    let mut output = vec![0.0; t * b * n * r];
     for direction in 0..n {
         let lane = &lanes[lanes.len() - n + direction];
-        let values = cut(&read(backend, lane.h)[(1 - direction) * state..][..t * state], hidden, h);
-        for (row, values) in output.chunks_exact_mut(n * h).zip(values.chunks_exact(h)) {
-            row[direction * h..][..h].copy_from_slice(values);
+        let values = cut(&read(backend, lane.h)[(1 - direction) * b * width..][..t * b * width], width, r);
+        for (row, values) in output.chunks_exact_mut(n * r).zip(values.chunks_exact(r)) {
+            row[direction * r..][..r].copy_from_slice(values);
         }
     }
-    case.mask(&mut output, n * h);
-    let mut last = |which: fn(&Lane) -> Span| -> Vec<f32> {
-        let end = |lane: &Lane| if lane.reverse { 0 } else { t * state };
-        lanes.iter().flat_map(|lane| cut(&read(backend, which(lane).part(end(lane), state)), hidden, h)).collect()
+    case.mask(&mut output, n * r);
+    let mut last = |which: fn(&Lane) -> Span, from: usize, to: usize| -> Vec<f32> {
+        let end = |lane: &Lane| if lane.reverse { 0 } else { t * b * from };
+        lanes.iter().flat_map(|lane| cut(&read(backend, which(lane).part(end(lane), b * from)), from, to)).collect()
     };
-    let (h_n, c_n) = (last(|lane| lane.h), last(|lane| lane.c));
+    let (h_n, c_n) = (last(|lane| lane.h, width, r), last(|lane| lane.c, hidden, h));
     judge.state("output", &output);
     judge.state("h_n", &h_n);
     judge.state("c_n", &c_n);
 
-    let d_output: Vec<f64> = pull(&output, case.get("target_output"), 1.0, case.n_valid() * n * h);
+    let d_output: Vec<f64> = pull(&output, case.get("target_output"), 1.0, case.n_valid() * n * r);
     let (dh_n, dc_n) = (pull(&h_n, case.get("target_h_n"), 1.0, h_n.len()), pull(&c_n, case.get("target_c_n"), 0.5, c_n.len()));
     let mut above: Vec<Span> = (0..n)
         .map(|direction| {
-            let of_direction: Vec<f64> = d_output.chunks_exact(n * h).flat_map(|row| &row[direction * h..][..h]).copied().collect();
-            upload(backend, "gradient of the output", &padded(&of_direction, h, hidden))
+            let of_direction: Vec<f64> = d_output.chunks_exact(n * r).flat_map(|row| &row[direction * r..][..r]).copied().collect();
+            upload(backend, "gradient of the output", &padded(&of_direction, r, width))
         })
         .collect();
     let (mut dh_0, mut dc_0) = (Vec::new(), Vec::new());
     for layer in (0..case.n_layers).rev() {
-        let width = if layer == 0 { pad_inner(case.n_inputs) } else { hidden };
+        let columns = if layer == 0 { pad_inner(case.n_inputs) } else { width };
         let n_parts = if layer == 0 { 1 } else { n };
-        let below: Vec<Span> = (0..n_parts).map(|_| upload(backend, "gradient of the input", &vec![f32::NAN; t * b * width])).collect();
+        let below: Vec<Span> = (0..n_parts).map(|_| upload(backend, "gradient of the input", &vec![f32::NAN; t * b * columns])).collect();
         let mut carries = Vec::new();
         for (direction, &dh_out) in above.iter().enumerate() {
             let lane = layer * n + direction;
-            let of_lane = |d: &[f64]| padded(&d[lane * b * h..][..b * h], h, hidden);
-            let carry = upload(backend, "carry", &[of_lane(&dh_n), of_lane(&dc_n)].concat());
+            let of_lane = |d: &[f64], from: usize, to: usize| padded(&d[lane * b * from..][..b * from], from, to);
+            let mut carry = [of_lane(&dh_n, r, width), of_lane(&dc_n, h, hidden)].concat();
+            carry.resize(shape.carry_len(b), f32::NAN);
+            let carry = upload(backend, "carry", &carry);
             carries.push(carry);
             lanes[lane].backward = Some(LaneGradients {
                 dh_out: Some((dh_out, 0)),
                 carry,
+                dh: shape.projects.then(|| upload(backend, "gradients of h", &vec![f32::NAN; shape.dh_len(t * b)])),
                 tensors: tensors(backend, &grads, lane),
                 accumulate: false,
-                dx: [part(below[0], 0, width), below.get(1).and_then(|span| part(*span, 0, width))],
+                dx: [part(below[0], 0, columns), below.get(1).and_then(|span| part(*span, 0, columns))],
                 accumulate_dx: direction > 0,
             });
         }
         let of_layer = &lanes[layer * n..(layer + 1) * n];
         backend.sweep(&SweepArgs { n_rows: b as u32, lanes: of_layer, flags, gradients: true }).expect("a backward sweep");
         let carried: Vec<Vec<f32>> = carries.into_iter().map(|carry| read(backend, carry)).collect();
-        dh_0.splice(0..0, carried.iter().flat_map(|carried| cut(&carried[..state], hidden, h)));
-        dc_0.splice(0..0, carried.iter().flat_map(|carried| cut(&carried[state..], hidden, h)));
+        dh_0.splice(0..0, carried.iter().flat_map(|carried| cut(&carried[..b * width], width, r)));
+        dc_0.splice(0..0, carried.iter().flat_map(|carried| cut(&carried[b * width..][..b * hidden], hidden, h)));
         above = below;
     }
     judge.gradient("input", &cut(&read(backend, above[0]), pad_inner(case.n_inputs), case.n_inputs));
@@ -409,27 +422,19 @@ fn adam() -> OptimizerConfig {
     }
 }
 
-/// All cases of a folder that are supported, by name; the others are told.
+/// All cases of a folder, by name.
 fn cases(folder: &Path) -> Vec<Case> {
     let entries = std::fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
     let mut files: Vec<PathBuf> = entries.map(|entry| entry.expect("an entry of a folder").path()).collect();
     files.retain(|path| path.extension().is_some_and(|e| e == "json"));
     files.sort();
-    let read = |path: &PathBuf| match read_case(path) {
-        Ok(case) => Some(case),
-        Err(option) => {
-            // Past the harness's capture; nobody is left to be told where standard error is closed.
-            let _ = writeln!(std::io::stderr(), "[vectors] SKIPPED {}: {option}", path.display());
-            None
-        }
-    };
-    files.iter().filter_map(read).collect()
+    files.iter().map(|path| read_case(path)).collect()
 }
 
 #[test]
 fn reference_vectors() {
     let mut all = cases(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors"));
-    assert_eq!(all.len(), 6, "committed cases");
+    assert_eq!(all.len(), 7, "committed cases");
     if let Some(folder) = std::env::var_os("CARROUSEL_VECTORS") {
         all.extend(cases(Path::new(&folder)));
     }

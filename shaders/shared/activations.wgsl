@@ -31,3 +31,15 @@ fn safe_tanh(x: f32) -> f32 {
     let y = select(select(large, -large, x < 0.0), small, a < 0.6);
     return select(y, x, is_nan(x));
 }
+
+fn sigmoid4(x: vec4<f32>) -> vec4<f32> {
+    return vec4<f32>(sigmoid(x.x), sigmoid(x.y), sigmoid(x.z), sigmoid(x.w));
+}
+
+fn tanh4(x: vec4<f32>) -> vec4<f32> {
+    return vec4<f32>(safe_tanh(x.x), safe_tanh(x.y), safe_tanh(x.z), safe_tanh(x.w));
+}
+
+fn any_non_finite4(x: vec4<f32>) -> bool {
+    return is_non_finite(x.x) || is_non_finite(x.y) || is_non_finite(x.z) || is_non_finite(x.w);
+}

@@ -5,7 +5,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan};
-use crate::kernels::{Access, Kernel, Operand, sweep_cpu};
+use crate::kernels::lstm::sweep_cpu;
+use crate::kernels::{Access, Kernel, Operand};
 use crate::pool::CpuContext;
 
 /// The backend `cpu:THREADS`.
@@ -123,14 +124,14 @@ impl Backend for CpuBackend {
         let _span = tracing::trace_span!("launch", kernel = kernel.name()).entered();
         let bindings = kernel.bindings();
         ensure!(bindings.len() == operands.len(), "{} takes {} operands, not {}", kernel.name(), bindings.len(), operands.len());
-        const MOST: usize = 10;
+        const MOST: usize = 13;
         let mut lens = [0; MOST];
         lens.iter_mut().zip(operands).for_each(|(len, span)| *len = span.len);
         kernel.check(&lens[..operands.len()])?;
         // Written buffers leave the table for the launch, so that the borrow checker sees that no other operand is one of them.
         let mut written: [Option<Vec<f32>>; MOST] = Default::default();
         for (i, (binding, span)) in bindings.iter().zip(operands).enumerate() {
-            if binding.access == Access::ReadWrite {
+            if binding.access == Access::ReadWrite && span.len > 0 {
                 written[i] = self.buffers.get_mut(span.buffer.0 as usize).and_then(Option::take);
                 if written[i].is_none() {
                     give_back(&mut self.buffers, &mut written, operands);
@@ -143,6 +144,8 @@ impl Backend for CpuBackend {
         for (((binding, span), own), bound) in bindings.iter().zip(operands).zip(written.iter_mut()).zip(&mut bound) {
             let range = span.offset..span.offset + span.len;
             let words = match own {
+                // What is not there has no words and no buffer.
+                None if span.len == 0 && binding.access == Access::ReadWrite => Some(Operand::ReadWrite(&mut [])),
                 Some(own) => own.get_mut(range).map(Operand::ReadWrite),
                 None => self.buffers.get(span.buffer.0 as usize).and_then(Option::as_ref).and_then(|b| b.get(range)).map(Operand::Read),
             };

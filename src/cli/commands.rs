@@ -288,7 +288,7 @@ fn workload(config: &RunConfig) -> Workload {
         input,
         output,
         n_layers: config.layers,
-        hidden: config.hidden,
+        hidden: config.hidden.clone(),
         dropout: config.dropout,
         bias: !config.no_bias,
         tied: config.tied,

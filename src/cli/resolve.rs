@@ -13,7 +13,7 @@ use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
 use crate::data::text::Encoding;
 use crate::data::vocab::Level;
-use crate::model::config::LstmConfig;
+use crate::model::config::{Hidden, LstmConfig};
 use crate::model::init::Init;
 use crate::optim::schedule::{ScheduleConfig, ScheduleKind};
 use crate::optim::{OptimizerConfig, Rule};
@@ -256,7 +256,19 @@ fn fill(typed: &Typed) -> RunConfig {
         (Task::Forecast, _) => SERIES,
     };
     let size = |given: Option<Size>, default: usize| given.map_or(default, |size| size.0);
-    let hidden = size(typed.hidden, defaults.hidden);
+    let hidden = typed.hidden.clone().unwrap_or(Hidden::All(defaults.hidden));
+    let n_layers = size(typed.layers, hidden.n_layers().unwrap_or(defaults.layers));
+    // Tied, the embedding is as wide as what the last layer hands up.
+    let tied_to = match (typed.proj_size.unwrap_or(0), &hidden) {
+        (0, Hidden::Each(units)) => units.last().copied().unwrap_or(0),
+        (0, Hidden::All(units)) => *units,
+        (projection, _) => projection,
+    };
+    let columns = match &hidden {
+        _ if typed.tied == Some(true) => tied_to,
+        Hidden::All(units) => *units,
+        Hidden::Each(units) => units.first().copied().unwrap_or(0),
+    };
     let batch_size = size(typed.batch_size, defaults.batch_size);
     let text = |given: &Option<String>, default: &str| given.clone().unwrap_or_else(|| default.to_owned());
     RunConfig {
@@ -272,9 +284,9 @@ fn fill(typed: &Typed) -> RunConfig {
         relative: typed.relative.unwrap_or(Relative::Auto),
         season: typed.season.map(|size| size.0),
         calendar: typed.calendar.unwrap_or(defaults.calendar),
-        layers: size(typed.layers, defaults.layers),
+        layers: n_layers,
         hidden,
-        embedding: size(typed.embedding, if task == Task::Lm { hidden } else { 0 }),
+        embedding: size(typed.embedding, if task == Task::Lm { columns } else { 0 }),
         tied: typed.tied.unwrap_or(false),
         dropout: typed.dropout.unwrap_or(0.0),
         no_bias: typed.no_bias.unwrap_or(false),
@@ -284,6 +296,8 @@ fn fill(typed: &Typed) -> RunConfig {
             bidirectional: typed.bidirectional.unwrap_or_default(),
             residual: typed.residual.unwrap_or_default(),
             learned_state: typed.learned_state.unwrap_or_default(),
+            proj_size: typed.proj_size.unwrap_or_default(),
+            layer_norm: typed.layer_norm.unwrap_or_default(),
             peephole: typed.peephole.unwrap_or_default(),
             coupled_gates: typed.coupled_gates.unwrap_or_default(),
             cell_clip: typed.cell_clip.unwrap_or_default(),
@@ -399,6 +413,10 @@ fn check(layers: &Layers, typed: &Typed, config: &RunConfig) -> Result<(), Usage
     let judge = Judge { layers };
     let foreign = if config.task == Task::Lm { OF_SERIES } else { OF_TEXT };
     check_foreign(&judge, typed, config.task, foreign)?;
+    if let Some(cell) = typed.cell.as_ref().filter(|cell| *cell != "lstm") {
+        let problem = if cell == "gru" { "is not built: a GRU's three gates want kernels of their own" } else { "is no cell" };
+        return judge.refuse("cell", &format!("{cell} {problem}; take lstm"));
+    }
     check_data(&judge, config)?;
     check_model(&judge, config)?;
     check_training(&judge, config)?;
@@ -443,7 +461,15 @@ fn check_data(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
 
 fn check_model(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
     judge.size("layers", config.layers, MAX_LAYERS)?;
-    judge.size("hidden", config.hidden, MAX_UNITS)?;
+    let named = config.hidden.n_layers().unwrap_or(config.layers);
+    judge.hold("hidden", &config.hidden, named == config.layers, &format!("one number, or as many as --layers {}", config.layers))?;
+    let units: Vec<usize> = (0..config.layers).map(|l| config.hidden.of(l)).collect();
+    judge.hold("hidden", &config.hidden, units.iter().all(|units| (1..=MAX_UNITS).contains(units)), &format!("from 1 to {MAX_UNITS}"))?;
+    let (narrowest, projection) = (units.iter().min().copied().unwrap_or(0), config.lstm.proj_size);
+    judge.hold("proj_size", projection, projection < narrowest, &format!("below the hidden units of every layer, {narrowest} at least"))?;
+    if config.lstm.layer_norm && narrowest == 1 {
+        return judge.refuse("layer_norm", "of a single hidden unit is zero whatever comes in; raise --hidden");
+    }
     judge.size("seq_len", config.seq_len, MAX_LENGTH)?;
     judge.size("horizon", config.horizon, MAX_LENGTH)?;
     let l = &config.lstm;
@@ -465,8 +491,10 @@ fn check_model(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
     if config.task == Task::Lm {
         judge.size("embedding", config.embedding, MAX_UNITS)?;
     }
-    if config.tied && config.embedding != config.hidden {
-        return judge.hold("embedding", config.embedding, false, &format!("equal to --hidden, {}, with --tied", config.hidden));
+    let top = if projection > 0 { projection } else { units.last().copied().unwrap_or(0) };
+    if config.tied && config.embedding != top {
+        let flag = if projection > 0 { "--proj-size" } else { "--hidden" };
+        return judge.hold("embedding", config.embedding, false, &format!("equal to {flag}, {top}, with --tied"));
     }
     if let Init::Uniform(a) = config.init {
         judge.hold("init", config.init, a.is_finite() && a > 0.0, "uniform:A with A above 0")?;

@@ -77,12 +77,15 @@ fn the_task_follows_from_the_data_unless_it_is_given() {
 #[test]
 fn defaults_fit_the_kind_of_work() {
     let text = config(&["--data", "a.txt"]);
-    assert_eq!((text.layers, text.hidden, text.embedding, text.seq_len, text.batch_size, text.eval_batch_size), (2, 128, 128, 50, 50, 50));
+    assert_eq!(
+        (text.layers, text.hidden, text.embedding, text.seq_len, text.batch_size, text.eval_batch_size),
+        (2, 128.into(), 128, 50, 50, 50)
+    );
     assert_eq!((text.epochs, text.max_steps, text.select, text.level), (Some(10), None, Select::Best, Level::Char));
     assert_eq!((text.optimizer.rule, text.optimizer.lr, text.schedule.kind), (Rule::Adam, 2e-3, ScheduleKind::Cosine));
     assert_eq!(text.split.to_string(), "0.85,0.05,0.1");
     let words = config(&["--data", "a.txt", "--level", "word"]);
-    assert_eq!((words.hidden, words.embedding), (200, 200));
+    assert_eq!((words.hidden, words.embedding), (200.into(), 200));
     let example = config(&[]);
     assert_eq!((example.seq_len, example.horizon, example.select), (104, 26, Select::Last));
     assert_eq!(example.split, crate::data::builtin::co2_split());
@@ -109,7 +112,7 @@ fn one_limit_alone_switches_the_other_off() {
 fn a_flag_goes_before_the_file_and_the_file_before_the_default() {
     let text = "data = 'a.txt'\nlayers = 3\nhidden = '1K'\nlr = 1\ntied = true\nsplit = [0.5, 0.25, 0.25]\ngate_bias = '0,1,0,0'\n";
     let config = with_file(text, &["--hidden", "96", "--embedding", "96"]).unwrap();
-    assert_eq!((config.layers, config.hidden, config.seq_len, config.optimizer.lr, config.tied), (3, 96, 50, 1.0, true));
+    assert_eq!((config.layers, config.hidden, config.seq_len, config.optimizer.lr, config.tied), (3, 96.into(), 50, 1.0, true));
     assert_eq!((config.split.to_string().as_str(), config.gate_bias), ("0.5,0.25,0.25", Some([0.0, 1.0, 0.0, 0.0])));
     assert!(!with_file(text, &["--tied=false"]).unwrap().tied);
     assert_eq!(with_file(text, &[]).unwrap().embedding, 1024);
@@ -259,10 +262,10 @@ fn a_resumed_run_starts_from_its_record_and_a_new_limit_takes_the_place_of_the_o
     let folder = tempfile::tempdir().unwrap();
     let resume = |given: &[&str]| resolve::resolve(&flags(given).resumed(folder.path()).unwrap()).unwrap();
     // A folder that a kill left without a record: as a new run.
-    assert_eq!(resume(&["--data", "b.txt"]).hidden, 128);
+    assert_eq!(resume(&["--data", "b.txt"]).hidden, 128.into());
     fs::write(folder.path().join("config.toml"), toml::to_string(&recorded).unwrap()).unwrap();
     // Nor does the record count that a start without a checkpoint left.
-    assert_eq!(resume(&["--data", "b.txt"]).hidden, 128);
+    assert_eq!(resume(&["--data", "b.txt"]).hidden, 128.into());
     fs::create_dir(folder.path().join("checkpoints")).unwrap();
     fs::write(folder.path().join("checkpoints/step-00000001.safetensors"), "").unwrap();
     assert_eq!(resume(&[]), recorded);

@@ -13,6 +13,7 @@ use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
 use crate::data::text::Encoding;
 use crate::data::vocab::Level;
+use crate::model::config::Hidden;
 use crate::model::init::Init;
 use crate::optim::Rule;
 use crate::optim::schedule::ScheduleKind;
@@ -83,10 +84,10 @@ pub struct Typed {
     #[arg(long, value_name = "N", help_heading = MODEL)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layers: Option<Size>,
-    /// Hidden units of each layer
-    #[arg(long, value_name = "N", help_heading = MODEL)]
+    /// Hidden units of each layer: of all, or one after another (256,128)
+    #[arg(long, value_name = "N,...", help_heading = MODEL)]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub hidden: Option<Size>,
+    pub hidden: Option<Hidden>,
     /// Columns of the embedding of tokens; by default as many as --hidden
     #[arg(long, value_name = "N", help_heading = MODEL)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -103,10 +104,22 @@ pub struct Typed {
     #[arg(long, help_heading = MODEL, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub no_bias: Option<bool>,
+    /// The cell: lstm
+    #[arg(long, value_name = "NAME", help_heading = CELL)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cell: Option<String>,
     /// Read the window in both directions, side by side; not for language models
     #[arg(long, help_heading = CELL, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bidirectional: Option<bool>,
+    /// Project h to this many units, 0 for none (Sak et al. 2014)
+    #[arg(long, value_name = "N", help_heading = CELL)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proj_size: Option<usize>,
+    /// Normalise both products and the cell state over the units of a layer (Ba et al. 2016)
+    #[arg(long, help_heading = CELL, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layer_norm: Option<bool>,
     /// Add a layer's input to its output where both have the same width
     #[arg(long, help_heading = CELL, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -183,6 +183,6 @@ impl Forward for Session {
     }
 
     fn carried(&self, n_streams: usize) -> Carried {
-        Carried::new(self.config.layers, self.model.state_len(), n_streams)
+        Carried::new(self.model.config(), n_streams)
     }
 }

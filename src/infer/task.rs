@@ -255,7 +255,7 @@ pub fn model_config(config: &RunConfig, spec: &DataSpec) -> ModelConfig {
         input,
         output,
         n_layers: config.layers,
-        hidden: config.hidden,
+        hidden: config.hidden.clone(),
         dropout: config.dropout,
         bias: !config.no_bias,
         tied: config.tied,

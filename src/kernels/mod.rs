@@ -13,7 +13,6 @@ pub mod lstm;
 pub mod microkernel;
 pub mod pooling;
 pub mod reduce;
-pub mod sweep_cpu;
 pub mod update;
 
 use crate::pool::CpuContext;
@@ -275,13 +274,18 @@ pub struct Entry {
 pub const ALL: &[Entry] = &[
     embedding::GATHER_ENTRY,
     gemm::ENTRY,
+    lstm::NORM_INPUT_ENTRY,
     lstm::FORWARD_ENTRY,
+    lstm::NORM_FORWARD_ENTRY,
+    lstm::PROJECT_ENTRY,
     dropout::ENTRY,
     pooling::ENTRY,
     loss::SOFTMAX_ENTRY,
     loss::MSE_ENTRY,
     pooling::GRADIENT_ENTRY,
+    lstm::STATE_GRADIENT_ENTRY,
     lstm::BACKWARD_ENTRY,
+    lstm::NORM_BACKWARD_ENTRY,
     reduce::COLUMNS_ENTRY,
     embedding::GRADIENT_ENTRY,
     reduce::SUM_ENTRY,

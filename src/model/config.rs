@@ -2,9 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::kernels::lstm::PEEPHOLES;
+use crate::kernels::lstm::{LaneShape, PEEPHOLES};
 use crate::params::{Axis, Layout, ParamTable};
-use crate::shape::{ALIGN, GATES, round_up};
+use crate::shape::{ALIGN, GATES, pad_units, round_up};
 use crate::usage::UsageError;
 
 /// What goes in at each time step.
@@ -51,6 +51,57 @@ pub(super) enum Reading {
     Pooled(Pooling),
 }
 
+/// Hidden units: the same in all layers, or of each.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Hidden {
+    All(usize),
+    Each(Vec<usize>),
+}
+
+impl Hidden {
+    /// Of a layer that exists.
+    pub fn of(&self, layer: usize) -> usize {
+        match self {
+            Self::All(units) => *units,
+            Self::Each(units) => units[layer],
+        }
+    }
+
+    /// Layers, where each is named.
+    pub fn n_layers(&self) -> Option<usize> {
+        match self {
+            Self::All(_) => None,
+            Self::Each(units) => Some(units.len()),
+        }
+    }
+}
+
+impl From<usize> for Hidden {
+    fn from(units: usize) -> Self {
+        Self::All(units)
+    }
+}
+
+impl std::fmt::Display for Hidden {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::All(units) => write!(f, "{units}"),
+            Self::Each(units) => f.write_str(&units.iter().map(usize::to_string).collect::<Vec<_>>().join(",")),
+        }
+    }
+}
+
+impl std::str::FromStr for Hidden {
+    type Err = String;
+
+    /// `256`, or `256,128` for two layers.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let unit = |part: &str| part.trim().parse().map_err(|_| format!("'{}' is no number of hidden units", part.trim()));
+        if text.contains(',') { text.split(',').map(unit).collect::<Result<_, _>>().map(Self::Each) } else { unit(text).map(Self::All) }
+    }
+}
+
 /// What a layer is made of beyond its size. All of it off is the LSTM of PyTorch; the papers stand in `kernels::lstm`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -61,6 +112,10 @@ pub struct LstmConfig {
     pub residual: bool,
     /// The initial state is a parameter.
     pub learned_state: bool,
+    /// Units that h is projected to, 0 for none; then they are the layer's output.
+    pub proj_size: usize,
+    /// Layer normalisation of both products and of the cell state.
+    pub layer_norm: bool,
     /// The gates i and f read the old cell state, o the new one.
     pub peephole: bool,
     /// f = 1 - i.
@@ -84,7 +139,7 @@ pub struct ModelConfig {
     pub input: Input,
     pub output: Output,
     pub n_layers: usize,
-    pub hidden: usize,
+    pub hidden: Hidden,
     /// Between layers, in training.
     pub dropout: f64,
     pub bias: bool,
@@ -99,8 +154,11 @@ pub struct ModelConfig {
 pub(super) struct LayerParams {
     pub weight_ih: usize,
     pub weight_hh: usize,
+    pub weight_hr: Option<usize>,
     pub biases: Option<(usize, usize)>,
     pub peephole: Option<usize>,
+    /// Gains of the input's and of the recurrent product; gain and bias of the cell state.
+    pub norms: Option<[usize; 3]>,
     /// h and c.
     pub initial: Option<(usize, usize)>,
 }
@@ -121,10 +179,24 @@ impl ModelConfig {
     /// # Errors
     /// Names the sizes and what to change.
     pub fn check(&self) -> Result<(), UsageError> {
-        UsageError::unless(self.n_layers > 0 && self.hidden > 0, || {
-            format!("a model needs at least one layer and one hidden unit, not --layers {} --hidden {}", self.n_layers, self.hidden)
+        let named = self.hidden.n_layers().unwrap_or(self.n_layers);
+        UsageError::unless(named == self.n_layers, || {
+            format!("--hidden {} names {named} layers, but --layers is {}: leave one of them out", self.hidden, self.n_layers)
+        })?;
+        UsageError::unless(self.n_layers > 0 && (0..self.n_layers).all(|l| self.hidden.of(l) > 0), || {
+            format!("a model needs at least one layer and one hidden unit in each, not --layers {} --hidden {}", self.n_layers, self.hidden)
         })?;
         let l = &self.lstm;
+        let narrowest = (0..self.n_layers).map(|l| self.hidden.of(l)).min().unwrap_or(0);
+        UsageError::unless(l.proj_size < narrowest, || {
+            format!(
+                "--proj-size {} must be below the hidden units of every layer, --hidden {}, or it projects to nothing smaller",
+                l.proj_size, self.hidden
+            )
+        })?;
+        UsageError::unless(!l.layer_norm || narrowest > 1, || {
+            format!("--layer-norm over one hidden unit gives zero whatever comes in: raise --hidden {}", self.hidden)
+        })?;
         let shares = [
             ("--dropout", self.dropout),
             ("--recurrent-dropout", l.recurrent_dropout),
@@ -148,8 +220,10 @@ impl ModelConfig {
             let Input::Tokens { vocabulary, width } = self.input else {
                 return Err(UsageError("--tied needs tokens, which have an embedding to share with the head".to_owned()));
             };
-            UsageError::unless(width == self.hidden, || {
-                format!("--tied shares the embedding with the head: --embedding {width} must equal --hidden {}", self.hidden)
+            let top = self.layer_units(self.n_layers - 1);
+            UsageError::unless(width == top, || {
+                let flag = if l.proj_size > 0 { "--proj-size" } else { "--hidden" };
+                format!("--tied shares the embedding with the head: --embedding {width} must equal {flag} {top}")
             })?;
             UsageError::unless(self.output == Output::Classes { n_classes: vocabulary }, || {
                 format!("--tied shares the embedding with the head: {vocabulary} tokens go in, so as many classes must come out")
@@ -203,15 +277,40 @@ impl ModelConfig {
         self.n_layers * self.n_directions()
     }
 
+    /// Units that one direction of a layer hands up.
+    pub fn layer_units(&self, layer: usize) -> usize {
+        if self.lstm.proj_size > 0 { self.lstm.proj_size } else { self.hidden.of(layer) }
+    }
+
+    /// The sizes of a lane of a layer in training.
+    pub(super) fn lane_shape(&self, layer: usize) -> LaneShape {
+        let (units, l) = (self.hidden.of(layer), &self.lstm);
+        LaneShape {
+            hidden: pad_units(units) as u32,
+            units: units as u32,
+            width: pad_units(self.layer_units(layer)) as u32,
+            projects: l.proj_size > 0,
+            norms: l.layer_norm,
+            peepholes: l.peephole,
+            masks: l.recurrent_dropout > 0.0,
+        }
+    }
+
+    /// Units of h and of c in every lane: what a sequence carries on.
+    pub fn state_units(&self) -> Vec<[usize; 2]> {
+        let layers = (0..self.n_layers).map(|l| [self.layer_units(l), self.hidden.of(l)]);
+        layers.flat_map(|units| std::iter::repeat_n(units, self.n_directions())).collect()
+    }
+
     /// The axis of what comes out of a layer: both directions side by side.
-    fn layer_output(&self) -> Axis {
-        Axis { groups: self.n_directions(), ..Axis::units(self.hidden) }
+    fn layer_output(&self, layer: usize) -> Axis {
+        Axis { groups: self.n_directions(), ..Axis::units(self.layer_units(layer)) }
     }
 
     /// The axis of what goes into `layer`.
     pub(super) fn layer_input(&self, layer: usize) -> Axis {
         match self.input {
-            _ if layer > 0 => self.layer_output(),
+            _ if layer > 0 => self.layer_output(layer - 1),
             Input::Tokens { width, .. } => Axis::units(width),
             Input::Values { n_features } => Axis::inner(n_features),
         }
@@ -219,7 +318,7 @@ impl ModelConfig {
 
     /// Whether `layer` adds its input to its output.
     pub(super) fn is_residual(&self, layer: usize) -> bool {
-        self.lstm.residual && self.layer_input(layer) == self.layer_output()
+        self.lstm.residual && self.layer_input(layer) == self.layer_output(layer)
     }
 
     /// All parameters in order of first use: `embedding.weight`, `lstm.*_l0` ..., `head.weight` (unless tied), `head.bias`.
@@ -242,7 +341,7 @@ impl ModelConfig {
         let lanes = (0..self.n_layers).flat_map(|l| directions[..self.n_directions()].iter().map(move |direction| (l, direction)));
         let lanes = lanes.map(|(l, direction)| self.push_lane(&mut table, l, direction)).collect();
         let (head, outputs) = (1 + self.n_layers, self.n_outputs());
-        let cols = self.layer_output();
+        let cols = self.layer_output(self.n_layers - 1);
         let head_weight = match embedding {
             Some(embedding) if self.tied => embedding,
             _ => table.push("head.weight", head, vec![outputs, cols.len()], Layout::Matrix { rows: Axis::inner(outputs), cols }),
@@ -253,11 +352,14 @@ impl ModelConfig {
 
     /// The tensors of one layer in one direction, as PyTorch names them where it has them.
     fn push_lane(&self, table: &mut ParamTable, l: usize, direction: &str) -> LayerParams {
-        let (h, inputs, units) = (self.hidden, self.layer_input(l), Axis::units(self.hidden));
+        let (h, r, inputs) = (self.hidden.of(l), self.layer_units(l), self.layer_input(l));
+        let units = Axis::units(h);
         let name = |which: &str| format!("lstm.{which}_l{l}{direction}");
         let panels = |inputs| Layout::Panels { hidden: h, inputs };
         let weight_ih = table.push(name("weight_ih"), 1 + l, vec![GATES * h, inputs.len()], panels(inputs));
-        let weight_hh = table.push(name("weight_hh"), 1 + l, vec![GATES * h, h], panels(units));
+        let weight_hh = table.push(name("weight_hh"), 1 + l, vec![GATES * h, r], panels(Axis::units(r)));
+        let layout = Layout::Matrix { rows: Axis::units(r), cols: units };
+        let weight_hr = (self.lstm.proj_size > 0).then(|| table.push(name("weight_hr"), 1 + l, vec![r, h], layout));
         // The vectors lie in one bucket, since a step kernel binds them together.
         let rows = |n| Layout::Matrix { rows: Axis::exact(n), cols: units };
         let mut vectors: Vec<(&str, Vec<usize>, Layout)> = Vec::new();
@@ -267,8 +369,13 @@ impl ModelConfig {
         if self.lstm.peephole {
             vectors.push(("weight_peephole", vec![PEEPHOLES, h], rows(PEEPHOLES)));
         }
+        if self.lstm.layer_norm {
+            vectors.extend(["norm_ih", "norm_hh"].map(|which| (which, vec![GATES * h], Layout::gate_bias(h))));
+            vectors.push(("norm_c", vec![2, h], rows(2)));
+        }
         if self.lstm.learned_state {
-            vectors.extend(["initial_h", "initial_c"].map(|which| (which, vec![h], rows(1))));
+            vectors.push(("initial_h", vec![r], Layout::Matrix { rows: Axis::exact(1), cols: Axis::units(r) }));
+            vectors.push(("initial_c", vec![h], rows(1)));
         }
         let sizes: Vec<usize> = vectors.iter().map(|(_, _, layout)| round_up(layout.packed_len(), ALIGN)).collect();
         let mut places = Vec::new();
@@ -280,8 +387,10 @@ impl ModelConfig {
         LayerParams {
             weight_ih,
             weight_hh,
+            weight_hr,
             biases: at("bias_ih").zip(at("bias_hh")),
             peephole: at("weight_peephole"),
+            norms: at("norm_ih").zip(at("norm_hh")).zip(at("norm_c")).map(|((ih, hh), c)| [ih, hh, c]),
             initial: at("initial_h").zip(at("initial_c")),
         }
     }

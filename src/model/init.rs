@@ -80,10 +80,17 @@ fn values(config: &ModelConfig, tensor: &Tensor, init: Init, gate_bias: Option<[
     let n: usize = tensor.shape.iter().product();
     let mut uniform = |a: f64, n: usize| -> Vec<f32> { (0..n).map(|_| ((2.0 * random.uniform_f64() - 1.0) * a) as f32).collect() };
     let (is_lstm, is_bias) = (tensor.name.starts_with("lstm."), tensor.shape.len() == 1);
-    let hidden = config.hidden;
     if tensor.name.contains(".initial_") {
         return vec![0.0; n];
     }
+    // Gains start at 1; behind that of the cell state stands its bias.
+    if tensor.name.contains(".norm_c") {
+        return (0..n).map(|i| if i < n / 2 { 1.0 } else { 0.0 }).collect();
+    }
+    if tensor.name.contains(".norm_") {
+        return vec![1.0; n];
+    }
+    let hidden = if is_lstm { config.hidden.of(tensor.layer - 1) } else { config.layer_units(config.n_layers - 1) };
     if let (Some(biases), true, true) = (gate_bias, is_lstm, is_bias) {
         let first = tensor.name.contains("bias_ih");
         return (0..n).map(|i| if first { biases[i / hidden] as f32 } else { 0.0 }).collect();
@@ -104,7 +111,10 @@ fn values(config: &ModelConfig, tensor: &Tensor, init: Init, gate_bias: Option<[
         }
         _ if is_bias => vec![0.0; n],
         Init::He => (0..n).map(|_| (random.normal() * (2.0 / inputs as f64).sqrt()) as f32).collect(),
-        Init::Orthogonal if tensor.name.contains("weight_hh") => (0..GATES).flat_map(|_| orthogonal(hidden, random)).collect(),
+        // A projection makes it no square; then Xavier's bound serves.
+        Init::Orthogonal if tensor.name.contains("weight_hh") && inputs == hidden => {
+            (0..GATES).flat_map(|_| orthogonal(hidden, random)).collect()
+        }
         Init::Xavier | Init::Orthogonal => uniform((6.0 / (inputs + outputs) as f64).sqrt(), n),
     }
 }
@@ -139,7 +149,7 @@ mod tests {
             input: Input::Tokens { vocabulary: 50, width: 20 },
             output: Output::Classes { n_classes: 50 },
             n_layers: 2,
-            hidden: 24,
+            hidden: 24.into(),
             dropout: 0.0,
             bias: true,
             tied: false,

@@ -17,7 +17,7 @@ use crate::kernels::elementwise::Add;
 use crate::kernels::embedding::{EmbeddingGather, EmbeddingGradient, TokenIndex};
 use crate::kernels::gemm::{Gemm, Matrix};
 use crate::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
-use crate::kernels::lstm::{Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneTensors, LaneVectors, NONE, PEEPHOLES, SweepArgs};
+use crate::kernels::lstm::{Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneTensors, LaneVectors, NONE, SweepArgs};
 use crate::kernels::pooling::{ALL_STEPS, FIRST_STEP, LAST_STEP, PoolSteps, PoolStepsGradient};
 use crate::kernels::reduce::{ColumnSums, Sum};
 use crate::params::ParamTable;
@@ -51,7 +51,7 @@ pub struct Share<'a> {
     pub lengths: Option<&'a [u32]>,
     /// Global stream or sample number of each row `[B]`: what dropout is drawn by.
     pub streams: &'a [u32],
-    /// Carried state `[L, 2, B, H]`, h before c, H padded; none: zero.
+    /// Carried state as [`state::Carried::rows`] gives it, h before c for every lane; none: zero, or the learned one.
     pub state: Option<&'a [f32]>,
     /// Multiplies the gradient: 1 over the global weight.
     pub scale: f32,
@@ -75,7 +75,6 @@ pub const MAX_PARTS: usize = 64;
 /// The buffers of one layer in one direction for the largest share so far.
 struct LaneBuffers {
     gates: BufferId,
-    /// With recurrent dropout twice as long: the masked states stand behind.
     h: BufferId,
     c: BufferId,
     /// What the layer hands up where that is not h itself: dropped, or with its input added.
@@ -83,6 +82,7 @@ struct LaneBuffers {
     /// The recurrent weights that a step keeps, and their gradient.
     dropped_weight: Option<(BufferId, Option<BufferId>)>,
     carry: Option<BufferId>,
+    dh: Option<BufferId>,
 }
 
 struct Workspace {
@@ -109,7 +109,7 @@ impl Workspace {
     fn buffers(self) -> impl Iterator<Item = BufferId> {
         let of_lane = |l: LaneBuffers| {
             let weights = l.dropped_weight.map(|(weight, gradient)| [Some(weight), gradient]);
-            [Some(l.gates), Some(l.h), Some(l.c), l.output, l.carry].into_iter().chain(weights.into_iter().flatten()).flatten()
+            [Some(l.gates), Some(l.h), Some(l.c), l.output, l.carry, l.dh].into_iter().chain(weights.into_iter().flatten()).flatten()
         };
         let others = [self.input, self.rows, self.targets, self.weights, self.outputs, self.row_loss];
         let lanes = self.lanes.into_iter().flat_map(of_lane);
@@ -239,13 +239,19 @@ impl Model {
         read_buckets(&self.table, backend, &self.params, deadline)
     }
 
-    /// Floats of the carried state of one row: `[L, 2, H]`, H padded; both directions of a layer count.
-    pub fn state_len(&self) -> usize {
-        self.config.n_lanes() * 2 * self.hidden()
+    /// The sizes of a lane, a layer in one direction.
+    fn shape(&self, lane: usize) -> LaneShape {
+        self.config.lane_shape(lane / self.config.n_directions())
     }
 
-    fn hidden(&self) -> usize {
-        pad_units(self.config.hidden)
+    /// Floats of one direction's outputs of `layer`, padded.
+    fn width_of(&self, layer: usize) -> usize {
+        self.config.lane_shape(layer).width as usize
+    }
+
+    /// Floats of one direction of what the head reads, padded.
+    fn top_width(&self) -> usize {
+        self.width_of(self.config.n_layers - 1)
     }
 
     /// Whether a lane, a layer in one direction, runs backwards in time.
@@ -256,10 +262,15 @@ impl Model {
     /// The final state's spans after a pass over this many steps and rows, in the order of [`Share::state`].
     pub fn final_state(&self, n_steps: usize, n_rows: usize) -> Vec<Span> {
         let Some(w) = &self.workspace else { return Vec::new() };
-        let len = n_rows * self.hidden();
-        let end = |lane: usize| if self.is_reverse(lane) { 0 } else { n_steps * len };
-        let lanes = w.lanes.iter().enumerate();
-        lanes.flat_map(|(i, l)| [l.h, l.c].map(|buffer| Span { buffer, offset: end(i), len })).collect()
+        let last = |lane: usize| if self.is_reverse(lane) { 0 } else { n_steps };
+        let spans = w.lanes.iter().enumerate().flat_map(|(i, lane)| {
+            let shape = self.shape(i);
+            [(lane.h, shape.width), (lane.c, shape.hidden)].map(|(buffer, width)| {
+                let len = n_rows * width as usize;
+                Span { buffer, offset: last(i) * len, len }
+            })
+        });
+        spans.collect()
     }
 
     /// Outputs after a forward pass without targets: `[rows, columns]`, and the floats from row to row. Rows are `T x B` for classes of steps, else `B`.
@@ -293,7 +304,6 @@ impl Model {
             fits(limits, label, len, "--batch-size, --eval-batch-size, --seq-len or --hidden, or give more parts with --accumulate")?;
             backend.alloc(label, round_up(len.max(1), ALIGN))
         };
-        let hidden = self.hidden();
         let out_stride = pad_inner(self.config.n_outputs());
         let rows = if self.config.reading() == Reading::Steps { tb } else { b };
         let (input, embedded, index) = match self.config.input {
@@ -306,28 +316,31 @@ impl Model {
         };
         let n_targets = rows * self.config.n_targets();
         let n_pooled = if matches!(self.config.reading(), Reading::Pooled(_)) { self.config.n_directions() } else { 0 };
-        let (c, sums) = (&self.config.lstm, if self.config.lstm.peephole { PEEPHOLES } else { 0 });
-        let copies = if c.recurrent_dropout > 0.0 { 2 } else { 1 };
         let lanes = (0..self.config.n_lanes())
             .map(|i| {
                 let layer = i / self.config.n_directions();
                 let has_output = self.config.is_residual(layer) || (self.config.dropout > 0.0 && layer + 1 < self.config.n_layers);
-                let weights = GATES * hidden * hidden;
-                let mut weight = |label| (c.weight_drop > 0.0).then(|| alloc(label, weights)).transpose();
+                let shape = self.shape(i);
+                let weights = recurrent_len(shape);
+                let mut weight = |label| (self.config.lstm.weight_drop > 0.0).then(|| alloc(label, weights)).transpose();
                 let kept = weight("kept recurrent weights")?;
                 let kept_gradient = if gradients { weight("gradients of kept recurrent weights")? } else { None };
                 Ok(LaneBuffers {
-                    gates: alloc("gates", tb * hidden * GATES)?,
-                    h: alloc("hidden states", copies * (tb + b) * hidden)?,
-                    c: alloc("cell states", (tb + b) * hidden)?,
-                    output: has_output.then(|| alloc("outputs of a layer", tb * hidden)).transpose()?,
+                    gates: alloc("gates", shape.gates_len(tb))?,
+                    h: alloc("hidden states", shape.h_len(tb, b))?,
+                    c: alloc("cell states", shape.c_len(tb, b))?,
+                    output: has_output.then(|| alloc("outputs of a layer", tb * shape.width as usize)).transpose()?,
                     dropped_weight: kept.map(|kept| (kept, kept_gradient)),
-                    carry: gradients.then(|| alloc("carried gradients", (2 + sums) * b * hidden)).transpose()?,
+                    carry: gradients.then(|| alloc("carried gradients", shape.carry_len(b))).transpose()?,
+                    dh: (gradients && shape.dh_len(tb) > 0).then(|| alloc("gradients of hidden states", shape.dh_len(tb))).transpose()?,
                 })
             })
             .collect::<Result<Vec<_>>>()?;
-        let widest = (0..self.config.n_layers).map(|l| self.config.layer_input(l)).map(|axis| axis.padded_len() / axis.groups).max();
-        let widest = widest.unwrap_or(0).max(hidden);
+        let of_layer = |l| {
+            let input = self.config.layer_input(l);
+            (input.padded_len() / input.groups).max(self.width_of(l))
+        };
+        let widest = (0..self.config.n_layers).map(of_layer).max().unwrap_or(0);
         let flow = gradients
             .then(|| (0..self.flow_sets() * self.config.n_directions()).map(|_| alloc("gradients of states", tb * widest)).collect())
             .transpose()?;
@@ -341,7 +354,7 @@ impl Model {
             targets: alloc("targets", n_targets)?,
             weights: alloc("weights", n_targets)?,
             lanes,
-            pooled: (0..n_pooled).map(|_| alloc("pooled outputs", b * hidden)).collect::<Result<_>>()?,
+            pooled: (0..n_pooled).map(|_| alloc("pooled outputs", b * self.top_width())).collect::<Result<_>>()?,
             outputs: alloc("outputs", rows * out_stride)?,
             row_loss: alloc("losses", rows)?,
             flow,
@@ -400,7 +413,7 @@ impl Model {
 
     fn upload(&mut self, backend: &mut dyn Backend, share: &Share<'_>, pass: Pass) -> Result<()> {
         let w = self.workspace.as_ref().context("a workspace is reserved first")?;
-        let (t, b, hidden) = (share.n_steps, share.n_rows, pad_units(self.config.hidden));
+        let (t, b) = (share.n_steps, share.n_rows);
         let at = front;
         match (self.config.input, share.input) {
             (Input::Tokens { vocabulary, .. }, Words::Tokens(tokens)) => {
@@ -460,15 +473,20 @@ impl Model {
             }
             backend.write(at(w.weights, words.len()), weights)?;
         }
-        let len = b * hidden;
+        let mut given = share.state;
         for (i, lane) in w.lanes.iter().enumerate() {
-            let start = if self.is_reverse(i) { t * len } else { 0 };
             let learned = self.at.lanes[i].initial.map(|(h, c)| [h, c]);
-            for (which, buffer) in [lane.h, lane.c].into_iter().enumerate() {
-                let to = Span { buffer, offset: start, len };
-                match (share.state, learned) {
-                    (Some(state), _) => backend.write(to, &state[(2 * i + which) * len..][..len])?,
-                    (None, Some(learned)) => self.spread(backend, learned[which], front(buffer, start + len), start, b)?,
+            let (first, shape) = (if self.is_reverse(i) { t } else { 0 }, self.shape(i));
+            for (which, (buffer, width)) in [(lane.h, shape.width), (lane.c, shape.hidden)].into_iter().enumerate() {
+                let (width, len) = (width as usize, b * width as usize);
+                let to = Span { buffer, offset: first * len, len };
+                match (&mut given, learned) {
+                    (Some(given), _) => {
+                        let (state, rest) = given.split_at_checked(len).context("the carried state ends before the model's layers do")?;
+                        backend.write(to, state)?;
+                        *given = rest;
+                    }
+                    (None, Some(learned)) => self.spread(backend, learned[which], front(buffer, to.offset + len), to.offset, [b, width])?,
                     (None, None) => backend.clear(to)?,
                 }
             }
@@ -477,8 +495,7 @@ impl Model {
     }
 
     /// Copies a vector of units to every row of the state at `start`: a product without terms, and the vector as its bias.
-    fn spread(&self, backend: &mut dyn Backend, tensor: usize, to: Span, start: usize, n_rows: usize) -> Result<()> {
-        let hidden = self.hidden();
+    fn spread(&self, backend: &mut dyn Backend, tensor: usize, to: Span, start: usize, [n_rows, hidden]: [usize; 2]) -> Result<()> {
         let (span, offset) = self.place(backend, &self.params, tensor);
         let kernel = Gemm {
             m: n_rows as u32,
@@ -524,23 +541,23 @@ impl Model {
 
     /// A lane over the whole share.
     fn lane(&self, backend: &dyn Backend, w: &Workspace, i: usize, share: &Share<'_>, pass: Pass, x: Parts) -> Lane {
-        let (t, b, hidden) = (share.n_steps, share.n_rows, self.hidden());
+        let (t, b) = (share.n_steps, share.n_rows);
         let buffers = &w.lanes[i];
         let cell = Cell { streams: streams_at(b) as u32, ..self.cell(i, pass) };
-        let states = (t + 1) * b * hidden;
+        let shape = LaneShape { masks: cell.is_masked(), ..self.shape(i) };
         let mut tensors = self.lane_tensors(backend, i, &self.params);
         if let (Some(_), Some((kept, _))) = (pass.key, buffers.dropped_weight) {
-            tensors.weight_hh = (front(kept, GATES * hidden * hidden), 0);
+            tensors.weight_hh = (front(kept, recurrent_len(shape)), 0);
         }
         Lane {
-            hidden: hidden as u32,
+            shape,
+            n_steps: t as u32,
             reverse: self.is_reverse(i),
             tensors,
             x,
-            gates: front(buffers.gates, t * b * hidden * GATES),
-            h: front(buffers.h, if cell.is_masked() { 2 * states } else { states }),
-            masked: states as u32,
-            c: front(buffers.c, states),
+            gates: front(buffers.gates, shape.gates_len(t * b)),
+            h: front(buffers.h, shape.h_len(t * b, b)),
+            c: front(buffers.c, shape.c_len(t * b, b)),
             range: 0..t as u32,
             rows: Some(front(w.rows, streams_at(b) + b)),
             use_lengths: share.lengths.is_some(),
@@ -550,15 +567,15 @@ impl Model {
     }
 
     fn lane_tensors(&self, backend: &dyn Backend, lane: usize, buckets: &[BufferId]) -> LaneTensors {
-        let LayerParams { weight_ih, weight_hh, biases, peephole, .. } = self.at.lanes[lane];
+        let LayerParams { weight_ih, weight_hh, weight_hr, biases, peephole, norms, .. } = self.at.lanes[lane];
         let at = |tensor: usize| self.place(backend, buckets, tensor);
-        let vectors = biases.map(|(ih, _)| ih).or(peephole).map(|first| LaneVectors {
-            span: at(first).0,
-            bias_ih: biases.map_or(NONE, |(ih, _)| at(ih).1),
-            bias_hh: biases.map_or(NONE, |(_, hh)| at(hh).1),
-            peephole: peephole.map_or(NONE, |peephole| at(peephole).1),
+        let vectors = biases.map(|(ih, _)| ih).or(peephole).or(norms.map(|[ih, ..]| ih)).map(|first| {
+            let offset = |tensor: Option<usize>| tensor.map_or(NONE, |tensor| at(tensor).1);
+            let [norm_ih, norm_hh, norm_c] = norms.map_or([None; 3], |norms| norms.map(Some)).map(offset);
+            let (bias_ih, bias_hh) = (offset(biases.map(|(ih, _)| ih)), offset(biases.map(|(_, hh)| hh)));
+            LaneVectors { span: at(first).0, bias_ih, bias_hh, peephole: offset(peephole), norm_ih, norm_hh, norm_c }
         });
-        LaneTensors { weight_ih: at(weight_ih), weight_hh: at(weight_hh), vectors }
+        LaneTensors { weight_ih: at(weight_ih), weight_hh: at(weight_hh), weight_hr: weight_hr.map(at), vectors }
     }
 
     /// The bucket that a tensor lies in and where it starts there.
@@ -575,7 +592,7 @@ impl Model {
 
     /// Keeps the recurrent weights that this step has, or the gradients of those.
     fn drop_weight(&self, backend: &mut dyn Backend, lane: usize, key: StepKey, (from, start): (Span, u32), to: (Span, u32)) -> Result<()> {
-        let len = (GATES * self.hidden() * self.hidden()) as u32;
+        let len = recurrent_len(self.shape(lane)) as u32;
         // Masks over weights have no sequence: all rows of the batch, on all ranks, see the same.
         let no_stream = Span { buffer: self.zero, offset: 0, len: 1 };
         let tag = tag(Purpose::WeightDrop, lane as u32);
@@ -604,7 +621,7 @@ impl Model {
     }
 
     fn forward(&self, backend: &mut dyn Backend, w: &Workspace, share: &Share<'_>, pass: Pass) -> Result<Forward> {
-        let (t, b, hidden) = (share.n_steps, share.n_rows, self.hidden());
+        let (t, b) = (share.n_steps, share.n_rows);
         let inputs = self.config.layer_input(0).padded_len();
         let mut x: Parts = [Some(LanePart { span: front(w.input, t * b * inputs), offset: 0, width: inputs as u32 }), None];
         if let (Input::Tokens { vocabulary, width }, Some(embedded), Some(table)) = (self.config.input, w.embedded, self.at.embedding) {
@@ -622,21 +639,22 @@ impl Model {
             for i in of_layer.clone() {
                 if let (Some(key), Some((kept, _))) = (pass.key, w.lanes[i].dropped_weight) {
                     let from = self.place(backend, &self.params, self.at.lanes[i].weight_hh);
-                    self.drop_weight(backend, i, key, from, (front(kept, GATES * hidden * hidden), 0))?;
+                    self.drop_weight(backend, i, key, from, (front(kept, recurrent_len(self.shape(i))), 0))?;
                 }
                 lanes.push(self.lane(backend, w, i, share, pass, x));
             }
             let flags = front(self.flags, ALIGN);
             backend.sweep(&SweepArgs { n_rows: b as u32, lanes: &lanes[of_layer.clone()], flags, gradients: false })?;
             let mut above: Parts = [None; 2];
+            let width = self.width_of(l);
             for (direction, i) in of_layer.enumerate() {
                 // Outputs are the states after the first, in reverse those before the last.
-                let offset = if self.is_reverse(i) { 0 } else { (b * hidden) as u32 };
-                let h = LanePart { span: lanes[i].h, offset, width: hidden as u32 };
+                let offset = if self.is_reverse(i) { 0 } else { (b * width) as u32 };
+                let h = LanePart { span: lanes[i].h, offset, width: width as u32 };
                 above[direction] = Some(h);
                 let dropped = pass.key.filter(|_| self.config.dropout > 0.0 && l + 1 < self.config.n_layers);
                 let Some(output) = w.lanes[i].output.filter(|_| dropped.is_some() || self.config.is_residual(l)) else { continue };
-                let out = front(output, t * b * hidden);
+                let out = front(output, t * b * width);
                 match dropped {
                     Some(key) => self.drop_outputs(backend, w, share, i, key, h, out)?,
                     None => backend.copy(h.span.part(offset as usize, out.len), out)?,
@@ -645,7 +663,7 @@ impl Model {
                     let add = Add { len: out.len as u32, x_offset: input.offset, y_offset: 0, a: 1.0 };
                     backend.launch(&add, &[input.span, out])?;
                 }
-                above[direction] = Some(LanePart { span: out, offset: 0, width: hidden as u32 });
+                above[direction] = Some(LanePart { span: out, offset: 0, width: width as u32 });
             }
             x = above;
         }
@@ -655,19 +673,19 @@ impl Model {
         let (weight, weight_at) = self.place(backend, &self.params, self.at.head_weight);
         let (bias, bias_at) = self.place(backend, &self.params, self.at.head_bias);
         let stride = pad_inner(self.config.n_outputs());
-        let rows = self.output_rows(t, b);
-        for (column, part) in x.iter().flatten().enumerate().map(|(direction, part)| (direction * hidden, part)) {
+        let (rows, width) = (self.output_rows(t, b), self.top_width());
+        for (column, part) in x.iter().flatten().enumerate().map(|(direction, part)| (direction * width, part)) {
             let product = Gemm {
                 m: rows as u32,
                 n: stride as u32,
-                k: hidden as u32,
+                k: width as u32,
                 trans_a: 0,
                 trans_b: 1,
                 accumulate: u32::from(column > 0),
                 use_bias: u32::from(column == 0),
                 bias_offset: bias_at,
-                a: Matrix::row_major(part.offset as usize + self.head_row(share, column > 0) * hidden, hidden),
-                b: Matrix::row_major(weight_at as usize + column, hidden * self.config.n_directions()),
+                a: Matrix::row_major(part.offset as usize + self.head_row(share, column > 0) * width, width),
+                b: Matrix::row_major(weight_at as usize + column, width * self.config.n_directions()),
                 c: Matrix::row_major(0, stride),
             };
             backend.launch(&product, &[part.span, weight, bias, front(w.outputs, rows * stride)])?;
@@ -687,16 +705,16 @@ impl Model {
             Pooling::Last if direction == 0 => LAST_STEP,
             Pooling::Last => FIRST_STEP,
         };
-        let (n_steps, n_rows, width) = (share.n_steps as u32, share.n_rows as u32, self.hidden() as u32);
+        let (n_steps, n_rows, width) = (share.n_steps as u32, share.n_rows as u32, self.top_width() as u32);
         PoolSteps { n_steps, n_rows, width, x, pooled: 0, which, use_lengths: u32::from(share.lengths.is_some()) }
     }
 
     /// A row a sequence, of what the last layer hands up.
     fn pool(&self, backend: &mut dyn Backend, w: &Workspace, share: &Share<'_>, pooling: Pooling, x: Parts) -> Result<Parts> {
-        let (b, hidden) = (share.n_rows, self.hidden());
+        let (b, width) = (share.n_rows, self.top_width());
         let mut pooled: Parts = [None; 2];
         for (direction, (part, &buffer)) in x.iter().flatten().zip(&w.pooled).enumerate() {
-            let span = front(buffer, b * hidden);
+            let span = front(buffer, b * width);
             let kernel = self.pool_steps(share, pooling, direction, part.offset);
             backend.launch(&kernel, &[part.span, front(w.rows, b), span])?;
             pooled[direction] = Some(LanePart { span, offset: 0, width: part.width });
@@ -732,7 +750,7 @@ impl Model {
         done: &mut Forward,
         ready: &mut dyn FnMut(&mut dyn Backend, usize, Span) -> Result<()>,
     ) -> Result<()> {
-        let (t, b, hidden) = (share.n_steps, share.n_rows, self.hidden());
+        let (t, b) = (share.n_steps, share.n_rows);
         let n = self.config.n_directions();
         let flow = w.flow.as_ref().context("a workspace for gradients is reserved first")?;
         let set = |i: usize| [flow[i * n], flow[i * n + n - 1]];
@@ -753,9 +771,9 @@ impl Model {
             let (span, offset) = self.place(backend, &self.grads, embedding);
             backend.clear(span.part(offset as usize, self.table.tensors()[embedding].range.len()))?;
         }
-        for lane in &w.lanes {
-            let carry = lane.carry.context("a workspace for gradients is reserved first")?;
-            backend.clear(front(carry, 2 * b * hidden))?;
+        for (i, lane) in w.lanes.iter().enumerate() {
+            let (carry, shape) = (lane.carry.context("a workspace for gradients is reserved first")?, self.shape(i));
+            backend.clear(front(carry, b * (shape.width + shape.hidden) as usize))?;
         }
         // Where the head reads only final states, their gradients go straight to the carries.
         let by_carry = self.config.reading() == Reading::FinalStates;
@@ -765,13 +783,15 @@ impl Model {
             let from_head = by_carry && l + 1 == self.config.n_layers;
             let residual = self.config.is_residual(l);
             let dropped = pass.key.filter(|_| self.config.dropout > 0.0 && l + 1 < self.config.n_layers);
-            let whole = |buffer: BufferId| LanePart { span: front(buffer, t * b * hidden), offset: 0, width: hidden as u32 };
+            let out_width = self.width_of(l);
+            let out_len = t * b * out_width;
+            let whole = |buffer: BufferId| LanePart { span: front(buffer, out_len), offset: 0, width: out_width as u32 };
             // Gradients of h, once through the dropout.
             let mut dh = above;
             if let Some(key) = dropped {
                 dh = if residual { between } else { below };
                 for (direction, i) in self.lanes_of(l).enumerate() {
-                    self.drop_outputs(backend, w, share, i, key, whole(above[direction]), front(dh[direction], t * b * hidden))?;
+                    self.drop_outputs(backend, w, share, i, key, whole(above[direction]), front(dh[direction], out_len))?;
                 }
                 if !residual {
                     // What came from above is not needed again.
@@ -787,13 +807,14 @@ impl Model {
             };
             for (direction, i) in self.lanes_of(l).enumerate() {
                 let mut tensors = self.lane_tensors(backend, i, &self.grads);
+                let shape = self.shape(i);
                 if let (Some(_), Some((_, Some(gradient)))) = (pass.key, w.lanes[i].dropped_weight) {
-                    tensors.weight_hh = (front(gradient, GATES * hidden * hidden), 0);
+                    tensors.weight_hh = (front(gradient, recurrent_len(shape)), 0);
                 }
-                let sums = if self.config.lstm.peephole { PEEPHOLES } else { 0 };
                 done.lanes[i].backward = Some(LaneGradients {
-                    dh_out: (!from_head).then(|| (front(dh[direction], t * b * hidden), 0)),
-                    carry: front(w.lanes[i].carry.context("a workspace for gradients is reserved first")?, (2 + sums) * b * hidden),
+                    dh_out: (!from_head).then(|| (front(dh[direction], out_len), 0)),
+                    carry: front(w.lanes[i].carry.context("a workspace for gradients is reserved first")?, shape.carry_len(b)),
+                    dh: w.lanes[i].dh.map(|dh| front(dh, shape.dh_len(t * b))),
                     tensors,
                     accumulate,
                     dx: [dx(0), dx(1)],
@@ -807,8 +828,8 @@ impl Model {
             }
             if residual {
                 for direction in 0..groups {
-                    let add = Add { len: (t * b * hidden) as u32, x_offset: 0, y_offset: 0, a: 1.0 };
-                    backend.launch(&add, &[front(above[direction], t * b * hidden), front(below[direction], t * b * hidden)])?;
+                    let add = Add { len: out_len as u32, x_offset: 0, y_offset: 0, a: 1.0 };
+                    backend.launch(&add, &[front(above[direction], out_len), front(below[direction], out_len)])?;
                 }
             }
             all_down_to(first_bucket(self.at.lanes[self.lanes_of(l).start].weight_ih), backend)?;
@@ -838,32 +859,32 @@ impl Model {
 
     /// What a lane's sweep leaves to be done: gradients of the weights that were kept, and of a learned initial state.
     fn finish_lane(&self, backend: &mut dyn Backend, w: &Workspace, share: &Share<'_>, pass: Pass, i: usize) -> Result<()> {
-        let hidden = self.hidden();
+        let shape = self.shape(i);
         if let (Some(key), Some((_, Some(gradient)))) = (pass.key, w.lanes[i].dropped_weight) {
             let to = self.place(backend, &self.grads, self.at.lanes[i].weight_hh);
-            self.drop_weight(backend, i, key, (front(gradient, GATES * hidden * hidden), 0), to)?;
+            self.drop_weight(backend, i, key, (front(gradient, recurrent_len(shape)), 0), to)?;
         }
         let (Some((h, c)), Some(carry)) = (self.at.lanes[i].initial, w.lanes[i].carry) else { return Ok(()) };
-        let state = share.n_rows * hidden;
-        for (which, tensor) in [h, c].into_iter().enumerate() {
+        let of_h = share.n_rows as u32 * shape.width;
+        for (tensor, width, offset) in [(h, shape.width, 0), (c, shape.hidden, of_h)] {
             let (span, out) = self.place(backend, &self.grads, tensor);
             if share.state.is_some() {
                 // The sequences go on from a state of their own.
                 if pass.part == 0 {
-                    backend.clear(span.part(out as usize, hidden))?;
+                    backend.clear(span.part(out as usize, width as usize))?;
                 }
                 continue;
             }
             let sums = ColumnSums {
                 n_rows: share.n_rows as u32,
-                n_cols: hidden as u32,
-                row_stride: hidden as u32,
-                offset: (which * state) as u32,
+                n_cols: width,
+                row_stride: width,
+                offset,
                 out,
                 second_out: NONE,
                 accumulate: u32::from(pass.part > 0),
             };
-            backend.launch(&sums, &[front(carry, 2 * state), span])?;
+            backend.launch(&sums, &[front(carry, shape.carry_len(share.n_rows)), span])?;
         }
         Ok(())
     }
@@ -878,7 +899,7 @@ impl Model {
         done: &Forward,
         above: Option<[BufferId; 2]>,
     ) -> Result<()> {
-        let (t, b, hidden) = (share.n_steps, share.n_rows, self.hidden());
+        let (t, b, hidden) = (share.n_steps, share.n_rows, self.top_width());
         let rows = self.output_rows(t, b);
         let stride = pad_inner(self.config.n_outputs());
         let row_len = hidden * self.config.n_directions();
@@ -958,6 +979,11 @@ struct Forward {
 /// Whether a place `[T, B]` lies before its row's end.
 fn is_valid(share: &Share<'_>, place: usize) -> bool {
     share.lengths.is_none_or(|lengths| place / share.n_rows < lengths[place % share.n_rows] as usize)
+}
+
+/// Floats of a lane's recurrent weights.
+fn recurrent_len(shape: LaneShape) -> usize {
+    GATES * (shape.hidden * shape.width) as usize
 }
 
 /// The stream numbers of this many rows.

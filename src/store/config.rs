@@ -7,7 +7,7 @@ use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
 use crate::data::text::Encoding;
 use crate::data::vocab::Level;
-use crate::model::config::LstmConfig;
+use crate::model::config::{Hidden, LstmConfig};
 use crate::model::init::Init;
 use crate::optim::OptimizerConfig;
 use crate::optim::schedule::ScheduleConfig;
@@ -65,7 +65,7 @@ pub struct RunConfig {
     /// Adds sine and cosine of the season's phase to the inputs.
     pub calendar: bool,
     pub layers: usize,
-    pub hidden: usize,
+    pub hidden: Hidden,
     /// Columns of the embedding, for tokens.
     pub embedding: usize,
     pub tied: bool,

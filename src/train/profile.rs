@@ -22,7 +22,6 @@ use crate::model::init::{Init, initial};
 use crate::model::state::Carried;
 use crate::optim::{OptimizerConfig, Rule};
 use crate::rng::{Purpose, StepKey, Stream};
-use crate::shape::pad_units;
 use crate::usage::UsageError;
 
 /// Steps before the clock starts: pipelines are built, memory is touched.
@@ -48,21 +47,21 @@ fn optimizer(rule: Rule, lr: f64, clip_norm: f64) -> OptimizerConfig {
 impl Workload {
     /// One of the fixed workloads that tools are compared by: A series, B char-lm, C ptb-small, D large.
     pub fn named(name: &str) -> Option<Self> {
-        let tokens = |vocabulary, width, hidden| ModelConfig {
+        let tokens = |vocabulary, width, hidden: usize| ModelConfig {
             input: config::Input::Tokens { vocabulary, width },
             output: config::Output::Classes { n_classes: vocabulary },
             n_layers: 2,
-            hidden,
+            hidden: hidden.into(),
             dropout: 0.0,
             bias: true,
             tied: false,
             lstm: Default::default(),
         };
-        let series = |n_features, n_layers, hidden| ModelConfig {
+        let series = |n_features, n_layers, hidden: usize| ModelConfig {
             input: config::Input::Values { n_features },
             output: config::Output::Values { n_outputs: 1, pooling: config::Pooling::Last },
             n_layers,
-            hidden,
+            hidden: hidden.into(),
             dropout: 0.0,
             bias: true,
             tied: false,
@@ -131,7 +130,7 @@ pub fn profile_step(workload: &Workload, devices: &str, balance: &str, accumulat
     group.load(params, vec![zeros; workload.optimizer.states().len()])?;
     let batch = Arc::new(workload.batch(1));
     let model = &workload.model;
-    let mut carried = workload.carries.then(|| Carried::new(model.n_lanes(), model.n_lanes() * 2 * pad_units(model.hidden), batch.n_rows));
+    let mut carried = workload.carries.then(|| Carried::new(model, batch.n_rows));
     let mut times = Vec::with_capacity(steps);
     let (mut waited, mut ring, mut sent, mut loss) = (Duration::ZERO, Duration::ZERO, 0, 0.0);
     for step in 0..steps + WARM_UP {

@@ -28,7 +28,6 @@ use crate::observe::sinks::{Metrics, losses, up_to};
 use crate::observe::{Bus, CheckpointKind, Event, Level, RunInfo, Table, format};
 use crate::optim::schedule::{Plateau, Schedule, ScheduleKind};
 use crate::rng::StepKey;
-use crate::shape::pad_units;
 use crate::store::checkpoint::{Checkpoint, NamedTensor};
 use crate::store::config::{LossReduction, RunConfig, Task};
 use crate::store::run_folder::{CONFIG, Entry, METRICS, RunFolder, SUMMARY, Select, Which};
@@ -90,12 +89,8 @@ impl Forward for Together<'_> {
     }
 
     fn carried(&self, n_streams: usize) -> Carried {
-        carried(&self.group.spec().model, n_streams)
+        Carried::new(&self.group.spec().model, n_streams)
     }
-}
-
-fn carried(model: &crate::model::config::ModelConfig, n_streams: usize) -> Carried {
-    Carried::new(model.n_lanes(), model.n_lanes() * 2 * pad_units(model.hidden), n_streams)
 }
 
 /// Settles `--devices` and `--balance` on this machine. Lines tell what was chosen and why.
@@ -187,7 +182,7 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
         valid_loss: None,
         finished: false,
     };
-    let mut state = (corpus.n_streams(&config) > 0).then(|| carried(&model, corpus.n_streams(&config)));
+    let mut state = (corpus.n_streams(&config) > 0).then(|| Carried::new(&model, corpus.n_streams(&config)));
     let valid = corpus.eval_set(&config, Part::Valid)?;
     let first = batches.batch(0, 0);
     group.reserve(first.n_steps, &position.balance.shares(first.n_rows))?;
@@ -344,6 +339,11 @@ fn losses_table(config: &RunConfig, summary: &Map<String, Value>) -> Table {
     Table::new(format!("Run {}", summary.get("status").and_then(Value::as_str).unwrap_or_default())).pairs(unit, losses)
 }
 
+/// The carried h (`which` 0) or c (1) of a lane in a checkpoint: `[streams, units]`.
+fn state_name(which: usize, lane: usize) -> String {
+    format!("state.{}_{lane}", ["h", "c"][which])
+}
+
 /// Takes a checkpoint apart: the position, parameters, optimizer state, carried state.
 fn restore(
     mut checkpoint: Checkpoint,
@@ -371,10 +371,10 @@ fn restore(
     let names = config.optimizer.states();
     let states = names.iter().map(|name| take(&format!("optimizer.{name}."))).collect::<Result<Vec<_>, _>>()?;
     if let Some(state) = state {
-        let units = config.hidden;
-        let shape = [config.layers, state.n_streams(), units];
-        for (which, name) in ["state.h", "state.c"].into_iter().enumerate() {
-            state.set_unpadded(which, units, &checkpoint.take(name, &shape)?);
+        for (lane, units) in group.spec().model.state_units().into_iter().enumerate() {
+            for (which, units) in units.into_iter().enumerate() {
+                state.set_unpadded(which, lane, &checkpoint.take(&state_name(which, lane), &[state.n_streams(), units])?);
+            }
         }
     }
     Ok((params, states))
@@ -585,10 +585,11 @@ impl Trainer<'_> {
             }
         }
         if let Some(state) = &self.state {
-            let units = self.config.hidden;
-            let shape = vec![self.config.layers, state.n_streams(), units];
-            for (which, name) in ["state.h", "state.c"].into_iter().enumerate() {
-                tensors.push(NamedTensor { name: name.to_owned(), shape: shape.clone(), data: state.unpadded(which, units) });
+            for which in 0..2 {
+                for (lane, data) in state.unpadded(which).into_iter().enumerate() {
+                    let shape = vec![state.n_streams(), data.len() / state.n_streams().max(1)];
+                    tensors.push(NamedTensor { name: state_name(which, lane), shape, data });
+                }
             }
         }
         if let Some(tensor) = tensors.iter().find(|t| t.data.iter().any(|value| !value.is_finite())) {

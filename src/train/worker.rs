@@ -267,9 +267,9 @@ impl Worker {
         let n_parts = parts.len().max(1);
         let backend = self.backend.as_mut();
         self.model.lower_flags(backend)?;
-        let (n_lanes, state_len, n_rows) = (self.spec.model.n_lanes(), self.model.state_len(), work.rows.len());
-        let given = work.state.as_ref().map(|rows| Carried::from_rows(n_lanes, n_rows, rows.clone()));
-        let mut left = Carried::new(n_lanes, state_len, n_rows);
+        let n_rows = work.rows.len();
+        let given = work.state.as_ref().map(|rows| Carried::from_rows(&self.spec.model, n_rows, rows.clone()));
+        let mut left = Carried::new(&self.spec.model, n_rows);
         for part in 0..n_parts {
             let rows = parts.get(part).cloned().unwrap_or(0..0);
             let batch = work.batch.rows(work.rows.start + rows.start..work.rows.start + rows.end);
@@ -411,9 +411,9 @@ impl Worker {
         if work.rows.is_empty() {
             return Ok(EvaluateAnswer { loss: 0.0, non_finite: false, state: Vec::new(), outputs: Vec::new() });
         }
-        let (n_lanes, state_len, n_rows) = (self.spec.model.n_lanes(), self.model.state_len(), work.rows.len());
-        let given = work.state.as_ref().map(|rows| Carried::from_rows(n_lanes, n_rows, rows.clone()));
-        let mut left = Carried::new(n_lanes, state_len, if work.wants_state { n_rows } else { 0 });
+        let n_rows = work.rows.len();
+        let given = work.state.as_ref().map(|rows| Carried::from_rows(&self.spec.model, n_rows, rows.clone()));
+        let mut left = Carried::new(&self.spec.model, if work.wants_state { n_rows } else { 0 });
         let mut answer = EvaluateAnswer { loss: 0.0, non_finite: false, state: Vec::new(), outputs: Vec::new() };
         // In as many parts as a training step, which bound what the device must hold.
         for part in split_even(n_rows, self.spec.accumulate).into_iter().filter(|part| !part.is_empty()) {

@@ -111,7 +111,7 @@ pub struct Layer {
     pub bias: bool,
     /// Has `weight_peephole` `[3, H]`, of the gates i, f, o.
     pub peephole: bool,
-    /// Has `initial_h` and `initial_c` `[H]`.
+    /// Has `initial_h`, as wide as h, and `initial_c` `[H]`.
     pub learned_state: bool,
     /// The forget gate is one minus the input gate (ONNX's `input_forget`).
     pub coupled: bool,
@@ -153,7 +153,8 @@ impl Layer {
             tensors.push((name("weight_peephole"), vec![3, self.hidden]));
         }
         if self.learned_state {
-            tensors.extend(["initial_h", "initial_c"].map(|what| (name(what), vec![self.hidden])));
+            tensors.push((name("initial_h"), vec![self.state_width()]));
+            tensors.push((name("initial_c"), vec![self.hidden]));
         }
         tensors
     }
@@ -189,8 +190,20 @@ pub struct Network {
 /// The network that a configuration stands for, with what each format cannot say of it. An option of the model gets its words here.
 pub fn describe(config: &ModelConfig) -> Network {
     // Named one by one, so that a new option cannot be forgotten here.
-    let &ModelConfig { input, output, n_layers, hidden, dropout: _, bias, tied, lstm } = config;
-    let LstmConfig { bidirectional, residual, learned_state, peephole, coupled_gates, cell_clip, zoneout_h, zoneout_c, .. } = lstm;
+    let &ModelConfig { input, output, n_layers, ref hidden, dropout: _, bias, tied, lstm } = config;
+    let LstmConfig {
+        proj_size: projection,
+        layer_norm,
+        bidirectional,
+        residual,
+        learned_state,
+        peephole,
+        coupled_gates,
+        cell_clip,
+        zoneout_h,
+        zoneout_c,
+        ..
+    } = lstm;
     // These act in training only.
     let LstmConfig { recurrent_grad_clip: _, recurrent_dropout: _, weight_drop: _, .. } = lstm;
     let width = match input {
@@ -199,21 +212,29 @@ pub fn describe(config: &ModelConfig) -> Network {
     };
     let mut inputs = width;
     let mut layers = Vec::with_capacity(n_layers);
-    for _ in 0..n_layers {
-        let layer = Layer { inputs, hidden, projection: 0, bidirectional, bias, peephole, learned_state, coupled: coupled_gates };
+    for l in 0..n_layers {
+        let layer =
+            Layer { inputs, hidden: hidden.of(l), projection, bidirectional, bias, peephole, learned_state, coupled: coupled_gates };
         inputs = layer.outputs();
         layers.push(layer);
     }
     let beyond = [
         (zoneout_h > 0.0 || zoneout_c > 0.0, "zoneout changes the recurrence, without training too"),
         (cell_clip > 0.0, "its clip of the cell state is none that the format has"),
+        (layer_norm, "it normalises within the cell"),
         (residual, "it adds the inputs of layers to their outputs"),
         (learned_state, "its initial state is learnt"),
     ];
-    let of_torch =
-        [(peephole, "its gates read the cell state by peepholes"), (coupled_gates, "its forget gate is one minus its input gate")];
-    let beyond_onnx = first_that_holds(&beyond);
-    let beyond_torch = first_that_holds(&of_torch).or_else(|| beyond_onnx.clone());
+    let unlike = layers.iter().any(|layer| layer.hidden != layers[0].hidden);
+    let of_torch = [
+        (unlike, "its layers have unlike numbers of hidden units"),
+        (peephole, "its gates read the cell state by peepholes"),
+        (coupled_gates, "its forget gate is one minus its input gate"),
+    ];
+    let of_onnx = [(projection > 0, "its state is projected by `weight_hr`, which ONNX's LSTM does not do")];
+    let beyond_both = first_that_holds(&beyond);
+    let beyond_onnx = first_that_holds(&of_onnx).or_else(|| beyond_both.clone());
+    let beyond_torch = first_that_holds(&of_torch).or(beyond_both);
     let mut network = Network { input, layers, head: Some(output), tied, extra: Vec::new(), beyond_torch, beyond_onnx };
     // A parameter that has no words above is carried along by its name, and never silently left out of what others compute.
     let named = network.tensors();
@@ -535,6 +556,10 @@ impl ModelFile {
         Ok(Found { layers, embedding, has_head: head.is_some() || tied, tied })
     }
 
+    fn has_norm(&self, layer: usize) -> bool {
+        self.tensor(&tensor_name("norm_c", layer, 0)).is_some()
+    }
+
     /// The options of a training run that the tensors stand for, as keys and values of a configuration file.
     ///
     /// # Errors
@@ -548,19 +573,11 @@ impl ModelFile {
                 (layer.bidirectional != first.bidirectional, "weight_ih", "in having two directions"),
                 (layer.peephole != first.peephole, "weight_hh", "in having peepholes"),
                 (layer.learned_state != first.learned_state, "weight_hh", "in having a learnt initial state"),
+                (layer.projection != first.projection, "weight_hh", "in its projection"),
+                (self.has_norm(l) != self.has_norm(0), "weight_hh", "in having layer normalisation"),
             ];
-            if layer.projection > 0 {
-                return refuse("weight_hr", 0, "is a projection, which this model does not have");
-            }
             if let Some((_, what, how)) = unlike.iter().find(|(differs, ..)| *differs) {
                 return refuse(what, 0, &format!("belongs to a layer that differs from the first one {how}; here all or none have"));
-            }
-            if layer.hidden != first.hidden {
-                return refuse(
-                    "weight_hh",
-                    0,
-                    &format!("has {} hidden units, but the first layer has {}; here all have the same", layer.hidden, first.hidden),
-                );
             }
             if layer.bias != first.bias {
                 return refuse(
@@ -570,12 +587,21 @@ impl ModelFile {
                 );
             }
         }
-        let mut options = format!("layers = {n_layers}\nhidden = {}\nno_bias = {}\n", first.hidden, !first.bias);
+        let hidden = if found.layers.iter().all(|layer| layer.hidden == first.hidden) {
+            first.hidden.to_string()
+        } else {
+            format!("{:?}", found.layers.iter().map(|layer| layer.hidden).collect::<Vec<_>>())
+        };
+        let mut options = format!("layers = {n_layers}\nhidden = {hidden}\nno_bias = {}\n", !first.bias);
+        if first.projection > 0 {
+            options.push_str(&format!("proj_size = {}\n", first.projection));
+        }
         for (key, is_set) in [
             ("bidirectional", first.bidirectional),
             ("peephole", first.peephole),
             ("learned_state", first.learned_state),
             ("coupled_gates", first.coupled),
+            ("layer_norm", self.has_norm(0)),
         ] {
             if is_set {
                 options.push_str(&format!("{key} = true\n"));
