@@ -281,7 +281,9 @@ fn sequences_of_unequal_length_are_timed_beside_full_ones_in_one_run() {
 #[test]
 fn sequences_in_a_table_are_trained_on_judged_and_written_out() {
     let folder = tempfile::tempdir().unwrap();
-    let row = |i: usize| (0..3 + i % 4).map(move |t| format!("s{i},{},{}\n", if i.is_multiple_of(2) { "up" } else { "down" }, (i % 2 * t) as f64));
+    let row = |i: usize| {
+        (0..3 + i % 4).map(move |t| format!("s{i},{},{}\n", if i.is_multiple_of(2) { "up" } else { "down" }, (i % 2 * t) as f64))
+    };
     let csv = format!("id,kind,x\n{}", (0..40).flat_map(row).collect::<String>());
     fs::write(folder.path().join("kinds.csv"), csv).unwrap();
     let run = |args: &[&str]| call_in(folder.path(), &[args, &["--devices", "cpu:1", "--json", "-q"]].concat());

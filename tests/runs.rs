@@ -29,6 +29,7 @@ pub fn config(task: Task, data: &[&Path]) -> RunConfig {
         features: Vec::new(),
         sequence: None,
         label: None,
+        tolerance: None,
         missing: Missing::Fill,
         relative: Relative::Auto,
         season: None,

@@ -101,6 +101,9 @@ pub struct EvaluateArgs {
     /// Streams of a text or windows of a series at a time; by default as in training; 1 is one stream, as papers do
     #[arg(long, value_name = "N")]
     pub eval_batch_size: Option<Size>,
+    /// Count as wrong the numbers of sequences that are further off than this, in the label's unit; by default as in training
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub tolerance: Option<f64>,
     /// Write what the network says: .csv for predictions beside the truth, .safetensors for its inputs and raw outputs
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,

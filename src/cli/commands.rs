@@ -121,6 +121,14 @@ pub fn evaluate(args: &EvaluateArgs, bus: &mut Bus) -> anyhow::Result<Done> {
     }
     let mut session = session(&args.trained, bus)?;
     let mut config = session.config.clone();
+    if let Some(tolerance) = args.tolerance {
+        hold("--tolerance", tolerance, tolerance.is_finite() && tolerance >= 0.0, "a number of 0 or more")?;
+        let task = session.config.task;
+        UsageError::unless(task == Task::Regress, || {
+            format!("--tolerance means nothing for a run of --task {}; leave it out", task.name())
+        })?;
+        config.tolerance = Some(tolerance);
+    }
     config.eval_batch_size = args.eval_batch_size.map_or(config.eval_batch_size, |size| size.0);
     let set = if args.data.is_empty() {
         let set = Corpus::load(&config, Some(&session.spec))?.eval_set(&config, Part::Test)?;

@@ -120,6 +120,7 @@ const MEANT_FOR: &[(&str, &[Task])] = &[
     ("sequence", LABELLED),
     ("label", LABELLED),
     ("pooling", LABELLED),
+    ("tolerance", &[Task::Regress]),
     ("target", &[Task::Forecast]),
     ("relative", &[Task::Forecast]),
     ("season", &[Task::Forecast]),
@@ -331,6 +332,7 @@ fn fill(typed: &Typed) -> RunConfig {
         features: typed.features.clone().unwrap_or_default(),
         sequence: typed.sequence.clone(),
         label: typed.label.clone(),
+        tolerance: typed.tolerance,
         missing: typed.missing.unwrap_or(Missing::Fill),
         relative: typed.relative.unwrap_or(Relative::Auto),
         season: typed.season.map(|size| size.0),
@@ -498,6 +500,9 @@ fn check_data(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
     }
     for (key, column) in [("sequence", &config.sequence), ("label", &config.label)] {
         judge.hold(key, "empty", column.as_ref().is_none_or(|name| !name.trim().is_empty()), "the name of a column")?;
+    }
+    if let Some(tolerance) = config.tolerance {
+        judge.at_least_zero("tolerance", tolerance)?;
     }
     if let Some(season) = config.season {
         judge.hold("season", season, season <= MAX_LENGTH, &format!("from 0 to {MAX_LENGTH}"))?;

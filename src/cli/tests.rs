@@ -206,6 +206,8 @@ fn options_that_do_not_go_together_are_refused() {
         (&["--task", "classify", "--horizon", "3"], "--horizon means nothing for --task classify"),
         (&["--task", "regress", "--seq-len", "3"], "--seq-len means nothing for --task regress"),
         (&["--task", "classify", "--sequence", " "], "--sequence is empty"),
+        (&["--task", "classify", "--tolerance", "1"], "--tolerance means nothing for --task classify"),
+        (&["--task", "regress", "--tolerance", "-1"], "--tolerance is -1, but must be a number of 0 or more"),
         (&["--data", "-", "--data", "-"], "--data names standard input twice"),
         (&["--task", "forecast", "--tied"], "--tied means nothing for --task forecast"),
         (&["--task", "forecast", "--level", "word"], "--level means nothing for --task forecast"),

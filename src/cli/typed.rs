@@ -72,6 +72,10 @@ pub struct Typed {
     #[arg(long, value_name = "COLUMN,...", help_heading = DATA, value_delimiter = ',')]
     #[serde(deserialize_with = "comma_list", skip_serializing_if = "Option::is_none")]
     pub features: Option<Vec<String>>,
+    /// Count as wrong the numbers that are further off than this, in the label's unit
+    #[arg(long, value_name = "X", help_heading = DATA, allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tolerance: Option<f64>,
     /// Fill blanks from what lies before them, or refuse them
     #[arg(long, value_name = "WAY", help_heading = DATA, value_parser = choice::<Missing>())]
     #[serde(skip_serializing_if = "Option::is_none")]

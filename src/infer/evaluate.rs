@@ -91,6 +91,9 @@ pub struct NumberScores {
     pub mean_rmse: f64,
     /// Mean squared error on the normalised scale of always saying that mean.
     pub mean_loss: f64,
+    /// Numbers that are further off than the tolerance, where there is one, and how many there are.
+    pub wrong: Option<u64>,
+    pub of: u64,
 }
 
 /// The model beside the naive forecasts, over the same windows.
@@ -169,13 +172,15 @@ enum Judge<'s> {
         sequences: &'s Sequences,
         scores: ClassScores,
     },
-    /// Sums of squared errors in the unit: the model's, and the mean's; and how many.
+    /// Sums of squared errors in the unit: the model's, and the mean's; how many; and how many are further off than the tolerance.
     Numbers {
         sequences: &'s Sequences,
         mean: f64,
         std: f64,
         squares: [f64; 2],
-        n: f64,
+        n: u64,
+        tolerance: Option<f64>,
+        wrong: u64,
     },
 }
 
@@ -186,7 +191,7 @@ impl<'s> Judge<'s> {
             Truth::Series(series, _) => {
                 Self::Series { series, truth, scorer: Scorer::new(series), origins: Vec::new(), values: Vec::new() }
             }
-            Truth::Sequences(sequences) => match &sequences.spec().label {
+            Truth::Sequences(sequences, tolerance) => match &sequences.spec().label {
                 LabelSpec::Classes(classes) => {
                     // The first of those that are equal.
                     let most = classes.iter().map(|class| class.count).max();
@@ -194,7 +199,9 @@ impl<'s> Judge<'s> {
                     let names = classes.iter().map(|class| class.name.clone()).collect();
                     Self::Classes { sequences, scores: ClassScores::new(names, majority) }
                 }
-                LabelSpec::Number(scale) => Self::Numbers { sequences, mean: scale.mean, std: scale.std, squares: [0.0; 2], n: 0.0 },
+                LabelSpec::Number(scale) => {
+                    Self::Numbers { sequences, mean: scale.mean, std: scale.std, squares: [0.0; 2], n: 0, tolerance: *tolerance, wrong: 0 }
+                }
             },
         }
     }
@@ -216,12 +223,14 @@ impl<'s> Judge<'s> {
                     }
                 }
             }
-            Self::Numbers { sequences, mean, std, squares, n } => {
+            Self::Numbers { sequences, mean, std, squares, n, tolerance, wrong } => {
                 for (&i, &said) in batch.streams.iter().zip(outputs) {
                     let Some(truth) = sequences.number(i as usize) else { continue };
-                    squares[0] += (*mean + *std * f64::from(said) - truth).powi(2);
+                    let error = *mean + *std * f64::from(said) - truth;
+                    squares[0] += error.powi(2);
                     squares[1] += (*mean - truth).powi(2);
-                    *n += 1.0;
+                    *n += 1;
+                    *wrong += u64::from(tolerance.is_some_and(|tolerance| error.abs() > tolerance));
                 }
             }
         }
@@ -238,8 +247,15 @@ impl<'s> Judge<'s> {
                 values,
             }),
             Self::Classes { scores, .. } => Judged::Classes(scores),
-            Self::Numbers { std, squares: [model, mean], n, .. } => {
-                Judged::Numbers(NumberScores { rmse: (model / n).sqrt(), mean_rmse: (mean / n).sqrt(), mean_loss: mean / n / (std * std) })
+            Self::Numbers { std, squares, n, tolerance, wrong, .. } => {
+                let [model, mean] = squares.map(|sum| sum / n as f64);
+                Judged::Numbers(NumberScores {
+                    rmse: model.sqrt(),
+                    mean_rmse: mean.sqrt(),
+                    mean_loss: mean / (std * std),
+                    wrong: tolerance.map(|_| wrong),
+                    of: n,
+                })
             }
         }
     }
@@ -267,6 +283,10 @@ impl Evaluation {
             Judged::Numbers(scores) => {
                 map.insert("baselines".into(), json!({ "mean": scores.mean_loss }));
                 map.insert("rmse".into(), json!({ "model": scores.rmse, "mean": scores.mean_rmse }));
+                if let Some(wrong) = scores.wrong {
+                    map.insert("wrong".into(), json!(wrong));
+                    map.insert("of".into(), json!(scores.of));
+                }
             }
             Judged::Forecast(forecast) => {
                 let baselines: Map<String, Value> = forecast.baselines.iter().map(|(name, s)| ((*name).to_owned(), json!(s.mse))).collect();

@@ -206,7 +206,7 @@ impl Predictions {
                 }
             }
         }
-        if let Truth::Sequences(sequences) = &set.truth {
+        if let Truth::Sequences(sequences, _) = &set.truth {
             self.table_of_sequences(sequences, &mut writer)?;
         }
         writer.into_inner().map_err(|e| anyhow::anyhow!("cannot write {}: {e}", self.path.display()))

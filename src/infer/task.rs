@@ -70,7 +70,8 @@ pub enum Truth {
     /// Nothing: the loss says it.
     Text,
     Series(Arc<Series>, Part),
-    Sequences(Arc<Sequences>),
+    /// The tolerance beside, beyond which a number is wrong.
+    Sequences(Arc<Sequences>, Option<f64>),
 }
 
 impl Truth {
@@ -249,7 +250,7 @@ impl Corpus {
                 if tokens.len() < 2 { None } else { Some(text_set(tokens, config.eval_batch_size, config.seq_len)?) }
             }
             Self::Series(series) => series_set(series, config.eval_batch_size, part)?,
-            Self::Sequences(sequences) => sequences_set(sequences, config.eval_batch_size, part)?,
+            Self::Sequences(sequences) => sequences_set(sequences, config, part)?,
         })
     }
 }
@@ -271,7 +272,7 @@ impl OtherData {
             Self::Text(tokens) => text_set(tokens, config.eval_batch_size, config.seq_len),
             Self::Series(series) => series_set(series, config.eval_batch_size, Part::All)?
                 .ok_or_else(|| UsageError("--data has no window to evaluate; give a longer file".to_owned()).into()),
-            Self::Sequences(sequences) => sequences_set(sequences, config.eval_batch_size, Part::All)?
+            Self::Sequences(sequences) => sequences_set(sequences, config, Part::All)?
                 .ok_or_else(|| UsageError("--data has no sequence to evaluate".to_owned()).into()),
         }
     }
@@ -290,10 +291,14 @@ fn series_set(series: &Arc<Series>, batch_size: usize, part: Part) -> Result<Opt
     Ok((!empty).then(|| EvalSet { batches: Arc::new(batches), n_streams: 0, truth: Truth::Series(Arc::clone(series), part) }))
 }
 
-fn sequences_set(sequences: &Arc<Sequences>, batch_size: usize, part: Part) -> Result<Option<EvalSet>> {
-    let batches = SequenceBatches::new(Arc::clone(sequences), part, batch_size, Order::InTime)?;
+fn sequences_set(sequences: &Arc<Sequences>, config: &RunConfig, part: Part) -> Result<Option<EvalSet>> {
+    let batches = SequenceBatches::new(Arc::clone(sequences), part, config.eval_batch_size, Order::InTime)?;
     let empty = batches.of_part().is_empty();
-    Ok((!empty).then(|| EvalSet { batches: Arc::new(batches), n_streams: 0, truth: Truth::Sequences(Arc::clone(sequences)) }))
+    Ok((!empty).then(|| EvalSet {
+        batches: Arc::new(batches),
+        n_streams: 0,
+        truth: Truth::Sequences(Arc::clone(sequences), config.tolerance),
+    }))
 }
 
 /// The model that a configuration describes for this data.

@@ -69,6 +69,9 @@ pub struct RunConfig {
     pub sequence: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
+    /// Numbers of sequences that are further off than this, in the label's unit, count as wrong.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tolerance: Option<f64>,
     pub missing: Missing,
     pub relative: Relative,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -342,6 +342,8 @@ fn losses_table(config: &RunConfig, summary: &Map<String, Value>) -> Table {
             ("/macro_f1", "test macro F1"),
             ("/rmse/model", "test RMSE, the label's unit"),
             ("/rmse/mean", "RMSE of the mean"),
+            ("/wrong", "further off than --tolerance"),
+            ("/of", "of"),
         ];
         let summary = Value::Object(summary.clone());
         let found = scores.iter().filter_map(|(at, name)| Some((*name, format::number(summary.pointer(at)?.as_f64()?, 4))));
