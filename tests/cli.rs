@@ -267,6 +267,43 @@ fn launches_are_whole_numbers() {
     assert!(!kernels.is_empty() && kernels.iter().all(|kernel| kernel["launches"].as_u64().is_some_and(|n| n > 0)), "{kernels:?}");
 }
 
+#[test]
+fn sequences_of_unequal_length_are_timed_beside_full_ones_in_one_run() {
+    let profile = ["profile", "step", "--task", "classify", "--hidden", "8", "--batch-size", "4", "--seq-len", "9", "--lengths", "uniform"];
+    let event = call(&[&profile[..], &["--steps", "2", "--devices", "cpu:1*2", "--json"]].concat()).last_event();
+    let number = |key: &str| event[key].as_f64().unwrap_or_else(|| panic!("{key} in {event}"));
+    assert_eq!((event["lengths"].as_str(), number("batches")), (Some("uniform"), 64.0));
+    assert!((number("ratio") / (number("tokens_per_second") / number("dense_tokens_per_second")) - 1.0).abs() < 1e-9);
+    assert!(number("padding") < 0.1, "{event}");
+    assert!(call(&["profile", "step", "--lengths", "long"]).err.contains("uniform"));
+}
+
+#[test]
+fn sequences_in_a_table_are_trained_on_judged_and_written_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let row = |i: usize| {
+        (0..3 + i % 4).map(move |t| format!("s{i},{},{}\n", if i.is_multiple_of(2) { "up" } else { "down" }, (i % 2 * t) as f64))
+    };
+    let csv = format!("id,kind,x\n{}", (0..40).flat_map(row).collect::<String>());
+    fs::write(folder.path().join("kinds.csv"), csv).unwrap();
+    let run = |args: &[&str]| call_in(folder.path(), &[args, &["--devices", "cpu:1", "--json", "-q"]].concat());
+    let train = ["train", "--data", "kinds.csv", "--sequence", "id", "--label", "kind", "--hidden", "8", "--epochs", "2", "--out", "run"];
+    let summary = run(&train).last_event();
+    assert_eq!((summary["task"].as_str(), summary["confusion"]["classes"].as_array().map(Vec::len)), (Some("classify"), Some(2)));
+    let judged = run(&["evaluate", "--run", "run", "--output", "said.csv"]).last_event();
+    assert_eq!((&judged["accuracy"], &judged["confusion"]), (&summary["accuracy"], &summary["confusion"]));
+    let said = fs::read_to_string(folder.path().join("said.csv")).unwrap();
+    assert_eq!(said.lines().next(), Some("sequence,class,truth,down,up"));
+    let counts = serde_json::from_value::<Vec<Vec<usize>>>(summary["confusion"]["counts"].clone()).unwrap();
+    assert_eq!(said.lines().count() - 1, counts.iter().flatten().sum::<usize>());
+    let tensors = run(&["evaluate", "--run", "run", "--output", "said.safetensors"]);
+    assert_eq!(tensors.code, 0, "{}", tensors.err);
+    assert!(run(&["generate", "--run", "run"]).err.contains("use evaluate"));
+    assert!(
+        run(&["train", "--data", "kinds.csv", "--task", "classify", "--out", "other"]).err.contains("--sequence COLUMN --label COLUMN")
+    );
+}
+
 #[cfg(unix)]
 #[test]
 fn a_signal_ends_training_with_a_checkpoint_and_code_130_and_resume_goes_on_from_there() {

@@ -17,6 +17,7 @@ mod observe; // events, metrics, pictures
 mod optim; // update rules against torch.optim in f64; schedules
 mod oracle; // every kernel in naive f64
 mod runs; // what tests of whole runs share
+mod sequences; // labelled sequences from the file to the scores
 mod shaders; // every shader parses, validates, fits its Rust twin, and translates
 mod store; // checkpoints and run folders through faults
 mod sweep; // a layer over time against an f64 layer

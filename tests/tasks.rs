@@ -74,7 +74,7 @@ fn random(step: u64) -> Stream {
 fn batch(n_steps: usize, n_rows: usize, input: Input, target: Target, weights: Vec<f32>) -> Batch {
     let weight = weights.iter().map(|&w| f64::from(w)).sum();
     let (streams, n_tokens) = ((0..n_rows as u32).collect(), (n_steps * n_rows) as u64);
-    Batch { n_steps, n_rows, input, target, weights, streams, resets: true, carries: false, weight, n_tokens }
+    Batch { n_steps, n_rows, input, target, weights, lengths: None, streams, resets: true, carries: false, weight, n_tokens }
 }
 
 /// Hochreiter and Schmidhuber's adding problem: 20 numbers in 0..1, two of them marked; their sum is asked at the end.

@@ -10,7 +10,7 @@ use super::resolve::{default_text, nearest};
 use super::typed::{RUN, Size, Typed, choice};
 use crate::store::Which;
 use crate::store::interchange::{Format, Part};
-use crate::train::profile::Workload;
+use crate::train::profile::{Lengths, Workload};
 
 /// The whole command line.
 #[derive(Debug, Parser)]
@@ -101,6 +101,9 @@ pub struct EvaluateArgs {
     /// Streams of a text or windows of a series at a time; by default as in training; 1 is one stream, as papers do
     #[arg(long, value_name = "N")]
     pub eval_batch_size: Option<Size>,
+    /// Count as wrong the numbers of sequences that are further off than this, in the label's unit; by default as in training
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub tolerance: Option<f64>,
     /// Write what the network says: .csv for predictions beside the truth, .safetensors for its inputs and raw outputs
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
@@ -194,6 +197,9 @@ pub struct ProfileStepArgs {
     /// Steps that are timed, after the warm-up
     #[arg(long, value_name = "N", help_heading = RUN, default_value = "20")]
     pub steps: Size,
+    /// uniform trains on sequences of 1 to --seq-len steps too, in batches of like length, and tells their speed beside that of full ones
+    #[arg(long, value_name = "WHICH", help_heading = RUN, default_value = "full", value_parser = choice::<Lengths>())]
+    pub lengths: Lengths,
 }
 
 /// The letters of the pieces of work that there are.
@@ -215,6 +221,7 @@ Examples:
   carrousel train                                               the built-in example
   carrousel train --data book.txt --layers 2 --dropout 0.1      a text, character by character
   carrousel train --data sales.csv --target units --horizon 14  a series, two weeks ahead
+  carrousel train --data 'vowels_*.ts' --pooling mean           the class of each sequence
   carrousel train --data book.txt --devices gpu:0,gpu:1,cpu:4   three workers in one ring
   carrousel train --config book.toml --lr 1e-3                  options from a file, one changed
   carrousel train --out runs/book --resume                      go on where a run was stopped";
@@ -252,7 +259,8 @@ Examples:
 const PROFILE_EXAMPLES: &str = "\
 Examples:
   carrousel profile step --workload B --devices cpu:2 --steps 50 --json
-  carrousel profile step --task lm --layers 2 --hidden 512 --devices gpu:0,cpu";
+  carrousel profile step --task lm --layers 2 --hidden 512 --devices gpu:0,cpu
+  carrousel profile step --task classify --hidden 128 --lengths uniform";
 
 /// The only keys that say something about one training step on made-up data.
 pub const PROFILED: &[&str] = &[
@@ -271,6 +279,8 @@ pub const PROFILED: &[&str] = &[
     "gate_bias",
     "seq_len",
     "horizon",
+    "pooling",
+    "bidirectional",
     "batch_size",
     "lr",
     "optimizer",
@@ -286,7 +296,7 @@ pub const PROFILED: &[&str] = &[
     "seed",
 ];
 /// Flags of `profile step` that are no keys.
-const OF_PROFILE: &[&str] = &["workload", "steps", "json", "quiet", "verbose", "help"];
+const OF_PROFILE: &[&str] = &["workload", "steps", "lengths", "json", "quiet", "verbose", "help"];
 
 /// The command line's description, with the defaults in its help.
 pub fn command() -> clap::Command {

@@ -88,11 +88,16 @@ fn session(trained: &Trained, bus: &mut Bus) -> anyhow::Result<Session> {
 }
 
 /// Refuses a run of the other task, naming the command for it.
-fn needs(session: &Session, trained: &Trained, task: Task, other: &str) -> Result<(), UsageError> {
+fn needs(session: &Session, trained: &Trained, task: Task) -> Result<(), UsageError> {
     let found = session.config.task;
     if found == task {
         return Ok(());
     }
+    let other = match found {
+        Task::Lm => "generate",
+        Task::Forecast => "forecast",
+        Task::Classify | Task::Regress => "evaluate",
+    };
     Err(UsageError(format!(
         "{} holds a run of --task {}, this command needs one of --task {}; use {other}",
         trained.run.display(),
@@ -116,6 +121,14 @@ pub fn evaluate(args: &EvaluateArgs, bus: &mut Bus) -> anyhow::Result<Done> {
     }
     let mut session = session(&args.trained, bus)?;
     let mut config = session.config.clone();
+    if let Some(tolerance) = args.tolerance {
+        hold("--tolerance", tolerance, tolerance.is_finite() && tolerance >= 0.0, "a number of 0 or more")?;
+        let task = session.config.task;
+        UsageError::unless(task == Task::Regress, || {
+            format!("--tolerance means nothing for a run of --task {}; leave it out", task.name())
+        })?;
+        config.tolerance = Some(tolerance);
+    }
     config.eval_batch_size = args.eval_batch_size.map_or(config.eval_batch_size, |size| size.0);
     let set = if args.data.is_empty() {
         let set = Corpus::load(&config, Some(&session.spec))?.eval_set(&config, Part::Test)?;
@@ -136,7 +149,7 @@ pub fn evaluate(args: &EvaluateArgs, bus: &mut Bus) -> anyhow::Result<Done> {
     let mut summary = about(&session);
     summary.insert("loss".to_owned(), json!(evaluation.loss));
     summary.extend(evaluation.scores());
-    Ok(Done::new(summary.clone(), vec![report::scores("evaluate", &summary)]))
+    Ok(Done::new(summary.clone(), vec![evaluation.judged.add_to(report::scores("evaluate", &summary))]))
 }
 
 pub fn generate(args: &GenerateArgs, global: Global, bus: &mut Bus) -> anyhow::Result<Done> {
@@ -145,7 +158,7 @@ pub fn generate(args: &GenerateArgs, global: Global, bus: &mut Bus) -> anyhow::R
     hold("--temperature", args.temperature, args.temperature.is_finite() && args.temperature >= 0.0, "a number of 0 or more")?;
     hold("--top-k", top_k.unwrap_or_default(), top_k != Some(0), "at least 1")?;
     let mut session = session(&args.trained, bus)?;
-    needs(&session, &args.trained, Task::Lm, "forecast")?;
+    needs(&session, &args.trained, Task::Lm)?;
     let options =
         GenerateOptions { prompt: args.prompt.clone(), length: args.length.0, temperature: args.temperature, top_k, seed: args.seed };
     let unknown: Vec<String> = texts::unknown_in_prompt(&session, &args.prompt).iter().map(|symbol| format!("{symbol:?}")).collect();
@@ -169,7 +182,7 @@ pub fn generate(args: &GenerateArgs, global: Global, bus: &mut Bus) -> anyhow::R
 
 pub fn forecast(args: &ForecastArgs, bus: &mut Bus) -> anyhow::Result<Done> {
     let mut session = session(&args.trained, bus)?;
-    needs(&session, &args.trained, Task::Forecast, "generate")?;
+    needs(&session, &args.trained, Task::Forecast)?;
     let data: Vec<String> = args.data.iter().cloned().collect();
     let values = forecasts::forecast(&mut session, &data)?;
     if let Some(path) = &args.output {
@@ -200,8 +213,9 @@ pub fn export(args: &ExportArgs, bus: &mut Bus) -> anyhow::Result<Done> {
 }
 
 /// What the data are and how they are read, which a file of ours has settled for its parameters.
-const OF_DATA: [&str; 11] =
-    ["task", "level", "vocab", "encoding", "target", "features", "missing", "relative", "season", "calendar", "horizon"];
+const OF_DATA: [&str; 13] = [
+    "task", "level", "vocab", "encoding", "target", "features", "sequence", "label", "missing", "relative", "season", "calendar", "horizon",
+];
 
 pub fn import(args: &ImportArgs, bus: &mut Bus) -> anyhow::Result<Done> {
     let layers = Layers::new(&args.typed, args.config.as_deref())?;
@@ -262,8 +276,13 @@ pub fn profile_step(args: &ProfileStepArgs) -> anyhow::Result<Done> {
     let config = resolve::settle(&layers)?;
     let named = args.workload.as_deref().and_then(|letter| Workload::named(&letter.to_ascii_uppercase()));
     let workload = named.unwrap_or_else(|| workload(&config));
-    let summary = profile::profile_step(&workload, &config.devices, &config.balance, config.accumulate, args.steps.0)?;
+    let summary = profile::profile_step(&workload, &config.devices, &config.balance, config.accumulate, args.steps.0, args.lengths)?;
     Ok(Done::new(summary.clone(), vec![report::scores("profile step", &summary)]))
+}
+
+/// As many features as are named, or as many as sequences of measurements often have.
+fn made_up_features(config: &RunConfig) -> Input {
+    Input::Values { n_features: if config.features.is_empty() { 12 } else { config.features.len() } }
 }
 
 /// The step that a run of this configuration would take, on data as large as the task's usually are.
@@ -283,6 +302,8 @@ fn workload(config: &RunConfig) -> Workload {
             let n_features = n_targets + config.features.len();
             (Input::Values { n_features }, Output::Values { n_outputs: n_targets * config.horizon, pooling: Pooling::Last })
         }
+        Task::Classify => (made_up_features(config), Output::Label { n_classes: 10, pooling: config.pooling }),
+        Task::Regress => (made_up_features(config), Output::Values { n_outputs: 1, pooling: config.pooling }),
     };
     let model = ModelConfig {
         input,

@@ -11,6 +11,8 @@ pub fn scores(title: &str, summary: &Map<String, Value>) -> Table {
     let mut table = Table::new(title).pairs("result", plain.map(|(name, value)| (words(name), text(value))));
     for (name, value) in summary {
         match value {
+            // It has a table of its own.
+            Value::Object(_) if name == "confusion" => {}
             // Of several targets each has its own section.
             Value::Object(_) if summary.contains_key(&format!("{name}_by_target")) => {}
             Value::Object(parts) if !parts.is_empty() && parts.values().all(Value::is_object) => {

@@ -13,7 +13,7 @@ use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
 use crate::data::text::Encoding;
 use crate::data::vocab::Level;
-use crate::model::config::{Hidden, LstmConfig};
+use crate::model::config::{Hidden, LstmConfig, Pooling};
 use crate::model::init::Init;
 use crate::optim::schedule::{ScheduleConfig, ScheduleKind};
 use crate::optim::{OptimizerConfig, Rule};
@@ -73,6 +73,12 @@ const SERIES: Defaults = Defaults {
     log_every: 50,
 };
 
+/// Labelled sequences of measurements.
+const SEQUENCES: Defaults = Defaults { hidden: 64, batch_size: 16, ..SERIES };
+
+/// Labelled texts, a line each.
+const LINES: Defaults = Defaults { layers: 1, batch_size: 32, select: Select::Best, ..LETTERS };
+
 /// The built-in example: weekly values, two years back, half a year ahead.
 const BUILTIN: Defaults = Defaults {
     split: Split { train: 0.72, valid: 0.08, test: 0.2 },
@@ -99,9 +105,34 @@ const MAX_LAYERS: usize = 256;
 /// Largest window, horizon and batch: far above what fits, low enough that products of them do not overflow.
 const MAX_LENGTH: usize = 1 << 20;
 
-/// Keys that mean nothing for the other task.
-const OF_TEXT: &[&str] = &["encoding", "level", "vocab", "embedding", "tied"];
-const OF_SERIES: &[&str] = &["target", "features", "missing", "relative", "season", "calendar", "horizon"];
+const LABELLED: &[Task] = &[Task::Classify, Task::Regress];
+const OF_TEXT: &[Task] = &[Task::Lm, Task::Classify, Task::Regress];
+const OF_TABLES: &[Task] = &[Task::Forecast, Task::Classify, Task::Regress];
+/// Keys that do not mean something for every task, and for which they do.
+const MEANT_FOR: &[(&str, &[Task])] = &[
+    ("encoding", OF_TEXT),
+    ("level", OF_TEXT),
+    ("vocab", OF_TEXT),
+    ("embedding", OF_TEXT),
+    ("tied", &[Task::Lm]),
+    ("features", OF_TABLES),
+    ("missing", OF_TABLES),
+    ("sequence", LABELLED),
+    ("label", LABELLED),
+    ("pooling", LABELLED),
+    ("tolerance", &[Task::Regress]),
+    ("target", &[Task::Forecast]),
+    ("relative", &[Task::Forecast]),
+    ("season", &[Task::Forecast]),
+    ("calendar", &[Task::Forecast]),
+    ("horizon", &[Task::Forecast]),
+];
+
+/// Whether a key means something for a task.
+fn is_meant(key: &str, task: Task) -> bool {
+    MEANT_FOR.iter().find(|(name, _)| *name == key).is_none_or(|(_, tasks)| tasks.contains(&task))
+}
+
 /// The two keys of which one alone switches the other off.
 const LIMITS: [&str; 2] = ["epochs", "max_steps"];
 
@@ -228,6 +259,14 @@ pub fn resolve(layers: &Layers) -> Result<RunConfig, UsageError> {
     if config.task == Task::Lm && config.data.is_empty() {
         return Err(UsageError("--task lm needs a text: give one with --data".to_owned()));
     }
+    if LABELLED.contains(&config.task) {
+        let task = config.task.name();
+        UsageError::unless(!config.data.is_empty(), || format!("--task {task} needs labelled sequences: give them with --data"))?;
+        // Made-up sequences have as many steps as it says, those of a file their own.
+        UsageError::unless(!layers.is_given("seq_len"), || {
+            format!("{} means nothing for --task {task}, whose sequences are read whole; leave it out", layers.name("seq_len"))
+        })?;
+    }
     Ok(config)
 }
 
@@ -246,14 +285,25 @@ pub fn settle(layers: &Layers) -> Result<RunConfig, UsageError> {
 /// Puts defaults where nothing was given.
 fn fill(typed: &Typed) -> RunConfig {
     let data = typed.data.clone().unwrap_or_default();
-    let is_series = data.iter().all(|given| holds_series(given));
-    let task = typed.task.unwrap_or(if is_series { Task::Forecast } else { Task::Lm });
+    let is_ts = !data.is_empty() && data.iter().all(|given| holds(given, &[".ts"]));
+    let task = typed.task.unwrap_or_else(|| {
+        if is_ts || typed.sequence.is_some() {
+            Task::Classify
+        } else if data.iter().all(|given| holds(given, &[".csv", ".tsv"])) {
+            Task::Forecast
+        } else {
+            Task::Lm
+        }
+    });
+    let has_tokens = task == Task::Lm || (LABELLED.contains(&task) && !is_ts && typed.sequence.is_none());
     let level = typed.level.unwrap_or(Level::Char);
     let defaults = match (task, level) {
         (Task::Lm, Level::Word) => WORDS,
         (Task::Lm, _) => LETTERS,
         (Task::Forecast, _) if data.is_empty() => BUILTIN,
         (Task::Forecast, _) => SERIES,
+        (Task::Classify | Task::Regress, _) if has_tokens => LINES,
+        (Task::Classify | Task::Regress, _) => SEQUENCES,
     };
     let size = |given: Option<Size>, default: usize| given.map_or(default, |size| size.0);
     let hidden = typed.hidden.clone().unwrap_or(Hidden::All(defaults.hidden));
@@ -280,13 +330,16 @@ fn fill(typed: &Typed) -> RunConfig {
         vocab: typed.vocab.map(|size| size.0),
         target: typed.target.clone().unwrap_or_default(),
         features: typed.features.clone().unwrap_or_default(),
+        sequence: typed.sequence.clone(),
+        label: typed.label.clone(),
+        tolerance: typed.tolerance,
         missing: typed.missing.unwrap_or(Missing::Fill),
         relative: typed.relative.unwrap_or(Relative::Auto),
         season: typed.season.map(|size| size.0),
         calendar: typed.calendar.unwrap_or(defaults.calendar),
         layers: n_layers,
         hidden,
-        embedding: size(typed.embedding, if task == Task::Lm { columns } else { 0 }),
+        embedding: size(typed.embedding, if has_tokens { columns } else { 0 }),
         tied: typed.tied.unwrap_or(false),
         dropout: typed.dropout.unwrap_or(0.0),
         no_bias: typed.no_bias.unwrap_or(false),
@@ -309,6 +362,7 @@ fn fill(typed: &Typed) -> RunConfig {
         },
         seq_len: size(typed.seq_len, defaults.seq_len),
         horizon: size(typed.horizon, defaults.horizon),
+        pooling: typed.pooling.unwrap_or(Pooling::Last),
         batch_size,
         eval_batch_size: size(typed.eval_batch_size, batch_size),
         epochs: typed.epochs.or_else(|| typed.max_steps.is_none().then_some(defaults.epochs)),
@@ -345,20 +399,20 @@ fn fill(typed: &Typed) -> RunConfig {
     }
 }
 
-/// Whether `--data` names tables: by the name alone, or by the names of all files of a folder.
-fn holds_series(given: &str) -> bool {
-    let is_table = |name: &str| {
+/// Whether `--data` names files that end so: by the name alone, or by the names of all files of a folder.
+fn holds(given: &str, ends: &[&str]) -> bool {
+    let is_one = |name: &str| {
         let name = name.to_lowercase();
-        name.ends_with(".csv") || name.ends_with(".tsv")
+        ends.iter().any(|end| name.ends_with(end))
     };
     match fs::read_dir(given) {
         Ok(entries) => {
             let names =
                 entries.flatten().filter(|entry| entry.path().is_file()).map(|entry| entry.file_name().to_string_lossy().into_owned());
             let mut names = names.filter(|name| !name.starts_with('.')).peekable();
-            names.peek().is_some() && names.all(|name| is_table(&name))
+            names.peek().is_some() && names.all(|name| is_one(&name))
         }
-        Err(_) => is_table(given),
+        Err(_) => is_one(given),
     }
 }
 
@@ -411,8 +465,7 @@ impl Judge<'_> {
 /// Judges every value, then what does not go together.
 fn check(layers: &Layers, typed: &Typed, config: &RunConfig) -> Result<(), UsageError> {
     let judge = Judge { layers };
-    let foreign = if config.task == Task::Lm { OF_SERIES } else { OF_TEXT };
-    check_foreign(&judge, typed, config.task, foreign)?;
+    check_foreign(&judge, typed, config.task)?;
     if let Some(cell) = typed.cell.as_ref().filter(|cell| *cell != "lstm") {
         let problem = if cell == "gru" { "is not built: a GRU's three gates want kernels of their own" } else { "is no cell" };
         return judge.refuse("cell", &format!("{cell} {problem}; take lstm"));
@@ -424,10 +477,12 @@ fn check(layers: &Layers, typed: &Typed, config: &RunConfig) -> Result<(), Usage
 }
 
 /// Refuses what means nothing for the task, unless it only says what holds anyway: the record of a run holds every key.
-fn check_foreign(judge: &Judge, typed: &Typed, task: Task, foreign: &[&str]) -> Result<(), UsageError> {
+fn check_foreign(judge: &Judge, typed: &Typed, task: Task) -> Result<(), UsageError> {
     let given = table(typed)?;
-    let neutral = table(&fill(&Typed { task: Some(task), data: typed.data.clone(), ..Typed::default() }))?;
-    match foreign.iter().find(|&&key| given.contains_key(key) && given.get(key) != neutral.get(key)) {
+    let neutral =
+        table(&fill(&Typed { task: Some(task), data: typed.data.clone(), sequence: typed.sequence.clone(), ..Typed::default() }))?;
+    let foreign = |key: &&str| !is_meant(key, task) && given.contains_key(*key) && given.get(*key) != neutral.get(*key);
+    match MEANT_FOR.iter().map(|(key, _)| *key).find(foreign) {
         Some(key) => judge.refuse(key, &format!("means nothing for --task {}; leave it out", task.name())),
         None => Ok(()),
     }
@@ -442,6 +497,12 @@ fn check_data(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
     }
     for (key, columns) in [("target", &config.target), ("features", &config.features)] {
         judge.hold(key, format!("'{}'", columns.join(",")), columns.iter().all(|name| !name.is_empty()), "names of columns")?;
+    }
+    for (key, column) in [("sequence", &config.sequence), ("label", &config.label)] {
+        judge.hold(key, "empty", column.as_ref().is_none_or(|name| !name.trim().is_empty()), "the name of a column")?;
+    }
+    if let Some(tolerance) = config.tolerance {
+        judge.at_least_zero("tolerance", tolerance)?;
     }
     if let Some(season) = config.season {
         judge.hold("season", season, season <= MAX_LENGTH, &format!("from 0 to {MAX_LENGTH}"))?;
@@ -488,7 +549,8 @@ fn check_model(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
     if l.bidirectional && config.task == Task::Lm {
         return judge.refuse("bidirectional", "lets a language model read the token that it is to predict; leave it out");
     }
-    if config.task == Task::Lm {
+    // Without tokens there is none.
+    if config.embedding > 0 || config.task == Task::Lm {
         judge.size("embedding", config.embedding, MAX_UNITS)?;
     }
     let top = if projection > 0 { projection } else { units.last().copied().unwrap_or(0) };
@@ -581,18 +643,26 @@ pub fn default_text(key: &str) -> Option<String> {
         };
         table(&config).ok()?.get(key).map(text).filter(|text| !text.is_empty())
     };
-    let (in_text, in_series) = (!OF_SERIES.contains(&key), !OF_TEXT.contains(&key));
-    let letters = example(Task::Lm, Level::Char, &["text"]).filter(|_| in_text);
-    let words = example(Task::Lm, Level::Word, &["text"]).filter(|_| in_text && key != "level");
-    let series = example(Task::Forecast, Level::Char, &["table.csv"]).filter(|_| in_series);
-    let builtin = example(Task::Forecast, Level::Char, &[]).filter(|_| in_series);
-    // What holds for both tasks, or for the only one, needs no name.
-    let common = if in_text && in_series { letters.clone().filter(|_| letters == series) } else { letters.clone().or(series.clone()) };
+    let of = |task: Task, level: Level, data: &[&str]| {
+        example(task, level, data).filter(|_| is_meant(key, task) && !(key == "seq_len" && LABELLED.contains(&task)))
+    };
+    let letters = of(Task::Lm, Level::Char, &["text"]);
+    let words = of(Task::Lm, Level::Word, &["text"]).filter(|_| key != "level");
+    let series = of(Task::Forecast, Level::Char, &["table.csv"]);
+    let builtin = of(Task::Forecast, Level::Char, &[]);
+    let labelled = of(Task::Classify, Level::Char, &["sequences.ts"]);
+    let lines = of(Task::Classify, Level::Char, &["lines.txt"]);
+    // What holds wherever it means something needs no name.
+    let kinds = [&letters, &series, &labelled];
+    let first = kinds.into_iter().flatten().next().cloned();
+    let common = first.filter(|first| kinds.into_iter().flatten().all(|value| value == first));
     let named = [
         ("lm", &letters, &common),
         ("lm at word level", &words, &letters),
         ("forecast", &series, &common),
         ("built-in example", &builtin, &series),
+        ("labelled sequences", &labelled, &common),
+        ("labelled texts", &lines, &labelled),
     ];
     let named = named.into_iter().filter(|(_, value, usual)| value != usual);
     let named = named.filter_map(|(of, value, _)| value.as_ref().map(|value| format!("{of} {value}")));

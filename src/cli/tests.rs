@@ -66,6 +66,8 @@ fn the_task_follows_from_the_data_unless_it_is_given() {
     assert_eq!(config(&["--data", "a.csv", "--data", "b.txt"]).task, Task::Lm);
     assert_eq!(config(&["--task", "forecast", "--data", "a.txt"]).task, Task::Forecast);
     assert_eq!(config(&["--task", "lm", "--data", "a.csv"]).task, Task::Lm);
+    assert_eq!(config(&["--data", "a_TRAIN.ts", "--data", "a_TEST.TS"]).task, Task::Classify);
+    assert_eq!(config(&["--data", "a.csv", "--sequence", "id", "--label", "kind"]).task, Task::Classify);
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().to_str().unwrap();
     assert_eq!(config(&["--data", path]).task, Task::Lm);
@@ -200,6 +202,12 @@ fn options_that_do_not_go_together_are_refused() {
         (&["--level", "byte", "--vocab", "100"], "--vocab cannot be used with --level byte"),
         (&["--horizon", "3"], "--horizon means nothing for --task lm"),
         (&["--target", "x"], "--target means nothing for --task lm"),
+        (&["--label", "x"], "--label means nothing for --task lm"),
+        (&["--task", "classify", "--horizon", "3"], "--horizon means nothing for --task classify"),
+        (&["--task", "regress", "--seq-len", "3"], "--seq-len means nothing for --task regress"),
+        (&["--task", "classify", "--sequence", " "], "--sequence is empty"),
+        (&["--task", "classify", "--tolerance", "1"], "--tolerance means nothing for --task classify"),
+        (&["--task", "regress", "--tolerance", "-1"], "--tolerance is -1, but must be a number of 0 or more"),
         (&["--data", "-", "--data", "-"], "--data names standard input twice"),
         (&["--task", "forecast", "--tied"], "--tied means nothing for --task forecast"),
         (&["--task", "forecast", "--level", "word"], "--level means nothing for --task forecast"),
@@ -323,9 +331,13 @@ fn the_help_states_the_defaults_that_hold() {
     let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
     let text = config(&["--data", "a.txt"]);
     let series = config(&["--data", "a.csv"]);
+    let labelled = config(&["--data", "a.ts"]);
     for part in [
-        format!("[default: lm {}; lm at word level 200; forecast {}]", text.hidden, series.hidden),
-        format!("[default: lm {}; forecast {}]", text.optimizer.lr, series.optimizer.lr),
+        format!(
+            "[default: lm {}; lm at word level 200; forecast {}; labelled sequences {}; labelled texts 128]",
+            text.hidden, series.hidden, labelled.hidden
+        ),
+        format!("[default: lm {}; forecast {}; labelled sequences 0.005; labelled texts 0.002]", text.optimizer.lr, series.optimizer.lr),
         format!("[default: {}; built-in example {}]", series.horizon, config(&[]).horizon),
         "[default: best; built-in example last]".to_owned(),
         "[default: auto]".to_owned(),

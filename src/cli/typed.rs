@@ -13,7 +13,7 @@ use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
 use crate::data::text::Encoding;
 use crate::data::vocab::Level;
-use crate::model::config::Hidden;
+use crate::model::config::{Hidden, Pooling};
 use crate::model::init::Init;
 use crate::optim::Rule;
 use crate::optim::schedule::ScheduleKind;
@@ -29,8 +29,9 @@ pub struct Size(pub usize);
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, clap::Args)]
 #[serde(deny_unknown_fields, default)]
 pub struct Typed {
-    /// What is learnt: the next token of a text, or the next values of a series; by default forecast for .csv and .tsv files and for the
-    /// built-in example, else lm
+    /// What is learnt: the next token of a text (lm), the next values of a series (forecast), the class (classify) or a number (regress)
+    /// of each sequence; by default classify for .ts files and with --sequence, forecast for .csv and .tsv files and for the built-in
+    /// example, else lm
     #[arg(long, value_name = "TASK", help_heading = DATA, value_parser = choice::<Task>())]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub task: Option<Task>,
@@ -59,11 +60,23 @@ pub struct Typed {
     #[arg(long, value_name = "COLUMN,...", help_heading = DATA, value_delimiter = ',')]
     #[serde(deserialize_with = "comma_list", skip_serializing_if = "Option::is_none")]
     pub target: Option<Vec<String>>,
-    /// Columns to forecast from; by default all columns of numbers
+    /// Column of a table that tells labelled sequences apart (without: .ts files, or lines of label, tab, text)
+    #[arg(long, value_name = "COLUMN", help_heading = DATA)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sequence: Option<String>,
+    /// Column of the sequences' labels, the same in all rows of a sequence
+    #[arg(long, value_name = "COLUMN", help_heading = DATA)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub label: Option<String>,
+    /// Columns to read; by default all columns of numbers
     #[arg(long, value_name = "COLUMN,...", help_heading = DATA, value_delimiter = ',')]
     #[serde(deserialize_with = "comma_list", skip_serializing_if = "Option::is_none")]
     pub features: Option<Vec<String>>,
-    /// Fill blanks of a series from what lies before them, or refuse them
+    /// Count as wrong the numbers that are further off than this, in the label's unit
+    #[arg(long, value_name = "X", help_heading = DATA, allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tolerance: Option<f64>,
+    /// Fill blanks from what lies before them, or refuse them
     #[arg(long, value_name = "WAY", help_heading = DATA, value_parser = choice::<Missing>())]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub missing: Option<Missing>,
@@ -172,12 +185,17 @@ pub struct Typed {
     #[arg(long, value_name = "N", help_heading = MODEL)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seq_len: Option<Size>,
+    /// What is read of a labelled sequence: the last step's outputs, in both directions the step with which each ends, or their mean over
+    /// all steps
+    #[arg(long, value_name = "HOW", help_heading = MODEL, value_parser = choice::<Pooling>())]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pooling: Option<Pooling>,
     /// Steps ahead that are forecast, all of them outputs
     #[arg(long, value_name = "N", help_heading = MODEL)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub horizon: Option<Size>,
 
-    /// Streams of a text or windows of a series in a step, over all devices
+    /// Streams of a text, windows of a series or labelled sequences in a step, over all devices
     #[arg(long, value_name = "N", help_heading = TRAINING)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub batch_size: Option<Size>,

@@ -73,6 +73,18 @@ pub enum DataError {
         /// What may be the reason; empty if unknown.
         hint: String,
     },
+    /// A line that is not what it should be.
+    #[error("{file}, line {line}: {problem}; {remedy}")]
+    Line {
+        /// The file.
+        file: String,
+        /// Counted from 1.
+        line: u64,
+        /// What is wrong.
+        problem: String,
+        /// What to do.
+        remedy: String,
+    },
     /// A cell that is not what its column is.
     #[error("{file}, line {line}, column '{column}': {problem}; {remedy}")]
     Cell {

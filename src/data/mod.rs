@@ -9,13 +9,16 @@
 pub mod baselines;
 pub mod builtin;
 pub mod error;
+pub mod grouping;
 pub mod prefetch;
+pub mod sequences;
 pub mod series;
 pub mod source;
 pub mod split;
 pub mod table;
 pub mod text;
 pub mod time;
+pub mod ts;
 pub mod vocab;
 
 use std::ops::Range;
@@ -41,6 +44,8 @@ pub enum Input {
 pub enum Target {
     /// The next token of each step, `[T, B]`.
     Tokens(Vec<u32>),
+    /// The class of each row, `[B]`.
+    Labels(Vec<u32>),
     /// Real values, `[B, O]`.
     Values {
         /// The values, on the normalised scale.
@@ -61,9 +66,11 @@ pub struct Batch {
     pub input: Input,
     /// What should come out.
     pub target: Target,
-    /// The weight of each term: `[T, B]` for tokens, `[B, O]` for values; 0 = not scored.
+    /// The weight of each term: `[T, B]` for tokens, `[B]` for labels, `[B, O]` for values; 0 = not scored.
     pub weights: Vec<f32>,
-    /// Global stream (text) or sample number (series: the row of the window's last input) of each row, `[B]`.
+    /// Valid steps of each row, `[B]`, none of them above `T`; none: all steps of all rows.
+    pub lengths: Option<Vec<u32>>,
+    /// Global stream (text) or sample number (series: the row of the window's last input; else the sequence) of each row, `[B]`.
     pub streams: Vec<u32>,
     /// The carried state starts from zero at this window.
     pub resets: bool,
@@ -90,18 +97,38 @@ impl Batch {
         let weight = weights.iter().map(|&w| f64::from(w)).sum();
         let n_tokens = match target {
             Target::Tokens(_) => weights.iter().filter(|&&w| w != 0.0).count() as u64,
-            Target::Values { .. } => (n_steps * n_rows) as u64,
+            Target::Labels(_) | Target::Values { .. } => (n_steps * n_rows) as u64,
         };
-        Self { n_steps, n_rows, input, target, weights, streams, resets, carries, weight, n_tokens }
+        Self { n_steps, n_rows, input, target, weights, lengths: None, streams, resets, carries, weight, n_tokens }
     }
 
-    /// A share: the same steps, only the rows of `rows`, with its own `weight` and `n_tokens`. An empty range gives an empty share of weight 0.
+    /// A batch of whole sequences, each of so many steps; `n_steps` is the largest number of them.
+    pub fn of_sequences(n_steps: usize, input: Input, target: Target, weights: Vec<f32>, sequences: Vec<u32>, lengths: Vec<u32>) -> Self {
+        let n_tokens = lengths.iter().map(|&length| u64::from(length)).sum();
+        let ends = lengths.iter().any(|&length| (length as usize) < n_steps);
+        let batch = Self::new(n_steps, input, target, weights, sequences, true, false);
+        Self { n_tokens, lengths: ends.then_some(lengths), ..batch }
+    }
+
+    /// Valid steps of a row.
+    pub fn length(&self, row: usize) -> usize {
+        self.lengths.as_ref().map_or(self.n_steps, |lengths| lengths[row] as usize)
+    }
+
+    /// Steps of the longest of these rows.
+    pub fn longest(&self, rows: Range<usize>) -> usize {
+        rows.map(|row| self.length(row)).max().unwrap_or(0)
+    }
+
+    /// A share: the same steps (as many as its longest row has, where rows end), only the rows of `rows`, with its own `weight` and `n_tokens`. An empty range gives an empty share of weight 0.
     ///
     /// # Panics
     /// If `rows` reaches beyond `n_rows`.
     pub fn rows(&self, rows: Range<usize>) -> Self {
         assert!(rows.start <= rows.end && rows.end <= self.n_rows, "rows {rows:?} of a batch of {} rows", self.n_rows);
-        let (t, b) = (self.n_steps, self.n_rows);
+        let b = self.n_rows;
+        let lengths: Option<Vec<u32>> = self.lengths.as_ref().map(|lengths| lengths[rows.clone()].to_vec());
+        let t = lengths.as_ref().map_or(self.n_steps, |lengths| lengths.iter().copied().max().unwrap_or(0) as usize);
         let input = match &self.input {
             Input::Tokens(tokens) => Input::Tokens(columns(tokens, t, b, 1, &rows)),
             Input::Values { values, n_features } => {
@@ -110,12 +137,19 @@ impl Batch {
         };
         let (target, weights) = match &self.target {
             Target::Tokens(tokens) => (Target::Tokens(columns(tokens, t, b, 1, &rows)), columns(&self.weights, t, b, 1, &rows)),
+            Target::Labels(labels) => (Target::Labels(labels[rows.clone()].to_vec()), self.weights[rows.clone()].to_vec()),
             Target::Values { values, n_outputs } => (
                 Target::Values { values: columns(values, 1, b, *n_outputs, &rows), n_outputs: *n_outputs },
                 columns(&self.weights, 1, b, *n_outputs, &rows),
             ),
         };
-        Self::new(t, input, target, weights, self.streams[rows].to_vec(), self.resets, self.carries)
+        let streams = self.streams[rows].to_vec();
+        match lengths {
+            Some(lengths) => {
+                Self { resets: self.resets, carries: self.carries, ..Self::of_sequences(t, input, target, weights, streams, lengths) }
+            }
+            None => Self::new(t, input, target, weights, streams, self.resets, self.carries),
+        }
     }
 }
 
@@ -138,4 +172,10 @@ pub trait Batches: Send + Sync {
     /// # Panics
     /// If `idx` is not below [`Batches::n_batches`].
     fn batch(&self, epoch: u64, idx: u64) -> Batch;
+
+    /// Most steps and most rows of a batch.
+    fn largest(&self) -> (usize, usize) {
+        let first = self.batch(0, 0);
+        (first.n_steps, first.n_rows)
+    }
 }

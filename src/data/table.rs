@@ -349,7 +349,13 @@ impl Table {
         DataError::Cell { file: self.files[file].clone(), line, column: self.columns[c].clone(), problem, remedy: remedy.to_string() }
     }
 
-    fn cells(&self, c: usize) -> impl Iterator<Item = &str> {
+    /// The line of its file in which `row` stands.
+    pub fn line(&self, row: usize) -> u64 {
+        self.rows[row].line
+    }
+
+    /// The cells of column `c`.
+    pub fn cells(&self, c: usize) -> impl Iterator<Item = &str> {
         self.rows.iter().map(move |row| row.cells.get(c).unwrap_or_default())
     }
 

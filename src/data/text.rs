@@ -252,7 +252,8 @@ fn join(sources: &[Source], options: &TextOptions) -> Result<String, DataError> 
 }
 
 /// Bytes as text: without a byte order mark, line ends as `\n`.
-fn decode(source: &Source, encoding: Encoding) -> Result<String, DataError> {
+/// A file as text, its line ends as `\n`.
+pub(super) fn decode(source: &Source, encoding: Encoding) -> Result<String, DataError> {
     let bytes = source.bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(&source.bytes);
     check_not_empty(source, bytes.is_empty())?;
     let text = match encoding {

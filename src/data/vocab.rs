@@ -216,6 +216,24 @@ impl Vocab {
         }
     }
 
+    /// Tokens of one line that stands by itself at `place`: at word level without `<eos>`.
+    ///
+    /// # Errors
+    /// [`DataError::UnknownSymbol`] for a character that the vocabulary lacks, if it has no `<unk>`.
+    pub fn encode_line(&self, place: &str, line: &str) -> Result<Vec<u32>, DataError> {
+        match self.level {
+            Level::Byte => Ok(self.encode_bytes(line.as_bytes())),
+            Level::Char => self.encode_chars(line, |c, _, _| DataError::UnknownSymbol {
+                place: place.to_string(),
+                symbol: show(c),
+                size: self.size(),
+                unit: "characters",
+                remedy: "take it out, or train with --level byte or on text that has it".to_string(),
+            }),
+            Level::Word => Ok(self.encode_words(line.split_whitespace())),
+        }
+    }
+
     /// Tokens of bytes: their values.
     pub fn encode_bytes(&self, bytes: &[u8]) -> Vec<u32> {
         bytes.iter().map(|&byte| u32::from(byte)).collect()

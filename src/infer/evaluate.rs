@@ -5,11 +5,13 @@ use std::sync::Arc;
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 
-use super::task::EvalSet;
+use super::task::{EvalSet, Truth};
 use crate::data::Batch;
 use crate::data::baselines::{Scorer, Scores, baselines};
+use crate::data::sequences::{LabelSpec, Sequences};
 use crate::data::series::Series;
 use crate::model::state::Carried;
+use crate::observe::Table;
 
 /// What computes a batch: one model, or a group of workers. Returns the summed loss and, if wanted, the outputs `[rows, columns]`.
 pub trait Forward {
@@ -23,11 +25,75 @@ pub trait Forward {
 /// What came out.
 #[derive(Clone, Debug)]
 pub struct Evaluation {
-    /// Mean over terms: nats a token, or the squared error on the normalised scale.
+    /// Mean over terms: nats a token or a sequence, or the squared error on the normalised scale.
     pub loss: f64,
     /// Terms.
     pub weight: f64,
-    pub forecast: Option<ForecastScores>,
+    pub judged: Judged,
+}
+
+/// What there is to say of a model beside its loss.
+#[derive(Clone, Debug)]
+pub enum Judged {
+    Text,
+    Forecast(ForecastScores),
+    Classes(ClassScores),
+    Numbers(NumberScores),
+}
+
+/// A classifier against the truth.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClassScores {
+    pub classes: Vec<String>,
+    /// `[truth, predicted]`.
+    pub confusion: Vec<Vec<u64>>,
+    /// The class that the training part has most of: what a classifier says that has not looked.
+    pub majority: usize,
+}
+
+impl ClassScores {
+    fn new(classes: Vec<String>, majority: usize) -> Self {
+        let confusion = vec![vec![0; classes.len()]; classes.len()];
+        Self { classes, confusion, majority }
+    }
+
+    fn share_of(&self, hits: u64) -> f64 {
+        hits as f64 / self.confusion.iter().flatten().sum::<u64>() as f64
+    }
+
+    /// Sequences whose class was said, as a share of all.
+    pub fn accuracy(&self) -> f64 {
+        self.share_of((0..self.classes.len()).map(|c| self.confusion[c][c]).sum())
+    }
+
+    /// The accuracy of always saying [`Self::majority`].
+    pub fn majority_accuracy(&self) -> f64 {
+        self.share_of(self.confusion[self.majority].iter().sum())
+    }
+
+    /// The mean of all classes' F1, the harmonic mean of precision and recall; classes that neither occur nor were said do not count.
+    pub fn macro_f1(&self) -> f64 {
+        let f1: Vec<f64> = (0..self.classes.len())
+            .filter_map(|c| {
+                let (truth, said) = (self.confusion[c].iter().sum::<u64>(), self.confusion.iter().map(|row| row[c]).sum::<u64>());
+                (truth + said > 0).then(|| 2.0 * self.confusion[c][c] as f64 / (truth + said) as f64)
+            })
+            .collect();
+        f1.iter().sum::<f64>() / f1.len() as f64
+    }
+}
+
+/// Numbers of sequences against the truth.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NumberScores {
+    /// Root mean squared error in the label's unit, the model's and that of always saying the mean of the training part.
+    pub rmse: f64,
+    pub mean_rmse: f64,
+    /// Mean squared error on the normalised scale of always saying that mean.
+    pub mean_loss: f64,
+    /// Numbers that are further off than the tolerance, where there is one, and how many there are.
+    pub wrong: Option<u64>,
+    pub of: u64,
 }
 
 /// The model beside the naive forecasts, over the same windows.
@@ -60,45 +126,169 @@ pub type Watch<'w> = &'w mut dyn FnMut(&Batch, &[f32]);
 pub fn evaluate_watched(set: &EvalSet, forward: &mut dyn Forward, mut watch: Option<Watch<'_>>) -> Result<Evaluation> {
     let mut carried = (set.n_streams > 0).then(|| forward.carried(set.n_streams));
     let (mut loss, mut weight) = (0.0, 0.0);
-    let mut scorer = set.series.as_ref().map(|(series, part)| (Scorer::new(series), series, *part, Vec::new(), Vec::new()));
+    let mut judge = Judge::new(&set.truth);
     for idx in 0..set.batches.n_batches() {
         let batch = Arc::new(set.batches.batch(0, idx));
         if let Some(carried) = carried.as_mut().filter(|_| batch.resets) {
             carried.reset();
         }
-        let (sum, outputs) = forward.forward(&batch, carried.as_mut(), scorer.is_some() || watch.is_some())?;
+        let (sum, outputs) = forward.forward(&batch, carried.as_mut(), set.truth.wants_outputs() || watch.is_some())?;
         if let Some(watch) = &mut watch {
             watch(&batch, &outputs);
         }
         loss += sum;
         weight += batch.weight;
-        if let Some((scorer, series, _, origins, values)) = &mut scorer {
-            for (&origin, row) in batch.streams.iter().zip(outputs.chunks_exact(series.spec().n_outputs())) {
-                scorer.add_outputs(series, origin, row);
-                origins.push(origin);
-                values.push(series.denormalise(origin, row));
+        judge.add(&batch, &outputs);
+    }
+    Ok(Evaluation { loss: loss / weight, weight, judged: judge.judged() })
+}
+
+impl Judged {
+    /// Adds what does not fit into a line: how often each class was taken for which.
+    pub fn add_to(&self, table: Table) -> Table {
+        /// Columns that a terminal shows.
+        const MOST: usize = 20;
+        let Self::Classes(scores) = self else { return table };
+        if scores.classes.len() > MOST {
+            return table;
+        }
+        let header: Vec<&str> = std::iter::once("truth").chain(scores.classes.iter().map(String::as_str)).collect();
+        let row = |(class, counts): (&String, &Vec<u64>)| std::iter::once(class.clone()).chain(counts.iter().map(u64::to_string)).collect();
+        table.columns("What was said of each class", &header, scores.classes.iter().zip(&scores.confusion).map(row).collect())
+    }
+}
+
+/// Compares what a model says with the truth.
+enum Judge<'s> {
+    Text,
+    Series {
+        series: &'s Series,
+        truth: &'s Truth,
+        scorer: Scorer,
+        origins: Vec<u32>,
+        values: Vec<Vec<f64>>,
+    },
+    Classes {
+        sequences: &'s Sequences,
+        scores: ClassScores,
+    },
+    /// Sums of squared errors in the unit: the model's, and the mean's; how many; and how many are further off than the tolerance.
+    Numbers {
+        sequences: &'s Sequences,
+        mean: f64,
+        std: f64,
+        squares: [f64; 2],
+        n: u64,
+        tolerance: Option<f64>,
+        wrong: u64,
+    },
+}
+
+impl<'s> Judge<'s> {
+    fn new(truth: &'s Truth) -> Self {
+        match truth {
+            Truth::Text => Self::Text,
+            Truth::Series(series, _) => {
+                Self::Series { series, truth, scorer: Scorer::new(series), origins: Vec::new(), values: Vec::new() }
+            }
+            Truth::Sequences(sequences, tolerance) => match &sequences.spec().label {
+                LabelSpec::Classes(classes) => {
+                    // The first of those that are equal.
+                    let most = classes.iter().map(|class| class.count).max();
+                    let majority = classes.iter().position(|class| Some(class.count) == most).unwrap_or(0);
+                    let names = classes.iter().map(|class| class.name.clone()).collect();
+                    Self::Classes { sequences, scores: ClassScores::new(names, majority) }
+                }
+                LabelSpec::Number(scale) => {
+                    Self::Numbers { sequences, mean: scale.mean, std: scale.std, squares: [0.0; 2], n: 0, tolerance: *tolerance, wrong: 0 }
+                }
+            },
+        }
+    }
+
+    fn add(&mut self, batch: &Batch, outputs: &[f32]) {
+        match self {
+            Self::Text => {}
+            Self::Series { series, scorer, origins, values, .. } => {
+                for (&origin, row) in batch.streams.iter().zip(outputs.chunks_exact(series.spec().n_outputs())) {
+                    scorer.add_outputs(series, origin, row);
+                    origins.push(origin);
+                    values.push(series.denormalise(origin, row));
+                }
+            }
+            Self::Classes { sequences, scores } => {
+                for (&i, row) in batch.streams.iter().zip(outputs.chunks_exact(scores.classes.len())) {
+                    if let Some(truth) = sequences.class(i as usize) {
+                        scores.confusion[truth as usize][likeliest(row)] += 1;
+                    }
+                }
+            }
+            Self::Numbers { sequences, mean, std, squares, n, tolerance, wrong } => {
+                for (&i, &said) in batch.streams.iter().zip(outputs) {
+                    let Some(truth) = sequences.number(i as usize) else { continue };
+                    let error = *mean + *std * f64::from(said) - truth;
+                    squares[0] += error.powi(2);
+                    squares[1] += (*mean - truth).powi(2);
+                    *n += 1;
+                    *wrong += u64::from(tolerance.is_some_and(|tolerance| error.abs() > tolerance));
+                }
             }
         }
     }
-    let forecast = scorer.map(|(scorer, series, part, origins, values)| ForecastScores {
-        model: scorer.scores(),
-        baselines: baselines(series, part),
-        targets: series.spec().target_columns().map(|column| column.name.clone()).collect(),
-        origins,
-        values,
-    });
-    Ok(Evaluation { loss: loss / weight, weight, forecast })
+
+    fn judged(self) -> Judged {
+        match self {
+            Self::Text => Judged::Text,
+            Self::Series { series, truth, scorer, origins, values } => Judged::Forecast(ForecastScores {
+                model: scorer.scores(),
+                baselines: if let Truth::Series(_, part) = truth { baselines(series, *part) } else { Vec::new() },
+                targets: series.spec().target_columns().map(|column| column.name.clone()).collect(),
+                origins,
+                values,
+            }),
+            Self::Classes { scores, .. } => Judged::Classes(scores),
+            Self::Numbers { std, squares, n, tolerance, wrong, .. } => {
+                let [model, mean] = squares.map(|sum| sum / n as f64);
+                Judged::Numbers(NumberScores {
+                    rmse: model.sqrt(),
+                    mean_rmse: mean.sqrt(),
+                    mean_loss: mean / (std * std),
+                    wrong: tolerance.map(|_| wrong),
+                    of: n,
+                })
+            }
+        }
+    }
+}
+
+/// The class of the largest logit, the first of equal ones.
+pub fn likeliest(logits: &[f32]) -> usize {
+    (1..logits.len()).fold(0, |best, class| if logits[class] > logits[best] { class } else { best })
 }
 
 impl Evaluation {
     /// The scores beside the loss, as every summary has them.
     pub fn scores(&self) -> Map<String, Value> {
         let mut map = Map::new();
-        match &self.forecast {
-            None => {
+        match &self.judged {
+            Judged::Text => {
                 map.insert("perplexity".into(), json!(self.loss.exp()));
             }
-            Some(forecast) => {
+            Judged::Classes(scores) => {
+                map.insert("accuracy".into(), json!(scores.accuracy()));
+                map.insert("macro_f1".into(), json!(scores.macro_f1()));
+                map.insert("baselines".into(), json!({ "majority": scores.majority_accuracy() }));
+                map.insert("confusion".into(), json!({ "classes": scores.classes, "counts": scores.confusion }));
+            }
+            Judged::Numbers(scores) => {
+                map.insert("baselines".into(), json!({ "mean": scores.mean_loss }));
+                map.insert("rmse".into(), json!({ "model": scores.rmse, "mean": scores.mean_rmse }));
+                if let Some(wrong) = scores.wrong {
+                    map.insert("wrong".into(), json!(wrong));
+                    map.insert("of".into(), json!(scores.of));
+                }
+            }
+            Judged::Forecast(forecast) => {
                 let baselines: Map<String, Value> = forecast.baselines.iter().map(|(name, s)| ((*name).to_owned(), json!(s.mse))).collect();
                 map.insert("baselines".into(), Value::Object(baselines));
                 let by_target: Vec<(&String, Value)> = forecast
@@ -116,9 +306,17 @@ impl Evaluation {
         map
     }
 
+    /// The scores of a forecast, if it is one.
+    pub fn forecast(&self) -> Option<&ForecastScores> {
+        match &self.judged {
+            Judged::Forecast(forecast) => Some(forecast),
+            _ => None,
+        }
+    }
+
     /// Root mean squared errors of target `k` at the last step of the horizon in its unit: the model's, then each baseline's.
     pub fn rmse(&self, k: usize) -> Vec<(String, f64)> {
-        let Some(forecast) = &self.forecast else { return Vec::new() };
+        let Some(forecast) = self.forecast() else { return Vec::new() };
         let all = std::iter::once(("model", &forecast.model)).chain(forecast.baselines.iter().map(|(name, scores)| (*name, scores)));
         all.map(|(name, scores)| (name.to_owned(), scores.rmse.get(k).and_then(|r| r.last().copied()).unwrap_or(f64::NAN))).collect()
     }

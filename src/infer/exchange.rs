@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::session::{read_config, read_data};
 use super::task::{Corpus, DATA_FILE, DataRecord, DataSpec, model_config};
+use crate::data::sequences::{LabelSpec, Scaled, SequencesSpec, StepSpec};
 use crate::data::series::{Column, SeriesSpec};
 use crate::model::init::initial;
 use crate::store::checkpoint::{Checkpoint, NamedTensor};
@@ -48,6 +49,7 @@ pub fn export(run: &Path, which: Which, format: Format, part: Part, output: &Pat
         data: serde_json::to_string(&spec)?,
         scale: match &spec {
             DataSpec::Series(spec) => Some(scale(spec).to_string()),
+            DataSpec::Sequences(spec) => scale_of_sequences(spec).map(|scale| scale.to_string()),
             DataSpec::Text(_) => None,
         },
         step,
@@ -86,6 +88,21 @@ fn scale(spec: &SeriesSpec) -> Value {
         "rule": "input = (x - offset) / scale; value = offset + scale * output; offset is the window's last value where relative; \
                  output[step * targets + target]; calendar adds sine and cosine of the season's phase as last inputs",
     })
+}
+
+/// As [`scale`], for features and labels of sequences; none where tokens go in and classes come out.
+fn scale_of_sequences(spec: &SequencesSpec) -> Option<Value> {
+    let column = |column: &Scaled| json!({ "name": column.name, "relative": false, "offset": column.mean, "scale": column.std });
+    let inputs: Vec<Value> = match &spec.step {
+        StepSpec::Features(features) => features.iter().map(column).collect(),
+        StepSpec::Tokens(_) => Vec::new(),
+    };
+    let outputs: Vec<Value> = match &spec.label {
+        LabelSpec::Number(scale) => vec![column(scale)],
+        LabelSpec::Classes(_) => Vec::new(),
+    };
+    let rule = "input = (x - offset) / scale; value = offset + scale * output";
+    (!inputs.is_empty() || !outputs.is_empty()).then(|| json!({ "inputs": inputs, "outputs": outputs, "rule": rule }))
 }
 
 /// Makes a run folder of a model file. `has_data` says that `config.data` was named by the person, not by the file. Warnings come back beside

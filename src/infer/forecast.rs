@@ -15,25 +15,22 @@ use crate::usage::UsageError;
 /// # Errors
 /// A run that is no forecast; data that cannot be read; the device's.
 pub fn forecast(session: &mut Session, data: &[String]) -> Result<Vec<Dated>> {
-    if matches!(session.spec, DataSpec::Text(_)) {
-        return Err(UsageError("this run is a language model and forecasts no series: use `carrousel generate`".to_owned()).into());
+    if !matches!(session.spec, DataSpec::Series(_)) {
+        let problem = format!("a run of --task {} forecasts no series: give one of --task forecast", session.config.task.name());
+        return Err(UsageError(problem).into());
     }
     let series = if data.is_empty() {
         match Corpus::load(&session.config, Some(&session.spec))? {
-            Corpus::Series(series) => series,
-            Corpus::Text(_) => return Err(UsageError("the run's data is text now: give the series again with --data".to_owned()).into()),
+            Corpus::Series(series) => Some(series),
+            Corpus::Text(_) | Corpus::Sequences(_) => None,
         }
     } else {
         match Corpus::load_other(&session.config, data, &session.spec)? {
-            OtherData::Series(series) => series,
-            OtherData::Text(_) => {
-                return Err(UsageError(
-                    "--data is a text, but this run forecasts a series: give a CSV file with the same columns".to_owned(),
-                )
-                .into());
-            }
+            OtherData::Series(series) => Some(series),
+            OtherData::Text(_) | OtherData::Sequences(_) => None,
         }
     };
+    let series = series.context("a run of --task forecast reads a series")?;
     let batch = Arc::new(series.latest_window());
     let (_, outputs) = session.forward(&batch, None, true).context("the latest window")?;
     Ok(series.forecast(&outputs))

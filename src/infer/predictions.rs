@@ -4,13 +4,16 @@
 //! | --- | --- | --- |
 //! | text | a token, in the order of the text | `position` (in the part, from 0), `token`, `text`, `log_probability` |
 //! | series | a target of a window at one step of the horizon | `origin`, `time`, `step`, `target`, `value`, `truth` (in the unit; empty if unknown) |
+//! | classes of sequences | a sequence, in the order of the files | `sequence`, `class` (that was said), `truth`, `probability` of each class by its name |
+//! | numbers of sequences | a sequence | `sequence`, `value`, `truth` (in the unit) |
 //!
-//! | `.safetensors` | text | series |
-//! | --- | --- | --- |
-//! | `input` | `[N]` tokens that were read | `[N, T, I]` |
-//! | `target` | `[N]` tokens that follow | `[N, O]`, NaN where unknown |
-//! | `output` | `[N, V]` logits | `[N, O]`, on the normalised scale |
-//! | `stream` | `[N]`: within a stream the state is carried | `[N]`: the row of the window's last input |
+//! | `.safetensors` | text | series | sequences |
+//! | --- | --- | --- | --- |
+//! | `input` | `[N]` tokens that were read | `[N, T, I]` | `[N, T, I]`, or `[N, T, 1]` tokens, zeros behind a sequence's end |
+//! | `target` | `[N]` tokens that follow | `[N, O]`, NaN where unknown | `[N]` classes, or `[N, 1]` |
+//! | `output` | `[N, V]` logits | `[N, O]`, on the normalised scale | `[N, V]` logits, or `[N, 1]` on the normalised scale |
+//! | `stream` | `[N]`: within a stream the state is carried | `[N]`: the row of the window's last input | `[N]`: the sequence, from 0 |
+//! | `length` | | | `[N]` steps |
 //!
 //! All tensors are f32. What must not be here: a model, a device.
 
@@ -20,7 +23,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::task::{DataSpec, EvalSet};
+use super::evaluate::likeliest;
+use super::task::{DataSpec, EvalSet, Truth};
+use crate::data::sequences::{LabelSpec, Sequences};
 use crate::data::vocab::Vocab;
 use crate::data::{Batch, Input, Target};
 use crate::store::checkpoint::{Checkpoint, NamedTensor};
@@ -50,8 +55,10 @@ pub struct Predictions {
     form: Form,
     vocab: Option<Vocab>,
     said: Vec<Said>,
-    /// `[T, I]` of a series.
+    /// `[T, I]` of a series; of sequences the longest.
     window: Vec<usize>,
+    /// Terms are whole sequences.
+    of_sequences: bool,
     n_floats: usize,
 }
 
@@ -70,16 +77,20 @@ impl Predictions {
         UsageError::unless(dir.is_none_or(Path::is_dir), || format!("--output {}: its folder does not exist", path.display()))?;
         let vocab = match spec {
             DataSpec::Text(vocab) => Some(vocab.clone()),
-            DataSpec::Series(_) => None,
+            DataSpec::Series(_) | DataSpec::Sequences(_) => None,
         };
-        Ok(Self { path: path.to_owned(), form, vocab, said: Vec::new(), window: Vec::new(), n_floats: 0 })
+        let of_sequences = matches!(spec, DataSpec::Sequences(_));
+        Ok(Self { path: path.to_owned(), form, vocab, said: Vec::new(), window: Vec::new(), of_sequences, n_floats: 0 })
     }
 
     /// Takes a batch and the outputs for it, `[rows, columns]`.
     pub fn add(&mut self, batch: &Batch, outputs: &[f32]) {
         let keeps_outputs = self.form == Form::Tensors && self.n_floats <= MAX_FLOATS;
+        if self.of_sequences {
+            return self.add_sequences(batch, outputs, keeps_outputs);
+        }
         match &batch.target {
-            Target::Tokens(targets) => {
+            Target::Tokens(targets) | Target::Labels(targets) => {
                 let columns = outputs.len() / targets.len().max(1);
                 for (term, ((&target, &weight), row)) in
                     targets.iter().zip(&batch.weights).zip(outputs.chunks_exact(columns.max(1))).enumerate()
@@ -124,6 +135,29 @@ impl Predictions {
         }
     }
 
+    fn add_sequences(&mut self, batch: &Batch, outputs: &[f32], keeps_input: bool) {
+        let n_features = match &batch.input {
+            Input::Tokens(_) => 1,
+            Input::Values { n_features, .. } => *n_features,
+        };
+        let longest = self.window.first().copied().unwrap_or(0).max(batch.n_steps);
+        self.window = vec![longest, n_features];
+        let columns = outputs.len() / batch.n_rows.max(1);
+        for (b, (&stream, row)) in batch.streams.iter().zip(outputs.chunks_exact(columns.max(1))).enumerate() {
+            self.n_floats += longest * n_features + columns;
+            let places = (0..if keeps_input { batch.length(b) } else { 0 }).map(|t| t * batch.n_rows + b);
+            let input = match &batch.input {
+                Input::Tokens(tokens) => places.map(|at| tokens[at] as f32).collect(),
+                Input::Values { values, .. } => places.flat_map(|at| &values[at * n_features..][..n_features]).copied().collect(),
+            };
+            let target = match &batch.target {
+                Target::Tokens(classes) | Target::Labels(classes) => classes[b] as f32,
+                Target::Values { values, .. } => values[b],
+            };
+            self.said.push(Said { stream, input, target: vec![target], output: row.to_vec(), log_probability: 0.0 });
+        }
+    }
+
     /// Writes the file.
     ///
     /// # Errors
@@ -153,7 +187,7 @@ impl Predictions {
                     said.log_probability.to_string(),
                 ])?;
             }
-        } else if let Some((series, _)) = &set.series {
+        } else if let Truth::Series(series, _) = &set.truth {
             writer.write_record(["origin", "time", "step", "target", "value", "truth"])?;
             let names: Vec<&str> = series.spec().target_columns().map(|column| column.name.as_str()).collect();
             for said in &self.said {
@@ -172,7 +206,36 @@ impl Predictions {
                 }
             }
         }
+        if let Truth::Sequences(sequences, _) = &set.truth {
+            self.table_of_sequences(sequences, &mut writer)?;
+        }
         writer.into_inner().map_err(|e| anyhow::anyhow!("cannot write {}: {e}", self.path.display()))
+    }
+
+    fn table_of_sequences(&self, sequences: &Sequences, writer: &mut csv::Writer<Vec<u8>>) -> Result<()> {
+        match &sequences.spec().label {
+            LabelSpec::Classes(classes) => {
+                let names = || classes.iter().map(|class| class.name.as_str());
+                writer.write_record(["sequence", "class", "truth"].into_iter().chain(names()))?;
+                for said in &self.said {
+                    let (i, class) = (said.stream as usize, likeliest(&said.output));
+                    let truth = sequences.class(i).map_or("", |truth| classes[truth as usize].name.as_str());
+                    let probabilities = (0..classes.len()).map(|c| log_softmax(&said.output, c as u32).exp().to_string());
+                    let cells = [sequences.sequence_name(i), &classes[class].name, truth].map(str::to_owned);
+                    writer.write_record(cells.into_iter().chain(probabilities))?;
+                }
+            }
+            LabelSpec::Number(scale) => {
+                writer.write_record(["sequence", "value", "truth"])?;
+                for said in &self.said {
+                    let i = said.stream as usize;
+                    let value = scale.mean + scale.std * f64::from(said.output[0]);
+                    let truth = sequences.number(i).map(|truth| truth.to_string()).unwrap_or_default();
+                    writer.write_record([sequences.sequence_name(i).to_owned(), value.to_string(), truth])?;
+                }
+            }
+        }
+        Ok(())
     }
 
     fn tensors(&self) -> Result<Vec<u8>> {
@@ -191,12 +254,20 @@ impl Predictions {
         };
         let columns = self.said.first().map_or(0, |said| said.output.len());
         let (input, target): (&[usize], &[usize]) = if self.vocab.is_some() { (&[], &[]) } else { (&self.window, &[columns]) };
-        let tensors = vec![
-            of("input", input, &|said| said.input.clone()),
+        let is_class = self.of_sequences && columns > 1;
+        let target = if is_class { &[] } else { target };
+        let len: usize = input.iter().product();
+        let padded = |said: &Said| said.input.iter().copied().chain(std::iter::repeat(0.0)).take(len).collect();
+        let mut tensors = vec![
+            of("input", input, &padded),
             of("target", target, &|said| said.target.clone()),
             of("output", &[columns], &|said| said.output.clone()),
             of("stream", &[], &|said| vec![said.stream as f32]),
         ];
+        if self.of_sequences {
+            let width = self.window.get(1).copied().unwrap_or(1).max(1);
+            tensors.push(of("length", &[], &|said| vec![(said.input.len() / width) as f32]));
+        }
         Ok(Checkpoint { meta: json!({ "step": 0, "predictions": true }), tensors }.to_bytes()?)
     }
 }

@@ -159,11 +159,11 @@ pub fn share_of<'a>(batch: &'a Batch, state: Option<&'a [f32]>, scale: f32) -> S
             Input::Values { values, .. } => Words::Values(values),
         },
         targets: Some(match &batch.target {
-            Target::Tokens(tokens) => Words::Tokens(tokens),
+            Target::Tokens(tokens) | Target::Labels(tokens) => Words::Tokens(tokens),
             Target::Values { values, .. } => Words::Values(values),
         }),
         weights: &batch.weights,
-        lengths: None,
+        lengths: batch.lengths.as_deref(),
         streams: &batch.streams,
         state,
         scale,

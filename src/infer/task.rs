@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::data::builtin;
+use crate::data::sequences::{Goal, LabelSpec, SequenceBatches, Sequences, SequencesOptions, SequencesSpec, StepSpec};
 use crate::data::series::{Order, Part, Series, SeriesBatches, SeriesOptions, SeriesSpec};
 use crate::data::text::{Text, TextBatches, TextEval, TextOptions, load_tokens};
 use crate::data::vocab::Vocab;
@@ -23,6 +24,8 @@ pub enum DataSpec {
     Text(Vocab),
     /// Columns, scale, step of time.
     Series(Box<SeriesSpec>),
+    /// Features or vocabulary, and labels.
+    Sequences(Box<SequencesSpec>),
 }
 
 /// The file in the run folder that holds a [`DataRecord`].
@@ -41,7 +44,7 @@ pub struct DataRecord {
 /// What tells data from other data.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint {
-    /// Tokens or rows.
+    /// Tokens, rows or sequences.
     pub length: u64,
     /// Over the tokens of all parts, or over times and values of all rows, hexadecimal.
     pub sha256: String,
@@ -51,15 +54,31 @@ pub struct Fingerprint {
 pub enum Corpus {
     Text(Text),
     Series(Arc<Series>),
+    Sequences(Arc<Sequences>),
 }
 
 /// A part of the data for evaluation.
 pub struct EvalSet {
     pub batches: Arc<dyn Batches>,
-    /// Streams whose state is carried; 0 for a series.
+    /// Streams whose state is carried; 0 where it is not.
     pub n_streams: usize,
-    /// The series and its part, for scores beside the loss.
-    pub series: Option<(Arc<Series>, Part)>,
+    pub truth: Truth,
+}
+
+/// What outputs are compared with, for scores beside the loss.
+pub enum Truth {
+    /// Nothing: the loss says it.
+    Text,
+    Series(Arc<Series>, Part),
+    /// The tolerance beside, beyond which a number is wrong.
+    Sequences(Arc<Sequences>, Option<f64>),
+}
+
+impl Truth {
+    /// Whether there is something to compare with.
+    pub fn wants_outputs(&self) -> bool {
+        !matches!(self, Self::Text)
+    }
 }
 
 impl Corpus {
@@ -91,6 +110,21 @@ impl Corpus {
                 };
                 Self::Series(Arc::new(if config.data.is_empty() { builtin::co2(&options)? } else { Series::load(&config.data, &options)? }))
             }
+            Task::Classify | Task::Regress => {
+                let options = SequencesOptions {
+                    goal: if config.task == Task::Regress { Goal::Number } else { Goal::Class },
+                    sequence: config.sequence.clone(),
+                    label: config.label.clone(),
+                    features: config.features.clone(),
+                    missing: config.missing,
+                    level: config.level,
+                    encoding: config.encoding,
+                    vocab_limit: config.vocab,
+                    split: config.split,
+                    seed: config.seed,
+                };
+                Self::Sequences(Arc::new(Sequences::load(&config.data, &options)?))
+            }
         })
     }
 
@@ -102,6 +136,7 @@ impl Corpus {
         Ok(match spec {
             DataSpec::Text(vocab) => OtherData::Text(load_tokens(data, vocab, config.encoding)?),
             DataSpec::Series(spec) => OtherData::Series(Arc::new(Series::load_with(data, spec)?)),
+            DataSpec::Sequences(spec) => OtherData::Sequences(Arc::new(Sequences::load_with(data, spec, config.encoding)?)),
         })
     }
 
@@ -110,6 +145,7 @@ impl Corpus {
         match self {
             Self::Text(text) => DataSpec::Text(text.vocab.clone()),
             Self::Series(series) => DataSpec::Series(Box::new(series.spec().clone())),
+            Self::Sequences(sequences) => DataSpec::Sequences(Box::new(sequences.spec().clone())),
         }
     }
 
@@ -129,6 +165,10 @@ impl Corpus {
                 series.words().for_each(|word| hasher.update(word.to_le_bytes()));
                 series.n_rows() as u64
             }
+            Self::Sequences(sequences) => {
+                sequences.words().for_each(|word| hasher.update(word.to_le_bytes()));
+                sequences.len() as u64
+            }
         };
         Fingerprint { length, sha256: hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect() }
     }
@@ -142,6 +182,7 @@ impl Corpus {
         let (name, unit) = match self {
             Self::Text(text) => (text.name.as_str(), "tokens"),
             Self::Series(series) => (series.name(), "rows"),
+            Self::Sequences(sequences) => (sequences.name(), "sequences"),
         };
         let differ = if found.length == recorded.length {
             format!("the sha-256 of its {unit} is {}, not {}", found.sha256, recorded.sha256)
@@ -160,6 +201,7 @@ impl Corpus {
         match self {
             Self::Text(_) => Vec::new(),
             Self::Series(series) => series.warnings().to_vec(),
+            Self::Sequences(sequences) => sequences.warnings().to_vec(),
         }
     }
 
@@ -181,14 +223,18 @@ impl Corpus {
                 Arc::new(SeriesBatches::new(Arc::clone(series), Part::Train, config.batch_size, Order::Shuffled { seed: config.seed })?),
                 Vec::new(),
             ),
+            Self::Sequences(sequences) => {
+                let order = Order::Shuffled { seed: config.seed };
+                (Arc::new(SequenceBatches::new(Arc::clone(sequences), Part::Train, config.batch_size, order)?), Vec::new())
+            }
         })
     }
 
-    /// Streams whose state is carried in training; 0 for a series.
+    /// Streams whose state is carried in training; 0 where it is not.
     pub fn n_streams(&self, config: &RunConfig) -> usize {
         match self {
             Self::Text(_) => config.batch_size,
-            Self::Series(_) => 0,
+            Self::Series(_) | Self::Sequences(_) => 0,
         }
     }
 
@@ -204,6 +250,7 @@ impl Corpus {
                 if tokens.len() < 2 { None } else { Some(text_set(tokens, config.eval_batch_size, config.seq_len)?) }
             }
             Self::Series(series) => series_set(series, config.eval_batch_size, part)?,
+            Self::Sequences(sequences) => sequences_set(sequences, config, part)?,
         })
     }
 }
@@ -212,6 +259,7 @@ impl Corpus {
 pub enum OtherData {
     Text(Arc<[u32]>),
     Series(Arc<Series>),
+    Sequences(Arc<Sequences>),
 }
 
 impl OtherData {
@@ -224,6 +272,8 @@ impl OtherData {
             Self::Text(tokens) => text_set(tokens, config.eval_batch_size, config.seq_len),
             Self::Series(series) => series_set(series, config.eval_batch_size, Part::All)?
                 .ok_or_else(|| UsageError("--data has no window to evaluate; give a longer file".to_owned()).into()),
+            Self::Sequences(sequences) => sequences_set(sequences, config, Part::All)?
+                .ok_or_else(|| UsageError("--data has no sequence to evaluate".to_owned()).into()),
         }
     }
 }
@@ -231,14 +281,24 @@ impl OtherData {
 fn text_set(tokens: &Arc<[u32]>, n_streams: usize, window: usize) -> Result<EvalSet> {
     let batches = TextEval::new(Arc::clone(tokens), n_streams, window)?;
     let n_streams = batches.n_streams();
-    Ok(EvalSet { batches: Arc::new(batches), n_streams, series: None })
+    Ok(EvalSet { batches: Arc::new(batches), n_streams, truth: Truth::Text })
 }
 
 fn series_set(series: &Arc<Series>, batch_size: usize, part: Part) -> Result<Option<EvalSet>> {
     let batches: Result<_, DataError> = SeriesBatches::new(Arc::clone(series), part, batch_size, Order::InTime);
     let batches = batches?;
     let empty = batches.origins().is_empty();
-    Ok((!empty).then(|| EvalSet { batches: Arc::new(batches), n_streams: 0, series: Some((Arc::clone(series), part)) }))
+    Ok((!empty).then(|| EvalSet { batches: Arc::new(batches), n_streams: 0, truth: Truth::Series(Arc::clone(series), part) }))
+}
+
+fn sequences_set(sequences: &Arc<Sequences>, config: &RunConfig, part: Part) -> Result<Option<EvalSet>> {
+    let batches = SequenceBatches::new(Arc::clone(sequences), part, config.eval_batch_size, Order::InTime)?;
+    let empty = batches.of_part().is_empty();
+    Ok((!empty).then(|| EvalSet {
+        batches: Arc::new(batches),
+        n_streams: 0,
+        truth: Truth::Sequences(Arc::clone(sequences), config.tolerance),
+    }))
 }
 
 /// The model that a configuration describes for this data.
@@ -249,6 +309,17 @@ pub fn model_config(config: &RunConfig, spec: &DataSpec) -> ModelConfig {
         }
         DataSpec::Series(spec) => {
             (Input::Values { n_features: spec.n_features() }, Output::Values { n_outputs: spec.n_outputs(), pooling: Pooling::Last })
+        }
+        DataSpec::Sequences(spec) => {
+            let input = match &spec.step {
+                StepSpec::Features(features) => Input::Values { n_features: features.len() },
+                StepSpec::Tokens(vocab) => Input::Tokens { vocabulary: vocab.size(), width: config.embedding },
+            };
+            let output = match &spec.label {
+                LabelSpec::Classes(classes) => Output::Label { n_classes: classes.len(), pooling: config.pooling },
+                LabelSpec::Number(_) => Output::Values { n_outputs: 1, pooling: config.pooling },
+            };
+            (input, output)
         }
     };
     ModelConfig {

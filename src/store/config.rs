@@ -7,7 +7,7 @@ use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
 use crate::data::text::Encoding;
 use crate::data::vocab::Level;
-use crate::model::config::{Hidden, LstmConfig};
+use crate::model::config::{Hidden, LstmConfig, Pooling};
 use crate::model::init::Init;
 use crate::optim::OptimizerConfig;
 use crate::optim::schedule::ScheduleConfig;
@@ -20,6 +20,10 @@ pub enum Task {
     Lm,
     /// The next values of a series.
     Forecast,
+    /// The class of a sequence.
+    Classify,
+    /// A number that belongs to a sequence.
+    Regress,
 }
 
 impl Task {
@@ -28,6 +32,8 @@ impl Task {
         match self {
             Self::Lm => "lm",
             Self::Forecast => "forecast",
+            Self::Classify => "classify",
+            Self::Regress => "regress",
         }
     }
 }
@@ -58,6 +64,14 @@ pub struct RunConfig {
     /// Columns to forecast and columns to read; empty: found by themselves.
     pub target: Vec<String>,
     pub features: Vec<String>,
+    /// The columns of a table that tell sequences apart, and of their labels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sequence: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub label: Option<String>,
+    /// Numbers of sequences that are further off than this, in the label's unit, count as wrong.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tolerance: Option<f64>,
     pub missing: Missing,
     pub relative: Relative,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -79,6 +93,9 @@ pub struct RunConfig {
     pub lstm: LstmConfig,
     pub seq_len: usize,
     pub horizon: usize,
+    /// What the head reads of a labelled sequence.
+    #[serde(default)]
+    pub pooling: Pooling,
     /// Global batch: streams of a text, windows of a series.
     pub batch_size: usize,
     pub eval_batch_size: usize,

@@ -1,12 +1,15 @@
 //! Which rows of the global batch each rank gets.
 //!
-//! Shares are whole rows, by largest remainder. With measured speeds they follow the throughput of each rank, smoothed, and change only when the
+//! Shares are whole rows, by largest remainder; where rows end at different steps, they are cut so that the valid tokens of the ranks follow the
+//! weights as near as whole rows allow. With measured speeds they follow the throughput of each rank, smoothed, and change only when the
 //! step would become clearly shorter; since changed shares change the order of sums, they are part of the checkpoint.
 
 use std::ops::Range;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+use crate::data::Batch;
 
 /// Steps that are not measured: pipelines are built and caches filled.
 const WARM_UP: u64 = 3;
@@ -23,7 +26,7 @@ const GAIN: f64 = 1.1;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Balance {
     weights: Vec<f64>,
-    /// Rows a second of each rank; empty where shares are fixed.
+    /// Valid tokens a second of each rank; empty where shares are fixed.
     speeds: Vec<f64>,
     follows: bool,
     n_seen: u64,
@@ -55,8 +58,13 @@ impl Balance {
         largest_remainder(&self.weights, n_rows)
     }
 
-    /// Takes note of how long each rank computed on its rows; true when the shares have changed.
-    pub fn observe(&mut self, shares: &[Range<usize>], times: &[Duration]) -> bool {
+    /// Rows of a batch for each rank, in rank order.
+    pub fn shares_of(&self, batch: &Batch) -> Vec<Range<usize>> {
+        cut(&self.weights, batch)
+    }
+
+    /// Takes note of how long each rank computed on its rows of the batch; true when the shares have changed.
+    pub fn observe(&mut self, batch: &Batch, shares: &[Range<usize>], times: &[Duration]) -> bool {
         if !self.follows {
             return false;
         }
@@ -64,7 +72,8 @@ impl Balance {
         if self.n_seen <= WARM_UP {
             return false;
         }
-        let measured = shares.iter().zip(times).map(|(rows, time)| rows.len() as f64 / time.as_secs_f64().max(1e-9));
+        let tokens = |rows: &Range<usize>| rows.clone().map(|row| batch.length(row)).sum::<usize>() as f64;
+        let measured = shares.iter().zip(times).map(|(rows, time)| tokens(rows) / time.as_secs_f64().max(1e-9));
         if self.speeds.is_empty() {
             self.speeds = measured.collect();
         } else {
@@ -80,17 +89,36 @@ impl Balance {
         if !self.n_seen.is_multiple_of(INTERVAL) {
             return false;
         }
-        let n_rows = shares.iter().map(Range::len).sum();
         let longest = |shares: &[Range<usize>]| {
-            shares.iter().zip(&self.speeds).map(|(rows, speed)| rows.len() as f64 / speed.max(1e-9)).fold(0.0, f64::max)
+            shares.iter().zip(&self.speeds).map(|(rows, speed)| tokens(rows) / speed.max(1e-9)).fold(0.0, f64::max)
         };
-        let better = largest_remainder(&self.speeds, n_rows);
+        let better = cut(&self.speeds, batch);
         if longest(shares) < GAIN * longest(&better) {
             return false;
         }
         self.weights.clone_from(&self.speeds);
         true
     }
+}
+
+/// Cuts a batch's rows in proportion to `weights`: by rows where all are alike, else by valid tokens, each cut at the row where it comes nearest.
+fn cut(weights: &[f64], batch: &Batch) -> Vec<Range<usize>> {
+    let Some(lengths) = &batch.lengths else { return largest_remainder(weights, batch.n_rows) };
+    let total: f64 = weights.iter().sum();
+    let mut shares = Vec::with_capacity(weights.len());
+    let (mut wanted, mut tokens, mut start) = (0.0, 0.0, 0);
+    for (rank, weight) in weights.iter().enumerate() {
+        wanted += weight / total * batch.n_tokens as f64;
+        let mut end = start;
+        // A row is taken if that brings the sum nearer to what is wanted; the first of equally near cuts stays.
+        while end < lengths.len() && (rank + 1 == weights.len() || tokens + f64::from(lengths[end]) / 2.0 < wanted) {
+            tokens += f64::from(lengths[end]);
+            end += 1;
+        }
+        shares.push(start..end);
+        start = end;
+    }
+    shares
 }
 
 /// Cuts `n_rows` in proportion to `weights`: the floor of each quota, what is left to the largest remainders (the first of equal ones).
@@ -115,6 +143,7 @@ pub fn largest_remainder(weights: &[f64], n_rows: usize) -> Vec<Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::{Input, Target};
 
     #[test]
     fn shares_cover_all_rows_in_order_and_in_proportion() {
@@ -122,6 +151,31 @@ mod tests {
         assert_eq!(largest_remainder(&[1.0; 4], 13), [0..4, 4..7, 7..10, 10..13]);
         assert_eq!(largest_remainder(&[1.0; 3], 2), [0..1, 1..2, 2..2]);
         assert_eq!(largest_remainder(&[0.0, 1.0], 5), [0..0, 0..5]);
+    }
+
+    /// A batch of that many rows, or of rows of these lengths.
+    fn batch(n_rows: usize, lengths: &[u32]) -> Batch {
+        let input = Input::Values { values: Vec::new(), n_features: 0 };
+        let target = Target::Labels(vec![0; n_rows]);
+        let lengths = if lengths.is_empty() { vec![1; n_rows] } else { lengths.to_vec() };
+        let n_steps = lengths.iter().copied().max().unwrap_or(0) as usize;
+        Batch::of_sequences(n_steps, input, target, vec![1.0; n_rows], vec![0; n_rows], lengths)
+    }
+
+    #[test]
+    fn valid_tokens_of_the_ranks_follow_the_weights_as_near_as_rows_allow() {
+        let lengths: Vec<u32> = (1..=64).rev().collect();
+        let all: u32 = lengths.iter().sum();
+        for weights in [vec![1.0, 1.0], vec![7.0, 2.0, 1.0], vec![0.0, 1.0, 3.0], vec![1.0; 5]] {
+            let shares = Balance::fixed(weights.clone()).shares_of(&batch(64, &lengths));
+            assert_eq!(shares.iter().cloned().flatten().collect::<Vec<_>>(), (0..64).collect::<Vec<_>>(), "{weights:?}");
+            for (rank, rows) in shares.into_iter().enumerate() {
+                let tokens: u32 = lengths[rows].iter().sum();
+                let wanted = weights[rank] / weights.iter().sum::<f64>() * f64::from(all);
+                assert!((f64::from(tokens) - wanted).abs() <= 64.0, "{weights:?}, rank {rank}: {tokens} of {wanted}");
+            }
+        }
+        assert_eq!(Balance::fixed(vec![1.0; 3]).shares_of(&batch(2, &[9, 1])), [0..0, 0..1, 1..2]);
     }
 
     #[test]
@@ -132,7 +186,7 @@ mod tests {
             let shares = balance.shares(40);
             // Rank 0 takes 1 ms a row, rank 1 takes 3.
             let times = [Duration::from_millis(shares[0].len() as u64), Duration::from_millis(3 * shares[1].len() as u64)];
-            changes += u32::from(balance.observe(&shares, &times));
+            changes += u32::from(balance.observe(&batch(40, &[]), &shares, &times));
         }
         assert_eq!((balance.shares(40), changes), (vec![0..30, 30..40], 1));
     }
@@ -146,7 +200,7 @@ mod tests {
             // Rank 1 is busy with something else for a while, a hundred times slower than rank 0.
             let slow = if step < 100 { 100 } else { 1 };
             let times = [Duration::from_millis(shares[0].len() as u64), Duration::from_millis(slow * shares[1].len() as u64)];
-            balance.observe(&shares, &times);
+            balance.observe(&batch(10, &[]), &shares, &times);
             of_second.push(shares[1].len());
         }
         assert!(of_second[..100].contains(&0), "rank 1 was never left out");

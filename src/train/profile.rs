@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::balance::Balance;
@@ -12,6 +13,8 @@ use super::devices::Resolved;
 use super::group::{Group, GroupSpec, StepNumbers, Wrap};
 use super::run::settle;
 use crate::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan};
+use crate::data::grouping::{Grouping, POOL};
+use crate::data::series::Order;
 use crate::data::{Batch, Input, Target};
 use crate::infer::session::DEADLINE;
 use crate::kernels::Kernel;
@@ -84,22 +87,23 @@ impl Workload {
         let mut random = Stream::new(StepKey::new(seed, 0), Purpose::Test, 0, 0);
         let (t, b) = (self.n_steps, self.n_rows);
         let mut numbers = |n: usize| -> Vec<f32> { (0..n).map(|_| 2.0 * random.uniform() - 1.0).collect() };
-        let (input, target, n_terms) = match (self.model.input, self.model.output) {
-            (config::Input::Tokens { vocabulary, .. }, _) => {
-                let tokens: Vec<u32> = numbers((t + 1) * b)
-                    .iter()
-                    .map(|u| (((u + 1.0) / 2.0 * vocabulary as f32) as u32).min(vocabulary as u32 - 1))
-                    .collect();
-                (Input::Tokens(tokens[..t * b].to_vec()), Target::Tokens(tokens[b..].to_vec()), t * b)
-            }
-            (config::Input::Values { n_features }, output) => {
-                let n_outputs = match output {
-                    config::Output::Values { n_outputs, .. } => n_outputs,
-                    config::Output::Classes { n_classes } | config::Output::Label { n_classes, .. } => n_classes,
-                };
-                let values = numbers(t * b * n_features);
-                (Input::Values { values, n_features }, Target::Values { values: numbers(b * n_outputs), n_outputs }, b * n_outputs)
-            }
+        let below = |numbers: Vec<f32>, below: usize| -> Vec<u32> {
+            numbers.iter().map(|u| (((u + 1.0) / 2.0 * below as f32) as u32).min(below as u32 - 1)).collect()
+        };
+        let tokens = match self.model.input {
+            config::Input::Tokens { vocabulary, .. } => below(numbers((t + 1) * b), vocabulary),
+            config::Input::Values { .. } => Vec::new(),
+        };
+        let (target, n_terms) = match self.model.output {
+            // The token after.
+            config::Output::Classes { .. } if !tokens.is_empty() => (Target::Tokens(tokens[b..].to_vec()), t * b),
+            config::Output::Classes { n_classes } => (Target::Tokens(below(numbers(t * b), n_classes)), t * b),
+            config::Output::Label { n_classes, .. } => (Target::Labels(below(numbers(b), n_classes)), b),
+            config::Output::Values { n_outputs, .. } => (Target::Values { values: numbers(b * n_outputs), n_outputs }, b * n_outputs),
+        };
+        let input = match self.model.input {
+            config::Input::Tokens { .. } => Input::Tokens(tokens[..t * b].to_vec()),
+            config::Input::Values { n_features } => Input::Values { values: numbers(t * b * n_features), n_features },
         };
         Batch {
             n_steps: t,
@@ -107,6 +111,7 @@ impl Workload {
             input,
             target,
             weights: vec![1.0; n_terms],
+            lengths: None,
             streams: (0..b as u32).collect(),
             resets: false,
             carries: self.carries,
@@ -114,13 +119,43 @@ impl Workload {
             n_tokens: (t * b) as u64,
         }
     }
+
+    /// Random data in rows of these lengths.
+    fn batch_of(&self, lengths: Vec<u32>, seed: u64) -> Batch {
+        let (n_steps, n_rows) = (lengths.iter().copied().max().unwrap_or(0) as usize, lengths.len());
+        let mut batch = Self { n_steps, n_rows, carries: false, ..self.clone() }.batch(seed);
+        if matches!(batch.target, Target::Tokens(_)) {
+            let weights = batch.weights.iter_mut().enumerate();
+            weights.filter(|(place, _)| place / n_rows >= lengths[place % n_rows] as usize).for_each(|(_, weight)| *weight = 0.0);
+        }
+        Batch::of_sequences(n_steps, batch.input, batch.target, batch.weights, batch.streams, lengths)
+    }
 }
 
-/// Measures `steps` training steps.
+/// How long the sequences of the made-up data are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Lengths {
+    /// T steps, all of them.
+    #[default]
+    Full,
+    /// As likely one number of steps as another, from 1 to T.
+    Uniform,
+}
+
+/// Measures `steps` training steps. With [`Lengths::Uniform`] an epoch of unequal sequences, in batches of like length, is trained on between them:
+/// at least [`POOL`] batches, of which `tokens_per_second` counts the valid tokens, beside `dense_tokens_per_second` and their `ratio`.
 ///
 /// # Errors
 /// Devices that do not exist, a model that does not fit.
-pub fn profile_step(workload: &Workload, devices: &str, balance: &str, accumulate: usize, steps: usize) -> Result<Map<String, Value>> {
+pub fn profile_step(
+    workload: &Workload,
+    devices: &str,
+    balance: &str,
+    accumulate: usize,
+    steps: usize,
+    lengths: Lengths,
+) -> Result<Map<String, Value>> {
     UsageError::unless(steps > 0, || "--steps 0 measures nothing: give a number from 1".to_owned())?;
     let (devices, mut balance, _) = settle(devices, balance)?;
     let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate };
@@ -133,15 +168,16 @@ pub fn profile_step(workload: &Workload, devices: &str, balance: &str, accumulat
     let mut carried = workload.carries.then(|| Carried::new(model, batch.n_rows));
     let mut times = Vec::with_capacity(steps);
     let (mut waited, mut ring, mut sent, mut loss) = (Duration::ZERO, Duration::ZERO, 0, 0.0);
+    let mut epoch = (lengths == Lengths::Uniform).then(|| Epoch::new(workload, steps.max(POOL)));
     for step in 0..steps + WARM_UP {
-        let shares = balance.shares(batch.n_rows);
+        let shares = balance.shares_of(&batch);
         let numbers =
             StepNumbers { step: step as u64 + 1, lr: workload.optimizer.lr, key: StepKey::new(1, step as u64), divisor: batch.weight };
         let start = Instant::now();
         let stepped = group.step(&batch, &shares, carried.as_mut(), numbers)?;
         let time = start.elapsed();
         let busy: Vec<Duration> = stepped.ranks.iter().map(|r| r.compute).collect();
-        balance.observe(&shares, &busy);
+        balance.observe(&batch, &shares, &busy);
         let most: u64 = stepped.ranks.iter().map(|r| r.bytes_sent).max().unwrap_or(0);
         if step >= WARM_UP {
             times.push(time.as_secs_f64());
@@ -151,6 +187,17 @@ pub fn profile_step(workload: &Workload, devices: &str, balance: &str, accumulat
         }
         if step + 1 == WARM_UP {
             sent = most;
+        }
+        if let Some(epoch) = &mut epoch {
+            // Before the clock starts, some of it is seen; then it is spread evenly over the dense steps, whose neighbours on the machine it has too.
+            let n = epoch.grouping.n_batches();
+            let part = if step < WARM_UP { step..step + 1 } else { n * (step - WARM_UP) / steps..n * (step - WARM_UP + 1) / steps };
+            for idx in part {
+                let time = epoch.step(workload, &mut group, &balance, idx)?;
+                if step >= WARM_UP {
+                    epoch.seconds += time.as_secs_f64();
+                }
+            }
         }
         if step + 1 == steps + WARM_UP {
             sent = (most - sent) / steps as u64;
@@ -171,9 +218,59 @@ pub fn profile_step(workload: &Workload, devices: &str, balance: &str, accumulat
     summary.insert("devices".into(), json!(names));
     summary.insert("parameters".into(), json!(group.table().n_parameters()));
     summary.insert("loss".into(), json!(loss));
+    if let Some(epoch) = epoch {
+        let dense = batch.n_tokens as f64 * steps as f64 / times.iter().sum::<f64>();
+        let valid = epoch.n_tokens as f64 / epoch.seconds;
+        let n_batches = epoch.grouping.n_batches();
+        summary.insert("lengths".into(), json!("uniform"));
+        summary.insert("batches".into(), json!(n_batches));
+        summary.insert("ms_per_step".into(), json!(epoch.seconds * 1e3 / n_batches as f64));
+        summary.insert("tokens_per_second".into(), json!(valid));
+        summary.insert("dense_ms_per_step".into(), json!(median * 1e3));
+        summary.insert("dense_tokens_per_second".into(), json!(dense));
+        summary.insert("ratio".into(), json!(valid / dense));
+        summary.insert("padding".into(), json!(1.0 - epoch.n_tokens as f64 / epoch.n_places as f64));
+    }
     drop(group);
     summary.insert("kernels".into(), kernels(workload, &devices, accumulate)?);
     Ok(summary)
+}
+
+/// An epoch of sequences of unequal length, as a run would go through it.
+struct Epoch {
+    lengths: Vec<u32>,
+    grouping: Grouping,
+    /// Valid steps of all rows, and places of all batches.
+    n_tokens: u64,
+    n_places: u64,
+    seconds: f64,
+}
+
+impl Epoch {
+    fn new(workload: &Workload, n_batches: usize) -> Self {
+        let mut random = Stream::new(StepKey::new(1, 0), Purpose::Test, 1, 0);
+        let lengths: Vec<u32> = (0..n_batches * workload.n_rows).map(|_| 1 + random.below(workload.n_steps as u32)).collect();
+        let grouping = Grouping::new(lengths.clone(), workload.n_rows, Order::Shuffled { seed: 1 });
+        let n_tokens = lengths.iter().map(|&length| u64::from(length)).sum();
+        let places = |idx: usize| {
+            let rows = grouping.batch(0, idx);
+            u64::from(lengths[rows[0] as usize]) * rows.len() as u64
+        };
+        let n_places = (0..n_batches).map(places).sum();
+        Self { lengths, n_tokens, n_places, grouping, seconds: 0.0 }
+    }
+
+    /// One step; making the data up is not part of its time.
+    fn step(&self, workload: &Workload, group: &mut Group, balance: &Balance, idx: usize) -> Result<Duration> {
+        let rows = self.grouping.batch(0, idx);
+        let batch = Arc::new(workload.batch_of(rows.iter().map(|&row| self.lengths[row as usize]).collect(), idx as u64));
+        let shares = balance.shares_of(&batch);
+        let step = idx as u64 + 1;
+        let numbers = StepNumbers { step, lr: workload.optimizer.lr, key: StepKey::new(2, step), divisor: batch.weight.max(1.0) };
+        let start = Instant::now();
+        group.step(&batch, &shares, None, numbers)?;
+        Ok(start.elapsed())
+    }
 }
 
 /// How fast a device is: `gflops` in a product of 1024 x 1024 matrices, f32, and `gb_per_second` that it reads and writes in place, 64 MiB at a time.

@@ -84,7 +84,7 @@ struct Together<'g> {
 
 impl Forward for Together<'_> {
     fn forward(&mut self, batch: &Arc<Batch>, carried: Option<&mut Carried>, wants_outputs: bool) -> Result<(f64, Vec<f32>)> {
-        let shares = self.balance.shares(batch.n_rows);
+        let shares = self.balance.shares_of(batch);
         self.group.evaluate(batch, &shares, carried, wants_outputs)
     }
 
@@ -184,8 +184,8 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
     };
     let mut state = (corpus.n_streams(&config) > 0).then(|| Carried::new(&model, corpus.n_streams(&config)));
     let valid = corpus.eval_set(&config, Part::Valid)?;
-    let first = batches.batch(0, 0);
-    group.reserve(first.n_steps, &position.balance.shares(first.n_rows))?;
+    let (n_steps, n_rows) = batches.largest();
+    group.reserve(n_steps, &position.balance.shares(n_rows))?;
     let folder = match found {
         Some((folder, checkpoint, _)) => {
             let (params, states) = if is_imported(&checkpoint) {
@@ -335,7 +335,25 @@ fn losses_table(config: &RunConfig, summary: &Map<String, Value>) -> Table {
     if let Some(perplexity) = summary.get("perplexity").and_then(Value::as_f64) {
         losses.push(("test perplexity", format::number(perplexity, 4)));
     }
-    let unit = if config.task == Task::Lm { "Loss, nats a token" } else { "Loss, squared error on the normalised scale" };
+    if matches!(config.task, Task::Classify | Task::Regress) {
+        let scores = [
+            ("/accuracy", "test accuracy"),
+            ("/baselines/majority", "accuracy of the commonest class"),
+            ("/macro_f1", "test macro F1"),
+            ("/rmse/model", "test RMSE, the label's unit"),
+            ("/rmse/mean", "RMSE of the mean"),
+            ("/wrong", "further off than --tolerance"),
+            ("/of", "of"),
+        ];
+        let summary = Value::Object(summary.clone());
+        let found = scores.iter().filter_map(|(at, name)| Some((*name, format::number(summary.pointer(at)?.as_f64()?, 4))));
+        losses.extend(found);
+    }
+    let unit = match config.task {
+        Task::Lm => "Loss, nats a token",
+        Task::Classify => "Loss, nats a sequence",
+        Task::Forecast | Task::Regress => "Loss, squared error on the normalised scale",
+    };
     Table::new(format!("Run {}", summary.get("status").and_then(Value::as_str).unwrap_or_default())).pairs(unit, losses)
 }
 
@@ -424,7 +442,7 @@ struct Trainer<'a> {
 
 #[derive(Clone, Copy, Default)]
 struct RankTotal {
-    rows: u64,
+    tokens: u64,
     last: RankStep,
     compute: Duration,
     waited: Duration,
@@ -474,7 +492,7 @@ impl Trainer<'_> {
         }
         let position = &self.position;
         let lr = self.config.optimizer.lr * position.schedule.factor(position.step, &position.plateau);
-        let shares = position.balance.shares(batch.n_rows);
+        let shares = position.balance.shares_of(&batch);
         let divisor = match self.config.loss_reduction {
             LossReduction::Mean => batch.weight.max(1.0),
             LossReduction::SumOverTime => batch.n_rows as f64,
@@ -493,14 +511,14 @@ impl Trainer<'_> {
         let times: Vec<Duration> = stepped.ranks.iter().map(|r| r.compute).collect();
         self.ranks.resize(stepped.ranks.len(), RankTotal::default());
         for ((total, rank), rows) in self.ranks.iter_mut().zip(&stepped.ranks).zip(&shares) {
-            total.rows += rows.len() as u64;
+            total.tokens += rows.clone().map(|row| batch.length(row) as u64).sum::<u64>();
             total.last = *rank;
             total.compute += rank.compute;
             total.waited += rank.waited;
             total.ring_time += rank.ring_time;
         }
         self.last = Some((Arc::clone(&batch), shares.clone()));
-        if position.balance.observe(&shares, &times) {
+        if position.balance.observe(&batch, &shares, &times) {
             let shares: Vec<String> = position.balance.shares(self.config.batch_size).iter().map(|s| s.len().to_string()).collect();
             let (step, text) = (position.step, shares.join(":"));
             self.bus.log(Level::Info, &format!("step {step}: shares of the batch now {text}"));
@@ -663,10 +681,10 @@ impl Trainer<'_> {
     }
 
     fn device_events(&mut self, rate: f64) {
-        let all: u64 = self.ranks.iter().map(|r| r.rows).sum();
+        let all: u64 = self.ranks.iter().map(|r| r.tokens).sum();
         let names: Vec<String> = self.group.devices().map(|(name, _)| name.to_owned()).collect();
         for (rank, (total, name)) in self.ranks.iter().zip(names).enumerate() {
-            let share = total.rows as f64 / all.max(1) as f64;
+            let share = total.tokens as f64 / all.max(1) as f64;
             let weight = self.last.as_ref().and_then(|(batch, shares)| Some(batch.rows(shares.get(rank)?.clone()).weight));
             self.bus.send(&Event::Device {
                 step: self.position.step,
@@ -688,14 +706,18 @@ impl Trainer<'_> {
         let curve = losses(&dir.join(METRICS)).and_then(|losses| {
             let series =
                 [Curve { name: "training".into(), points: losses.train }, Curve { name: "validation".into(), points: losses.valid }];
-            let label = if self.config.task == Task::Lm { "loss, nats a token" } else { "squared error, normalised" };
+            let label = match self.config.task {
+                Task::Lm => "loss, nats a token",
+                Task::Classify => "loss, nats a sequence",
+                Task::Forecast | Task::Regress => "squared error, normalised",
+            };
             plot::loss_curve(&dir.join("loss"), &series, "Loss", label)
         });
         match curve {
             Ok(()) => drawn.push("loss.png".to_owned()),
             Err(e) => self.bus.warn(format!("the loss curve was not drawn: {e:#}")),
         }
-        if let (Corpus::Series(series), Some(forecast)) = (corpus, evaluation.and_then(|e| e.forecast.as_ref())) {
+        if let (Corpus::Series(series), Some(forecast)) = (corpus, evaluation.and_then(Evaluation::forecast)) {
             let horizon = series.spec().horizon;
             let n_targets = series.spec().targets.len();
             let last = (horizon - 1) * n_targets;
@@ -725,7 +747,7 @@ impl Trainer<'_> {
 
     fn table(&self, summary: &Map<String, Value>, evaluation: Option<&Evaluation>, seconds: f64, plots: &[String]) -> Table {
         let mut table = losses_table(self.config, summary);
-        if let Some((evaluation, forecast)) = evaluation.and_then(|e| Some((e, e.forecast.as_ref()?))) {
+        if let Some((evaluation, forecast)) = evaluation.and_then(|e| Some((e, e.forecast()?))) {
             let by_target: Vec<Vec<(String, f64)>> = (0..forecast.targets.len()).map(|k| evaluation.rmse(k)).collect();
             let rows = by_target.first().into_iter().flatten().enumerate().map(|(i, (name, _))| {
                 let errors = by_target.iter().map(|rmse| format::number(rmse[i].1, 4));
@@ -738,10 +760,11 @@ impl Trainer<'_> {
             let header: Vec<&str> = std::iter::once("forecast").chain(headings.iter().map(String::as_str)).collect();
             table = table.columns(format!("Error on the test part, {} steps ahead", self.config.horizon), &header, rows.collect());
         }
+        table = evaluation.into_iter().fold(table, |table, evaluation| evaluation.judged.add_to(table));
         let rate = summary["tokens_per_second"].as_f64().unwrap_or(0.0);
-        let all: u64 = self.ranks.iter().map(|r| r.rows).sum();
+        let all: u64 = self.ranks.iter().map(|r| r.tokens).sum();
         let rows = self.group.devices().zip(&self.ranks).map(|((name, info), total)| {
-            let share = total.rows as f64 / all.max(1) as f64;
+            let share = total.tokens as f64 / all.max(1) as f64;
             vec![
                 name.to_owned(),
                 info.name.clone(),

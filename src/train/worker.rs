@@ -270,6 +270,11 @@ impl Worker {
         let n_rows = work.rows.len();
         let given = work.state.as_ref().map(|rows| Carried::from_rows(&self.spec.model, n_rows, rows.clone()));
         let mut left = Carried::new(&self.spec.model, n_rows);
+        if let Some(first) = parts.first() {
+            // The first part has the most rows, and the longest.
+            let n_steps = work.batch.longest(work.rows.start + first.start..work.rows.start + first.end);
+            self.model.reserve(backend, n_steps, first.len(), true)?;
+        }
         for part in 0..n_parts {
             let rows = parts.get(part).cloned().unwrap_or(0..0);
             let batch = work.batch.rows(work.rows.start + rows.start..work.rows.start + rows.end);
