@@ -65,7 +65,8 @@ fn play(plans: &[Plan], len: usize) -> Result<Outcome, String> {
     let mut cuts: BTreeSet<usize> = segments(world, len).iter().flat_map(|segment| [segment.start, segment.end]).collect();
     for (rank, plan) in plans.iter().enumerate() {
         let ends = [0].into_iter().chain(plan.parts.iter().map(|part| part.end));
-        if !plan.parts.iter().map(|part| part.start).eq(ends.take(plan.parts.len())) || plan.parts.last().map_or(0, |part| part.end) != len {
+        if !plan.parts.iter().map(|part| part.start).eq(ends.take(plan.parts.len())) || plan.parts.last().map_or(0, |part| part.end) != len
+        {
             return Err(format!("the parts of rank {rank} do not cover 0..{len}"));
         }
         if plan.parts != plans[0].parts {
@@ -431,12 +432,6 @@ fn the_plan_checker_finds_planted_faults() {
     assert!(outside.contains("0..40000"), "{outside}");
     let uncovered = fault(&|plans| plans[1].parts[2].end -= 1);
     assert!(uncovered.contains("do not cover"), "{uncovered}");
-    let reordered = {
-        let mut plans = plans(4, 40_000, direct_all_reduce);
-        plans[0].steps[0].recvs.swap(0, 1);
-        check_all_reduce(&plans, 40_000)
-    };
-    assert_eq!(reordered, Ok(()), "an owner may add in any order; only comparing with the ring finds it");
 }
 
 // Runs.

@@ -11,7 +11,8 @@ use serde_json::{Map, Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::args::{
-    DevicesArgs, EvaluateArgs, ExportArgs, ForecastArgs, GenerateArgs, Global, ImportArgs, PROFILED, ProfileRingArgs, ProfileStepArgs, TrainArgs, Trained,
+    DevicesArgs, EvaluateArgs, ExportArgs, ForecastArgs, GenerateArgs, Global, ImportArgs, PROFILED, ProfileRingArgs, ProfileStepArgs,
+    TrainArgs, Trained,
 };
 use super::resolve::{self, Layers};
 use super::{Done, INTERRUPTED, print, report};

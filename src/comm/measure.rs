@@ -59,15 +59,24 @@ pub fn measure(world: usize, n_bytes: usize, algorithm: Algorithm, n_calls: Opti
     let usual = TOTAL_BYTES / (n_bytes * world).max(1);
     let n_calls = n_calls.unwrap_or(usual.clamp(*USUAL_CALLS.start(), *USUAL_CALLS.end())).max(1);
     let before = memory_bandwidth()?;
-    let times = on_ranks(world, algorithm, |comm| rank_times(comm, len, n_calls))?;
+    let mut seconds = call_times(world, n_bytes, algorithm, n_calls)?;
     // Whatever else runs on the machine makes memory slower, never faster.
     let memory_bandwidth = before.max(memory_bandwidth()?);
-    let slowest = |call: usize| times.iter().map(|times| times[call]).fold(0.0, f64::max);
-    let mut seconds: Vec<f64> = (0..n_calls).map(slowest).collect();
     seconds.sort_unstable_by(f64::total_cmp);
     let floor_seconds = ((world + 1) * n_bytes) as f64 / memory_bandwidth;
     let algorithm = algorithm.resolve(world, len);
     Ok(Measured { algorithm, n_calls, seconds: seconds[n_calls / 2], min_seconds: seconds[0], memory_bandwidth, floor_seconds })
+}
+
+/// Seconds of each of `n_calls` all-reduces, after a warm-up: those of the slowest rank, all starting together. A call is done when every
+/// rank can read the complete sum, which is checked.
+///
+/// # Errors
+/// As [`measure`].
+pub fn call_times(world: usize, n_bytes: usize, algorithm: Algorithm, n_calls: usize) -> Result<Vec<f64>> {
+    let times = on_ranks(world, algorithm, |comm| rank_times(comm, n_bytes / size_of::<f32>(), n_calls))?;
+    let slowest = |call: usize| times.iter().map(|times| times[call]).fold(0.0, f64::max);
+    Ok((0..n_calls).map(slowest).collect())
 }
 
 /// Runs `work` on a thread a rank; what each returned, in rank order.

@@ -60,8 +60,8 @@ const MAX_PLANS: usize = 256;
 /// and the communicator is closed (see [`CommError`]). In a world of one rank every call succeeds and does nothing.
 pub struct Communicator {
     engine: Engine,
-    /// Memory for the calls that take slices, by length.
-    slices: BTreeMap<usize, Shared>,
+    /// Memory for the calls that take slices, by number of parts and length, so that calls of different kinds do not cut it anew.
+    slices: BTreeMap<(usize, usize), Shared>,
 }
 
 impl Communicator {
@@ -181,13 +181,14 @@ impl Communicator {
     /// Copies `given` of the slice in, runs the collective, and copies `wanted` out.
     fn on_slice(&mut self, operation: Operation, data: &mut [f32], given: Range<usize>, wanted: Range<usize>) -> Result<(), CommError> {
         let len = data.len();
-        if self.slices.len() >= MAX_PLANS && !self.slices.contains_key(&len) {
-            self.slices.clear();
-        }
         let Self { engine, slices } = self;
         let Port { rank, world, .. } = engine.port;
         let plan = engine.plan(operation, len);
-        let message = slices.entry(len).or_insert_with(|| Shared::new(world, rank, len, &plan.parts));
+        let key = (plan.parts.len(), len);
+        if slices.len() >= MAX_PLANS && !slices.contains_key(&key) {
+            slices.clear();
+        }
+        let message = slices.entry(key).or_insert_with(|| Shared::new(world, rank, len, &plan.parts));
         message.cut(&plan.parts);
         let lies_in = |outer: &Range<usize>, part: &Range<usize>| outer.start <= part.start && part.end <= outer.end;
         for (range, part) in message.parts_mut().filter(|(range, _)| lies_in(&given, range)) {
@@ -233,9 +234,10 @@ impl Engine {
         let header = begin(port, n_calls, operation, message.len())?;
         let Entry { plan, segments } = plan_of(plans, *algorithm, port, operation, message.len());
         message.cut(&plan.parts);
-        let outcome = plan.steps.iter().try_for_each(|step| {
-            run_step(port, step, Header { stage: step.stage, ..header }, message, handles, *isa, segments)
-        });
+        let outcome = plan
+            .steps
+            .iter()
+            .try_for_each(|step| run_step(port, step, Header { stage: step.stage, ..header }, message, handles, *isa, segments));
         handles.clear();
         outcome.inspect_err(|error| port.close(error))
     }

@@ -42,8 +42,7 @@ pub enum Algorithm {
 
 impl Algorithm {
     /// All of them with the names that people type.
-    pub const ALL: [(&'static str, Self); 4] =
-        [("auto", Self::Auto), ("ring", Self::Ring), ("tree", Self::Tree), ("direct", Self::Direct)];
+    pub const ALL: [(&'static str, Self); 4] = [("auto", Self::Auto), ("ring", Self::Ring), ("tree", Self::Tree), ("direct", Self::Direct)];
 
     /// The name that people type.
     pub fn name(self) -> &'static str {

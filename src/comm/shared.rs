@@ -76,6 +76,24 @@ impl Shared {
         super::plan::owned_segment(self.world, self.rank, self.len)
     }
 
+    /// Writes this rank's own segment, for an all-gather; the rest stays.
+    ///
+    /// # Panics
+    /// If `values` is not as long as [`Self::own_segment`].
+    pub fn fill_own(&mut self, values: &[f32]) {
+        let own = self.own_segment();
+        assert_eq!(values.len(), own.len(), "a segment must be filled with as many floats as it has");
+        for part in &mut self.parts {
+            let both = own.start.max(part.range.start)..own.end.min(part.range.end);
+            if both.is_empty() {
+                continue;
+            }
+            let start = part.range.start;
+            let memory = if both == part.range { part.overwrite() } else { part.keep() };
+            memory[both.start - start..both.end - start].copy_from_slice(&values[both.start - own.start..both.end - own.start]);
+        }
+    }
+
     /// Values of a range that lies within one part; none if it is cut.
     pub fn get(&self, range: Range<usize>) -> Option<&[f32]> {
         let part = self.parts.iter().find(|part| part.range.start <= range.start && range.end <= part.range.end)?;

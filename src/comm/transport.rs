@@ -16,7 +16,7 @@ use super::plan::Algorithm;
 /// Messages that a link holds. A collective sends at most four over one link, the ring at most one more than it has received.
 const IN_FLIGHT: usize = 8;
 /// How often a rank looks for a message before it lets other threads run, where every rank may have a core of its own.
-const SPINS: u32 = 400;
+const SPINS: u32 = 50;
 /// How long it then goes on looking, other threads running in between, before it goes to sleep: waking up takes about as long.
 const LOOK: Duration = Duration::from_micros(50);
 
@@ -87,9 +87,7 @@ pub enum Operation {
     AllGather,
     AllReduce,
     GatherBytes,
-    Broadcast {
-        root: usize,
-    },
+    Broadcast { root: usize },
 }
 
 impl std::fmt::Display for Operation {
