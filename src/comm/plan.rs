@@ -52,20 +52,26 @@ impl Algorithm {
     /// What `Auto` stands for; any other stays what it is.
     pub fn resolve(self, world: usize, len: usize) -> Self {
         match self {
-            Self::Auto if world >= TREE_WORLD && len <= ONE_STEP_FLOATS => Self::Tree,
+            Self::Auto if world >= TREE_WORLD && len <= one_step_floats(world) => Self::Tree,
             Self::Auto => Self::Direct,
             chosen => chosen,
         }
     }
 }
 
-/// The longest message of which every rank adds up the whole for itself; beyond, reading it P times costs more than a second step. Found
-/// by `benches/ring.rs`.
+/// The longest message of which every rank adds up the whole for itself, in larger worlds and in a world of two; beyond, reading it P
+/// times costs more than a second step. Two ranks have the other's answer sooner than they have read a few kilobytes of the other's cache.
+/// These numbers come from `benches/ring.rs`.
 const ONE_STEP_FLOATS: usize = 4 << 10;
+const ONE_STEP_FLOATS_OF_TWO: usize = 256;
 /// From this world on a tree is faster for messages that short: P(P-1) hand-overs are more than 2(P-1).
 const TREE_WORLD: usize = 8;
 /// The longest message that a tree carries as a whole; beyond, two trees take half of it each.
 const ONE_TREE_FLOATS: usize = 16 << 10;
+
+fn one_step_floats(world: usize) -> usize {
+    if world == 2 { ONE_STEP_FLOATS_OF_TWO } else { ONE_STEP_FLOATS }
+}
 
 /// One segment's way between two ranks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -149,7 +155,7 @@ pub fn all_reduce(algorithm: Algorithm, world: usize, rank: usize, len: usize) -
         Algorithm::Ring => ring_all_reduce(world, rank, len),
         Algorithm::Tree if len <= ONE_TREE_FLOATS => tree_all_reduce(world, rank, len),
         Algorithm::Tree => double_tree_all_reduce(world, rank, len),
-        _ if len <= ONE_STEP_FLOATS => direct_exchange(world, rank, len),
+        _ if len <= one_step_floats(world) => direct_exchange(world, rank, len),
         _ => direct_all_reduce(world, rank, len),
     }
 }
