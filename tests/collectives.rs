@@ -359,7 +359,7 @@ fn the_plan_for_an_algorithm_is_right_at_every_length() {
                 let plans = plans(world, len, |world, rank, len| all_reduce(algorithm, world, rank, len));
                 let n_sums = if plans[0].steps.first().is_some_and(|step| step.action == Action::SumAll) { world } else { 1 };
                 play(&plans, len).and_then(|outcome| check_sums(&outcome, world, n_sums, |_, _| true)).unwrap();
-                let resolved = algorithm.resolve(world, len);
+                let resolved = algorithm.resolve();
                 assert!(resolved != Algorithm::Auto && (algorithm == Algorithm::Auto || algorithm == resolved));
             }
         }

@@ -55,7 +55,6 @@ impl Measured {
 /// # Errors
 /// A sum that is wrong, a rank that does not come, or threads that the system does not start.
 pub fn measure(world: usize, n_bytes: usize, algorithm: Algorithm, n_calls: Option<usize>) -> Result<Measured> {
-    let len = n_bytes / size_of::<f32>();
     let usual = TOTAL_BYTES / (n_bytes * world).max(1);
     let n_calls = n_calls.unwrap_or(usual.clamp(*USUAL_CALLS.start(), *USUAL_CALLS.end())).max(1);
     let before = memory_bandwidth()?;
@@ -64,7 +63,7 @@ pub fn measure(world: usize, n_bytes: usize, algorithm: Algorithm, n_calls: Opti
     let memory_bandwidth = before.max(memory_bandwidth()?);
     seconds.sort_unstable_by(f64::total_cmp);
     let floor_seconds = ((world + 1) * n_bytes) as f64 / memory_bandwidth;
-    let algorithm = algorithm.resolve(world, len);
+    let algorithm = algorithm.resolve();
     Ok(Measured { algorithm, n_calls, seconds: seconds[n_calls / 2], min_seconds: seconds[0], memory_bandwidth, floor_seconds })
 }
 

@@ -30,8 +30,8 @@
 //! the calls that take slices.
 //!
 //! # Steady state
-//! Handles travel in channels made with the group, plans are kept by length, and a [`Shared`] has two buffers for what peers may still
-//! read: after two calls of a kind nothing is allocated.
+//! Handles travel in channels made with the group, plans are kept by length, and a [`Shared`] has a second buffer for when peers still
+//! read the first: after the first call of a kind nothing is allocated.
 
 pub mod measure;
 pub mod plan;

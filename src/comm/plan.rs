@@ -29,7 +29,7 @@ use crate::shape::{ALIGN, BLOCK};
 /// How an all-reduce goes about it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Algorithm {
-    /// What was fastest in the bench for this world and length.
+    /// What was fastest in the bench: [`Self::Direct`], at every length and from 2 to 16 ranks, since memory is shared.
     #[default]
     Auto,
     /// Neighbours only.
@@ -50,12 +50,8 @@ impl Algorithm {
     }
 
     /// What `Auto` stands for; any other stays what it is.
-    pub fn resolve(self, world: usize, len: usize) -> Self {
-        match self {
-            Self::Auto if world >= TREE_WORLD && len <= one_step_floats(world) => Self::Tree,
-            Self::Auto => Self::Direct,
-            chosen => chosen,
-        }
+    pub fn resolve(self) -> Self {
+        if self == Self::Auto { Self::Direct } else { self }
     }
 }
 
@@ -64,8 +60,6 @@ impl Algorithm {
 /// These numbers come from `benches/ring.rs`.
 const ONE_STEP_FLOATS: usize = 4 << 10;
 const ONE_STEP_FLOATS_OF_TWO: usize = 256;
-/// From this world on a tree is faster for messages that short: P(P-1) hand-overs are more than 2(P-1).
-const TREE_WORLD: usize = 8;
 /// The longest message that a tree carries as a whole; beyond, two trees take half of it each.
 const ONE_TREE_FLOATS: usize = 16 << 10;
 
@@ -151,7 +145,7 @@ pub fn owned_segment(world: usize, rank: usize, len: usize) -> Range<usize> {
 /// # Panics
 /// If `rank` is not below `world`.
 pub fn all_reduce(algorithm: Algorithm, world: usize, rank: usize, len: usize) -> Plan {
-    match algorithm.resolve(world, len) {
+    match algorithm.resolve() {
         Algorithm::Ring => ring_all_reduce(world, rank, len),
         Algorithm::Tree if len <= ONE_TREE_FLOATS => tree_all_reduce(world, rank, len),
         Algorithm::Tree => double_tree_all_reduce(world, rank, len),

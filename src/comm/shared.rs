@@ -11,8 +11,8 @@ use crate::pool::Isa;
 /// A message of floats, held in parts that are handed to other ranks as they are: nobody copies, the writer waits its turn.
 ///
 /// Fill it, call a collective of the [`Communicator`](super::Communicator) that made it, read the result in place. Peers may still read
-/// what this rank handed out when the call returns; whoever writes then writes to a second buffer. By the time that one is needed again,
-/// all peers have been in the call between, and the first is free: after two calls nothing is allocated any more.
+/// what this rank handed out when the call returns; whoever writes then writes to a second buffer. By the time that the first is needed
+/// again, all peers have been in the call between and it is free: where each call follows a [`Self::fill`], none allocates.
 pub struct Shared {
     len: usize,
     rank: usize,
@@ -23,7 +23,8 @@ pub struct Shared {
 struct Part {
     range: Range<usize>,
     own: Handle,
-    /// The second buffer; empty until it is needed.
+    /// The second buffer. Made at once, so that whether it is needed early or late allocates nothing; the system gives a large one real
+    /// memory when it is first written.
     spare: Handle,
     /// What came from another rank in place of `own`.
     taken: Option<Handle>,
@@ -152,7 +153,8 @@ impl Shared {
 
 impl Part {
     fn new(range: &Range<usize>) -> Self {
-        Self { range: range.clone(), own: Arc::new(vec![0.0; range.len()]), spare: Arc::default(), taken: None }
+        let memory = || Arc::new(vec![0.0; range.len()]);
+        Self { range: range.clone(), own: memory(), spare: memory(), taken: None }
     }
 
     fn handle(&self) -> Handle {
@@ -194,7 +196,7 @@ impl Part {
     }
 }
 
-/// The memory behind a handle; other memory where someone still reads it, or where there is none yet.
+/// The memory behind a handle; other memory where someone still reads it.
 fn writable(handle: &mut Handle, len: usize) -> &mut [f32] {
     if Arc::get_mut(handle).is_none_or(|memory| memory.len() != len) {
         *handle = Arc::new(vec![0.0; len]);
