@@ -56,6 +56,7 @@ fn a_command_line_that_cannot_be_read_is_code_2_and_names_the_nearest() {
         (&["classify", "--run", "x"], "classify"),
         (&["profile"], "step"),
         (&["profile", "kernels"], "kernels"),
+        (&["profile", "ring", "--algorithm", "star"], "'star'"),
         (&["train", "--hiden", "3"], "'--hidden'"),
         (&["train", "--schedule", "cosin"], "'cosine'"),
         (&["train", "--layers", "two"], "'two'"),
@@ -98,6 +99,11 @@ fn what_was_given_wrongly_is_code_2_with_one_line_on_standard_error() {
         (&["profile", "step", "--steps", "0"], "--steps is 0"),
         (&["profile", "step", "--workload", "B", "--hidden", "8"], "--hidden cannot be used with --workload B"),
         (&["profile", "step", "--keep", "2"], "--keep means nothing for profile step"),
+        (&["profile", "ring", "--world", "1"], "--world is 1, but must be from 2 to 256"),
+        (&["profile", "ring", "--bytes", "0"], "--bytes is 0, but must be a multiple of 4"),
+        (&["profile", "ring", "--bytes", "4097"], "--bytes is 4097, but must be a multiple of 4"),
+        (&["profile", "ring", "--world", "256", "--bytes", "1G"], "256 GB"),
+        (&["profile", "ring", "--calls", "0"], "--calls is 0"),
     ] {
         let call = call_in(folder.path(), args);
         assert_eq!((call.code, call.out.as_str()), (2, ""), "{args:?}: {}", call.err);
@@ -302,6 +308,28 @@ fn sequences_in_a_table_are_trained_on_judged_and_written_out() {
     assert!(
         run(&["train", "--data", "kinds.csv", "--task", "classify", "--out", "other"]).err.contains("--sequence COLUMN --label COLUMN")
     );
+}
+
+#[test]
+fn profile_ring_reports_times_beside_what_memory_allows() {
+    for (world, algorithm, chosen) in [("2", "ring", "ring"), ("3", "tree", "tree"), ("2", "auto", "direct")] {
+        let args = ["profile", "ring", "--world", world, "--bytes", "8K", "--algorithm", algorithm, "--calls", "3", "--json"];
+        let event = call(&args).last_event();
+        assert_eq!((event["event"].as_str(), event["status"].as_str()), (Some("summary"), Some("finished")), "{event}");
+        assert_eq!((event["bytes"].as_u64(), event["algorithm"].as_str()), (Some(8192), Some(algorithm)), "{event}");
+        assert_eq!((event["chosen"].as_str(), event["calls"].as_u64()), (Some(chosen), Some(3)), "{event}");
+        let number = |name: &str| event[name].as_f64().filter(|x| *x > 0.0).unwrap_or_else(|| panic!("{name} in {event}"));
+        let p: f64 = world.parse().unwrap();
+        assert_eq!(number("world"), p);
+        let close = |a: f64, b: f64| (a - b).abs() <= 1e-9 * b;
+        assert!(close(number("algbw"), 8192.0 / number("seconds")), "{event}");
+        assert!(close(number("busbw"), number("algbw") * 2.0 * (p - 1.0) / p), "{event}");
+        assert!(close(number("floor_seconds"), (p + 1.0) * 8192.0 / number("memory_bandwidth")), "{event}");
+        assert!(close(number("share_of_floor"), number("floor_seconds") / number("seconds")), "{event}");
+        assert!(number("min_seconds") <= number("seconds"), "{event}");
+    }
+    let table = call(&["profile", "ring", "--bytes", "4K", "--calls", "1"]);
+    assert!(table.code == 0 && table.out.contains("share of floor"), "{}{}", table.out, table.err);
 }
 
 #[cfg(unix)]

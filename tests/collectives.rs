@@ -5,9 +5,11 @@ use std::ops::Range;
 use std::time::Duration;
 
 use carrousel::comm::plan::{
-    Action, Plan, broadcast, owned_segment, ring_all_gather, ring_all_gather_of, ring_all_reduce, ring_reduce_scatter, segments,
+    Action, Algorithm, Plan, Transfer, all_reduce, broadcast, direct_all_gather, direct_all_gather_of, direct_all_reduce, direct_exchange,
+    direct_reduce_scatter, double_tree_all_reduce, owned_segment, ring_all_gather, ring_all_reduce, ring_reduce_scatter, segments,
+    tree_all_reduce,
 };
-use carrousel::comm::{CommError, Communicator, Operation, Options, group};
+use carrousel::comm::{CommError, Communicator, Operation, Options, group, measure};
 use carrousel::rng::{Purpose, StepKey, Stream};
 use carrousel::shape::{ALIGN, BLOCK};
 
@@ -37,6 +39,11 @@ impl Held {
         parts[rank] = 1;
         Self { parts, formula: rank.to_string() }
     }
+
+    fn plus(&self, other: &Self) -> Self {
+        let parts = self.parts.iter().zip(&other.parts).map(|(a, b)| a + b).collect();
+        Self { parts, formula: format!("({}+{})", self.formula, other.formula) }
+    }
 }
 
 /// What a plan leaves behind, and what it cost.
@@ -49,20 +56,31 @@ struct Outcome {
     n_additions: Vec<usize>,
 }
 
+/// Values on their way: stage and segment as the sender says, then what it holds.
+type Sent = (usize, Range<usize>, Vec<Held>);
+
 /// Plays the plans of all ranks against each other; an error says what does not fit.
 fn play(plans: &[Plan], len: usize) -> Result<Outcome, String> {
     let world = plans.len();
-    let steps = || plans.iter().flat_map(|plan| &plan.steps);
-    let transfers = || steps().flat_map(|step| [&step.send, &step.recv]).flatten();
-    let mut cuts = BTreeSet::from([0, len]);
-    for transfer in transfers() {
-        if transfer.segment.start > transfer.segment.end || transfer.segment.end > len {
-            return Err(format!("segment {:?} does not lie in 0..{len}", transfer.segment));
+    let mut cuts: BTreeSet<usize> = segments(world, len).iter().flat_map(|segment| [segment.start, segment.end]).collect();
+    for (rank, plan) in plans.iter().enumerate() {
+        let ends = [0].into_iter().chain(plan.parts.iter().map(|part| part.end));
+        if !plan.parts.iter().map(|part| part.start).eq(ends.take(plan.parts.len())) || plan.parts.last().map_or(0, |part| part.end) != len
+        {
+            return Err(format!("the parts of rank {rank} do not cover 0..{len}"));
         }
-        if transfer.peer >= world {
-            return Err(format!("there is no rank {}", transfer.peer));
+        if plan.parts != plans[0].parts {
+            return Err(format!("rank {rank} cuts the message in other parts than rank 0"));
         }
-        cuts.extend([transfer.segment.start, transfer.segment.end]);
+        for Transfer { peer, segment } in plan.steps.iter().flat_map(|step| step.sends.iter().chain(&step.recvs)) {
+            if !plan.parts.contains(segment) {
+                return Err(format!("segment {segment:?} is no part of 0..{len}"));
+            }
+            if *peer >= world || *peer == rank {
+                return Err(format!("rank {rank} cannot talk to rank {peer}"));
+            }
+        }
+        cuts.extend(plan.parts.iter().map(|part| part.end));
     }
     let cuts: Vec<usize> = cuts.into_iter().collect();
     let stretches: Vec<Range<usize>> = cuts.windows(2).map(|cut| cut[0]..cut[1]).collect();
@@ -72,42 +90,36 @@ fn play(plans: &[Plan], len: usize) -> Result<Outcome, String> {
     };
     let mut held: Vec<Vec<Held>> = (0..world).map(|rank| vec![Held::own(rank, world); stretches.len()]).collect();
     let mut n_additions = vec![0; stretches.len()];
-    let mut links = vec![VecDeque::new(); world * world];
+    let mut links: Vec<VecDeque<Sent>> = vec![VecDeque::new(); world * world];
     let mut next_step = vec![0; world];
     let mut has_sent = vec![false; world];
     loop {
         let mut moved = false;
         for rank in 0..world {
             let Some(step) = plans[rank].steps.get(next_step[rank]) else { continue };
-            if let (Some(send), Some(recv)) = (&step.send, &step.recv)
-                && send.segment.start.max(recv.segment.start) < send.segment.end.min(recv.segment.end)
-            {
-                return Err(format!("rank {rank} receives into the segment that it sends: {:?}, {:?}", send.segment, recv.segment));
-            }
-            if let Some(send) = &step.send
-                && !has_sent[rank]
-            {
-                links[rank * world + send.peer].push_back((send.segment.clone(), held[rank][within(&send.segment)].to_vec()));
+            if !has_sent[rank] {
+                for Transfer { peer, segment } in &step.sends {
+                    let values = held[rank][within(segment)].to_vec();
+                    links[rank * world + peer].push_back((step.stage, segment.clone(), values));
+                }
                 has_sent[rank] = true;
                 moved = true;
             }
-            if let Some(recv) = &step.recv {
-                let Some((segment, values)) = links[recv.peer * world + rank].pop_front() else { continue };
-                if segment != recv.segment {
-                    return Err(format!("rank {rank} expects {:?} of rank {}, which sends {segment:?}", recv.segment, recv.peer));
-                }
-                for (stretch, theirs) in within(&segment).zip(values) {
-                    let mine = &mut held[rank][stretch];
-                    match step.action {
-                        Action::Copy => *mine = theirs,
-                        Action::Accumulate => {
-                            mine.parts.iter_mut().zip(&theirs.parts).for_each(|(mine, theirs)| *mine += theirs);
-                            mine.formula = format!("({}+{})", theirs.formula, mine.formula);
-                            n_additions[stretch] += 1;
-                        }
-                    }
-                }
+            if step.recvs.iter().any(|recv| links[recv.peer * world + rank].is_empty()) {
+                continue;
             }
+            let mut came = Vec::new();
+            for Transfer { peer, segment } in &step.recvs {
+                let (stage, theirs, values) = links[peer * world + rank].pop_front().expect("something has come");
+                if (stage, &theirs) != (step.stage, segment) {
+                    return Err(format!(
+                        "rank {rank} expects {segment:?} of rank {peer} at stage {}, which sends {theirs:?} at stage {stage}",
+                        step.stage
+                    ));
+                }
+                came.push((segment.clone(), values));
+            }
+            act(step.action, rank, world, len, &mut held[rank], &mut n_additions, &came, &within, &stretches)?;
             next_step[rank] += 1;
             has_sent[rank] = false;
             moved = true;
@@ -125,11 +137,54 @@ fn play(plans: &[Plan], len: usize) -> Result<Outcome, String> {
     Ok(Outcome { stretches, held, n_additions })
 }
 
-/// Every stretch that `holders` names is the sum of all ranks, each once, added up `world - 1` times in all.
-fn check_sums(outcome: &Outcome, world: usize, holds: impl Fn(usize, &Range<usize>) -> bool) -> Result<(), String> {
+/// What a rank does with all that came in one step.
+#[allow(clippy::too_many_arguments, reason = "the state of a whole play")]
+fn act(
+    action: Action,
+    rank: usize,
+    world: usize,
+    len: usize,
+    held: &mut [Held],
+    n_additions: &mut [usize],
+    came: &[(Range<usize>, Vec<Held>)],
+    within: &impl Fn(&Range<usize>) -> Range<usize>,
+    stretches: &[Range<usize>],
+) -> Result<(), String> {
+    match action {
+        Action::Take => came.iter().for_each(|(segment, values)| held[within(segment)].clone_from_slice(values)),
+        Action::Accumulate => {
+            let Some((segment, _)) = came.first() else { return Ok(()) };
+            if came.iter().any(|(other, _)| other != segment) {
+                return Err(format!("rank {rank} adds different segments in one step"));
+            }
+            for (i, stretch) in within(segment).enumerate() {
+                let sum = came.iter().map(|(_, values)| values[i].clone()).reduce(|a, b| a.plus(&b)).expect("there is a first");
+                held[stretch] = sum.plus(&held[stretch]);
+                n_additions[stretch] += came.len();
+            }
+        }
+        Action::SumAll => {
+            if came.len() + 1 != world || came.iter().any(|(segment, _)| *segment != (0..len)) {
+                return Err(format!("rank {rank} adds up a whole without the whole of all"));
+            }
+            let owners = segments(world, len);
+            for (i, stretch) in stretches.iter().enumerate().filter(|(_, stretch)| !stretch.is_empty()) {
+                let owner = owners.iter().position(|owned| owned.contains(&stretch.start)).expect("someone owns it");
+                let of = |of: usize| if of == rank { held[i].clone() } else { came[(of + world - rank - 1) % world].1[i].clone() };
+                let sum = (1..=world).map(|k| of((owner + k) % world)).reduce(|a, b| a.plus(&b)).expect("a world has ranks");
+                held[i] = sum;
+                n_additions[i] += came.len();
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Every stretch that `holders` names is the sum of all ranks, each once, added up `n_sums` times `world - 1` times in all.
+fn check_sums(outcome: &Outcome, world: usize, n_sums: usize, holds: impl Fn(usize, &Range<usize>) -> bool) -> Result<(), String> {
     for (idx, stretch) in outcome.stretches.iter().enumerate().filter(|(_, stretch)| !stretch.is_empty()) {
-        if outcome.n_additions[idx] != world - 1 {
-            return Err(format!("elements {stretch:?} are added {} times, not {}", outcome.n_additions[idx], world - 1));
+        if outcome.n_additions[idx] != n_sums * (world - 1) {
+            return Err(format!("elements {stretch:?} are added {} times, not {}", outcome.n_additions[idx], n_sums * (world - 1)));
         }
         let mut formula = None;
         for rank in (0..world).filter(|rank| holds(*rank, stretch)) {
@@ -153,8 +208,11 @@ fn plans(world: usize, len: usize, plan: impl Fn(usize, usize, usize) -> Plan) -
 }
 
 fn check_all_reduce(plans: &[Plan], len: usize) -> Result<(), String> {
-    play(plans, len).and_then(|outcome| check_sums(&outcome, plans.len(), |_, _| true))
+    play(plans, len).and_then(|outcome| check_sums(&outcome, plans.len(), 1, |_, _| true))
 }
+
+/// A collective's plan for one rank: from world, rank and length.
+type Make = fn(usize, usize, usize) -> Plan;
 
 #[test]
 fn segments_cover_the_message_in_rank_order_in_whole_blocks_with_the_remainder_first() {
@@ -182,18 +240,20 @@ fn segments_cover_the_message_in_rank_order_in_whole_blocks_with_the_remainder_f
 
 #[test]
 fn reduce_scatter_plans_sum_every_element_once_at_its_owner() {
-    for world in WORLDS {
-        for len in plan_lens(world) {
-            let plans = plans(world, len, ring_reduce_scatter);
-            let outcome = play(&plans, len).unwrap();
-            let owns = |rank, stretch: &Range<usize>| {
-                let own = owned_segment(world, rank, len);
-                own.start <= stretch.start && stretch.end <= own.end
-            };
-            check_sums(&outcome, world, owns).unwrap();
-            for (rank, plan) in plans.iter().enumerate() {
-                assert_eq!(plan.steps.len(), world - 1);
-                assert_eq!(plan.n_sent(), len - owned_segment(world, rank, len).len());
+    for (make, n_steps) in [(ring_reduce_scatter as Make, usize::MAX), (direct_reduce_scatter, 1)] {
+        for world in WORLDS {
+            for len in plan_lens(world) {
+                let plans = plans(world, len, make);
+                let outcome = play(&plans, len).unwrap();
+                let owns = |rank, stretch: &Range<usize>| {
+                    let own = owned_segment(world, rank, len);
+                    own.start <= stretch.start && stretch.end <= own.end
+                };
+                check_sums(&outcome, world, 1, owns).unwrap();
+                for (rank, plan) in plans.iter().enumerate() {
+                    assert_eq!(plan.steps.len(), n_steps.min(world - 1));
+                    assert_eq!(plan.n_sent(), len - owned_segment(world, rank, len).len());
+                }
             }
         }
     }
@@ -201,14 +261,17 @@ fn reduce_scatter_plans_sum_every_element_once_at_its_owner() {
 
 #[test]
 fn all_gather_plans_bring_every_owners_segment_to_all() {
-    for world in WORLDS {
-        for len in plan_lens(world) {
-            let plans = plans(world, len, ring_all_gather);
-            assert!(plans.iter().all(|plan| plan.steps.len() == world - 1));
-            let outcome = play(&plans, len).unwrap();
-            for (idx, stretch) in outcome.stretches.iter().enumerate().filter(|(_, stretch)| !stretch.is_empty()) {
-                let owner = segments(world, len).iter().position(|segment| segment.contains(&stretch.start)).unwrap();
-                assert!(outcome.held.iter().all(|held| held[idx] == Held::own(owner, world)), "{world} ranks, {len}, {stretch:?}");
+    for (make, n_steps) in [(ring_all_gather as Make, usize::MAX), (direct_all_gather, 1)] {
+        for world in WORLDS {
+            for len in plan_lens(world) {
+                let plans = plans(world, len, make);
+                assert!(plans.iter().all(|plan| plan.steps.len() == n_steps.min(world - 1)));
+                assert_eq!(plans.iter().map(Plan::n_sent).sum::<usize>(), (world - 1) * len);
+                let outcome = play(&plans, len).unwrap();
+                for (idx, stretch) in outcome.stretches.iter().enumerate().filter(|(_, stretch)| !stretch.is_empty()) {
+                    let owner = segments(world, len).iter().position(|segment| segment.contains(&stretch.start)).unwrap();
+                    assert!(outcome.held.iter().all(|held| held[idx] == Held::own(owner, world)), "{world} ranks, {len}, {stretch:?}");
+                }
             }
         }
     }
@@ -216,15 +279,89 @@ fn all_gather_plans_bring_every_owners_segment_to_all() {
 
 #[test]
 fn all_reduce_plans_sum_every_element_once_in_one_order_at_all_ranks() {
+    for make in [ring_all_reduce as Make, direct_all_reduce, tree_all_reduce, double_tree_all_reduce] {
+        for world in WORLDS {
+            for len in plan_lens(world) {
+                let plans = plans(world, len, make);
+                check_all_reduce(&plans, len).unwrap();
+                // Whatever the way: all ranks together hand out 2(P-1) S.
+                assert_eq!(plans.iter().map(Plan::n_sent).sum::<usize>(), 2 * (world - 1) * len);
+            }
+        }
+    }
+}
+
+#[test]
+fn ring_and_direct_all_reduce_share_the_work_evenly() {
+    for (make, n_steps) in [(ring_all_reduce as Make, usize::MAX), (direct_all_reduce, 2)] {
+        for world in WORLDS {
+            for len in plan_lens(world) {
+                let plans = plans(world, len, make);
+                assert!(plans.iter().all(|plan| plan.steps.len() == n_steps.min(2 * (world - 1))));
+                // Each rank its share, but for the unevenness of the segments.
+                let share = 2 * (world - 1) * len / world;
+                assert!(plans.iter().all(|plan| plan.n_sent().abs_diff(share) <= world * BLOCK));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_direct_exchange_gives_everyone_every_sum_in_one_step() {
     for world in WORLDS {
         for len in plan_lens(world) {
-            let plans = plans(world, len, ring_all_reduce);
-            check_all_reduce(&plans, len).unwrap();
-            assert!(plans.iter().all(|plan| plan.steps.len() == 2 * (world - 1)));
-            // All ranks together send 2(P-1) S; each its share of it, but for the unevenness of two segments.
-            assert_eq!(plans.iter().map(Plan::n_sent).sum::<usize>(), 2 * (world - 1) * len);
-            let share = 2 * (world - 1) * len / world;
-            assert!(plans.iter().all(|plan| plan.n_sent().abs_diff(share) <= 2 * BLOCK));
+            let plans = plans(world, len, direct_exchange);
+            let outcome = play(&plans, len).unwrap();
+            check_sums(&outcome, world, world, |_, _| true).unwrap();
+            assert!(plans.iter().all(|plan| plan.steps.len() == 1.min(world - 1) && plan.n_sent() == (world - 1) * len));
+        }
+    }
+}
+
+#[test]
+fn ring_and_direct_plans_add_in_the_same_order() {
+    for world in WORLDS {
+        for len in plan_lens(world) {
+            let formulas = |make: Make| -> Vec<String> {
+                let outcome = play(&plans(world, len, make), len).unwrap();
+                let real = outcome.stretches.iter().zip(&outcome.held[0]).filter(|(stretch, _)| !stretch.is_empty());
+                real.map(|(_, held)| held.formula.clone()).collect()
+            };
+            let of_ring = formulas(ring_all_reduce);
+            assert_eq!(formulas(direct_all_reduce), of_ring, "{world} ranks, {len} floats");
+            assert_eq!(formulas(direct_exchange), of_ring, "{world} ranks, {len} floats");
+        }
+    }
+}
+
+#[test]
+fn trees_have_few_steps_and_inner_ranks_in_one_of_two_trees_only() {
+    let log2 = |world: usize| world.next_power_of_two().ilog2() as usize;
+    for world in WORLDS {
+        let children = |plan: &Plan, half: usize| {
+            let takes_in = |step: &&carrousel::comm::plan::Step| step.stage == half && step.action == Action::Accumulate;
+            plan.steps.iter().filter(takes_in).map(|step| step.recvs.len()).sum::<usize>()
+        };
+        assert!(plans(world, 100, tree_all_reduce).iter().all(|plan| children(plan, 0) <= log2(world)));
+        let double = plans(world, 100, double_tree_all_reduce);
+        let is_inner = |plan: &Plan| [0, 1].map(|half| usize::from(children(plan, half) > 0)).iter().sum::<usize>();
+        assert!(double.iter().filter(|plan| is_inner(plan) > 1).count() <= world % 2, "{world} ranks");
+        assert!(double.iter().all(|plan| children(plan, 0) <= 2 && children(plan, 1) <= 2));
+    }
+}
+
+#[test]
+fn the_plan_for_an_algorithm_is_right_at_every_length() {
+    for (name, algorithm) in Algorithm::ALL {
+        assert_eq!(algorithm.name(), name);
+        for world in WORLDS {
+            for len in plan_lens(world) {
+                let plans = plans(world, len, |world, rank, len| all_reduce(algorithm, world, rank, len));
+                let n_sums = if plans[0].steps.first().is_some_and(|step| step.action == Action::SumAll) { world } else { 1 };
+                play(&plans, len).and_then(|outcome| check_sums(&outcome, world, n_sums, |_, _| true)).unwrap();
+                let resolved = algorithm.resolve();
+                assert!(resolved != Algorithm::Auto && (algorithm == Algorithm::Auto || algorithm == resolved));
+            }
         }
     }
 }
@@ -232,26 +369,26 @@ fn all_reduce_plans_sum_every_element_once_in_one_order_at_all_ranks() {
 #[test]
 fn all_gather_plans_take_segments_of_any_length() {
     let segments = [0..0, 0..100_000, 100_000..100_000, 100_000..100_001, 100_001..200_000];
-    let plans: Vec<Plan> = (0..segments.len()).map(|rank| ring_all_gather_of(rank, &segments)).collect();
+    let plans: Vec<Plan> = (0..segments.len()).map(|rank| direct_all_gather_of(rank, segments.to_vec())).collect();
     let outcome = play(&plans, 200_000).unwrap();
-    for (idx, stretch) in outcome.stretches.iter().enumerate() {
+    for (idx, stretch) in outcome.stretches.iter().enumerate().filter(|(_, stretch)| !stretch.is_empty()) {
         let owner = segments.iter().position(|segment| segment.contains(&stretch.start)).unwrap();
         assert!(outcome.held.iter().all(|held| held[idx] == Held::own(owner, segments.len())));
     }
 }
 
 #[test]
-fn broadcast_plans_bring_the_roots_message_to_all_down_a_chain() {
+fn broadcast_plans_bring_the_roots_message_to_all_down_a_tree() {
     for world in WORLDS {
         for root in 0..world {
-            for len in [0, 1, 10, 11, 99] {
-                let plans: Vec<Plan> = (0..world).map(|rank| broadcast(world, rank, root, len, 10)).collect();
+            for len in [0, 1, 10, 99] {
+                let plans: Vec<Plan> = (0..world).map(|rank| broadcast(world, rank, root, len)).collect();
                 let outcome = play(&plans, len).unwrap();
                 assert!(outcome.stretches.iter().enumerate().filter(|(_, stretch)| !stretch.is_empty()).all(|(idx, _)| {
                     outcome.held.iter().all(|held| held[idx] == Held::own(root, world)) && outcome.n_additions[idx] == 0
                 }));
-                let n_steps = if world == 1 { 0 } else { len.div_ceil(10).max(1) + world - 2 };
-                assert!(plans.iter().all(|plan| plan.steps.len() == n_steps));
+                let n_sends = |plan: &Plan| plan.steps.iter().map(|step| step.sends.len()).sum::<usize>();
+                assert!(plans.iter().all(|plan| n_sends(plan) <= world.next_power_of_two().ilog2() as usize));
                 assert_eq!(plans.iter().map(Plan::n_sent).sum::<usize>(), (world - 1) * len);
             }
         }
@@ -268,7 +405,7 @@ fn the_plan_checker_finds_planted_faults() {
         check_all_reduce(&plans, 40_000).expect_err("a planted fault")
     };
     // One rank skips a segment: its successor gets the next one in its place.
-    let missing = fault(&|plans| plans[2].steps[1].send = None);
+    let missing = fault(&|plans| plans[2].steps[1].sends.clear());
     assert!(missing.contains("rank 3 expects"), "{missing}");
     // All skip the same step: everything fits, but sums are missing.
     let skipped = fault(&|plans| {
@@ -279,24 +416,38 @@ fn the_plan_checker_finds_planted_faults() {
     assert!(skipped.contains("times"), "{skipped}");
     let swapped = fault(&|plans| plans[0].steps.swap(3, 4));
     assert!(swapped.contains("expects"), "{swapped}");
-    let copied = fault(&|plans| plans.iter_mut().for_each(|plan| plan.steps[2].action = Action::Copy));
-    assert!(copied.contains("times"), "{copied}");
+    let late = fault(&|plans| plans[0].steps[2].stage = 9);
+    assert!(late.contains("at stage 9"), "{late}");
+    let taken = fault(&|plans| plans.iter_mut().for_each(|plan| plan.steps[2].action = Action::Take));
+    assert!(taken.contains("times"), "{taken}");
     let twice = fault(&|plans| plans.iter_mut().for_each(|plan| plan.steps[4].action = Action::Accumulate));
     assert!(twice.contains("times"), "{twice}");
     let unsent = fault(&|plans| {
         plans[3].steps.pop();
     });
     assert!(unsent.contains("rank 0 waits in step 5"), "{unsent}");
-    let unread = fault(&|plans| plans[3].steps[5].recv = None);
+    let unread = fault(&|plans| plans[3].steps[5].recvs.clear());
     assert!(unread.contains("nobody receives"), "{unread}");
-    let outside = fault(&|plans| plans[1].steps[0].send.as_mut().unwrap().segment.end = 40_001);
+    let outside = fault(&|plans| plans[1].steps[0].sends[0].segment.end = 40_001);
     assert!(outside.contains("0..40000"), "{outside}");
+    let uncovered = fault(&|plans| plans[1].parts[2].end -= 1);
+    assert!(uncovered.contains("do not cover"), "{uncovered}");
 }
 
 // Runs.
 
 /// Long enough for a loaded machine; no test that succeeds waits for it.
-const PATIENT: Options = Options { deadline: Duration::from_secs(120), generation: 0 };
+const PATIENT: Options = Options { deadline: Duration::from_secs(120), generation: 0, algorithm: Algorithm::Auto };
+
+/// [`PATIENT`] by a given algorithm.
+fn by(algorithm: Algorithm) -> Options {
+    Options { algorithm, ..PATIENT }
+}
+
+/// [`PATIENT`] no longer.
+fn within(deadline: Duration) -> Options {
+    Options { deadline, ..PATIENT }
+}
 
 /// Runs `work` on a thread a rank and returns what each returned, in rank order.
 fn on_ranks<T: Send>(ranks: Vec<Communicator>, work: impl Fn(Communicator) -> T + Sync) -> Vec<T> {
@@ -325,42 +476,123 @@ fn run_lens(world: usize) -> [usize; 8] {
 }
 
 #[test]
-fn all_reduce_sums_exactly_at_every_world_and_length() {
-    for world in WORLDS {
-        let sent = on_ranks(group(world, PATIENT), |mut comm| {
-            // Back to back on one group.
-            for len in run_lens(world) {
-                let mut data = exact_data(comm.rank(), len);
-                comm.all_reduce(&mut data).unwrap();
-                assert!(data == exact_sum(world, len), "rank {} of {world}, {len} floats", comm.rank());
+fn all_reduce_sums_exactly_at_every_world_and_length_by_every_algorithm() {
+    for (name, algorithm) in Algorithm::ALL {
+        for world in WORLDS {
+            let sent = on_ranks(group(world, by(algorithm)), |mut comm| {
+                // Back to back on one group.
+                for len in run_lens(world) {
+                    let mut data = exact_data(comm.rank(), len);
+                    comm.all_reduce(&mut data).unwrap();
+                    assert!(data == exact_sum(world, len), "{name}: rank {} of {world}, {len} floats", comm.rank());
+                }
+                assert_eq!(comm.world(), world);
+                comm.bytes_sent()
+            });
+            for (rank, sent) in sent.into_iter().enumerate() {
+                let planned: usize = run_lens(world).into_iter().map(|len| all_reduce(algorithm, world, rank, len).n_sent()).sum();
+                assert_eq!(sent, 4 * planned as u64, "{name}: rank {rank} of {world}");
             }
-            assert_eq!(comm.world(), world);
-            comm.bytes_sent()
+        }
+    }
+}
+
+#[test]
+fn shared_messages_are_summed_in_place_call_after_call() {
+    for (name, algorithm) in Algorithm::ALL {
+        for world in [1, 2, 4, 5] {
+            on_ranks(group(world, by(algorithm)), |mut comm| {
+                let mut messages: Vec<_> = run_lens(world).into_iter().map(|len| comm.shared(len)).collect();
+                for round in 0..4 {
+                    for message in &mut messages {
+                        let len = message.len();
+                        let mine = exact_data(comm.rank() + round, len);
+                        message.fill(&mine);
+                        comm.all_reduce_shared(message).unwrap();
+                        let sum: Vec<f32> = (0..len).map(|i| (0..world).map(|rank| exact(rank + round, i)).sum()).collect();
+                        assert!(message.parts().all(|(range, part)| part == &sum[range]), "{name}: {world} ranks, {len} floats");
+                    }
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn a_sum_may_be_summed_again_and_go_through_other_collectives() {
+    const LEN: usize = 30_000;
+    for (name, algorithm) in Algorithm::ALL {
+        on_ranks(group(3, by(algorithm)), |mut comm| {
+            let mut message = comm.shared(LEN);
+            message.fill(&exact_data(comm.rank(), LEN));
+            let sum = exact_sum(3, LEN);
+            let check = |message: &carrousel::comm::Shared, times: f32| {
+                let mut got = vec![0.0; LEN];
+                message.copy_to(&mut got);
+                assert!(got.iter().zip(&sum).all(|(got, sum)| *got == times * sum), "{name}, times {times}");
+            };
+            comm.all_reduce_shared(&mut message).unwrap();
+            check(&message, 1.0);
+            comm.all_reduce_shared(&mut message).unwrap();
+            check(&message, 3.0);
+            comm.reduce_scatter_shared(&mut message).unwrap();
+            let own = message.own_segment();
+            let mine = message.get(own.clone()).expect("the own segment is one part").to_vec();
+            assert!(mine.iter().zip(&sum[own]).all(|(got, sum)| *got == 9.0 * sum));
+            comm.all_gather_shared(&mut message).unwrap();
+            check(&message, 9.0);
+            // Nobody's memory was written while another read it: an old sum stays what it was.
+            let mut other = comm.shared(LEN);
+            for round in 0..5 {
+                other.fill(&exact_data(comm.rank() + round, LEN));
+                comm.all_reduce_shared(&mut other).unwrap();
+            }
+            check(&message, 9.0);
         });
-        for (rank, sent) in sent.into_iter().enumerate() {
-            let planned: usize = run_lens(world).into_iter().map(|len| ring_all_reduce(world, rank, len).n_sent()).sum();
-            assert_eq!(sent, 4 * planned as u64);
+    }
+}
+
+#[test]
+fn algorithms_that_add_in_one_order_give_one_result_bit_for_bit() {
+    for world in [2, 3, 7] {
+        // Below and above the length that is exchanged in one step.
+        for len in [200, 1000, 50_000] {
+            let run = |algorithm| {
+                on_ranks(group(world, by(algorithm)), |mut comm| {
+                    let mut random = Stream::new(StepKey::new(10, 0), Purpose::Test, 0, comm.rank() as u32);
+                    let mut data: Vec<f32> = (0..len).map(|_| random.normal() as f32).collect();
+                    comm.all_reduce(&mut data).unwrap();
+                    data.into_iter().map(f32::to_bits).collect::<Vec<u32>>()
+                })
+            };
+            let of_ring = run(Algorithm::Ring);
+            assert!(of_ring.iter().all(|bits| *bits == of_ring[0]));
+            assert!(run(Algorithm::Direct) == of_ring, "{world} ranks, {len} floats");
+            let of_tree = run(Algorithm::Tree);
+            assert!(of_tree.iter().all(|bits| *bits == of_tree[0]));
         }
     }
 }
 
 #[test]
 fn reduce_scatter_completes_the_own_segment_and_all_gather_brings_it_to_all() {
-    for world in WORLDS {
-        on_ranks(group(world, PATIENT), |mut comm| {
-            for len in run_lens(world) {
-                let sum = exact_sum(world, len);
-                let mut data = exact_data(comm.rank(), len);
-                let own = comm.reduce_scatter(&mut data).unwrap();
-                assert_eq!(own, owned_segment(world, comm.rank(), len));
-                assert!(data[own.clone()] == sum[own.clone()], "rank {} of {world}, {len} floats", comm.rank());
-                // What is not the own segment may be anything.
-                data[..own.start].fill(f32::NAN);
-                data[own.end..].fill(f32::NAN);
-                comm.all_gather(&mut data).unwrap();
-                assert!(data == sum, "rank {} of {world}, {len} floats", comm.rank());
-            }
-        });
+    for (name, algorithm) in Algorithm::ALL {
+        for world in WORLDS {
+            on_ranks(group(world, by(algorithm)), |mut comm| {
+                for len in run_lens(world) {
+                    let sum = exact_sum(world, len);
+                    let mut data = exact_data(comm.rank(), len);
+                    let own = comm.reduce_scatter(&mut data).unwrap();
+                    assert_eq!(own, owned_segment(world, comm.rank(), len));
+                    assert!(data[own.clone()] == sum[own.clone()], "{name}: rank {} of {world}, {len} floats", comm.rank());
+                    // What is not the own segment may be anything.
+                    data[..own.start].fill(f32::NAN);
+                    data[own.end..].fill(f32::NAN);
+                    comm.all_gather(&mut data).unwrap();
+                    assert!(data == sum, "{name}: rank {} of {world}, {len} floats", comm.rank());
+                }
+            });
+        }
     }
 }
 
@@ -375,6 +607,18 @@ fn all_reduce_sums_two_million_floats_on_three_ranks() {
         comm.bytes_sent()
     });
     assert_eq!(sent.iter().sum::<u64>(), 4 * 4 * LEN as u64);
+}
+
+#[test]
+fn the_measurement_of_an_all_reduce_checks_its_sums_and_reports_what_ran() {
+    for (asked, ran) in [(Algorithm::Ring, Algorithm::Ring), (Algorithm::Auto, Algorithm::Direct)] {
+        let measured = measure::measure(3, 40_000, asked, Some(5)).unwrap();
+        assert_eq!((measured.algorithm, measured.n_calls), (ran, 5));
+        assert!(0.0 < measured.min_seconds && measured.min_seconds <= measured.seconds);
+        let floor = 4.0 * 40_000.0 / measured.memory_bandwidth;
+        assert!((measured.floor_seconds - floor).abs() <= 1e-9 * floor);
+        assert!((measured.busbw(3, 40_000) / measured.algbw(40_000) - 4.0 / 3.0).abs() < 1e-9);
+    }
 }
 
 #[test]
@@ -437,10 +681,8 @@ fn all_gather_bytes_returns_unequal_lengths_in_rank_order() {
             comm.bytes_sent()
         });
         let len = |rank: usize| (0..3).map(|round| bytes(rank, round).len()).sum::<usize>();
-        let total: usize = (0..world).map(len).sum();
         for (rank, sent) in sent.into_iter().enumerate() {
-            let lengths = 3 * 8 * (world - 1);
-            assert_eq!(sent, (total - len((rank + 1) % world) + lengths) as u64);
+            assert_eq!(sent, ((world - 1) * len(rank)) as u64);
         }
     }
 }
@@ -493,38 +735,45 @@ fn the_steady_state_allocates_nothing() {
     const WORLD: usize = 3;
     const N_ROUNDS: usize = 200;
     let lens = [100_000, 17, 4096 * 5];
-    let n_rounds_that_allocate = on_ranks(group(WORLD, PATIENT), |mut comm| {
-        let mut data = vec![1.0; 100_000];
-        let mut round = |comm: &mut Communicator| {
-            let before = n_allocations();
-            for len in lens {
-                comm.all_reduce(&mut data[..len]).unwrap();
-                comm.reduce_scatter(&mut data[..len]).unwrap();
-                comm.all_gather(&mut data[..len]).unwrap();
-                data.fill(1.0);
+    for (name, algorithm) in Algorithm::ALL {
+        let n_rounds_that_allocate = on_ranks(group(WORLD, by(algorithm)), |mut comm| {
+            let mut data = vec![1.0; 100_000];
+            let mut messages: Vec<_> = lens.into_iter().map(|len| comm.shared(len)).collect();
+            let mut round = |comm: &mut Communicator| {
+                let before = n_allocations();
+                for message in &mut messages {
+                    message.parts_mut().for_each(|(_, part)| part.fill(1.0));
+                    comm.all_reduce_shared(message).unwrap();
+                }
+                for len in lens {
+                    comm.all_reduce(&mut data[..len]).unwrap();
+                    comm.reduce_scatter(&mut data[..len]).unwrap();
+                    comm.all_gather(&mut data[..len]).unwrap();
+                    data.fill(1.0);
+                }
+                n_allocations() - before
+            };
+            assert!(round(&mut comm) > 0, "the first round makes plans and buffers");
+            // Each rank is late once, so that all others wait once: a channel makes its list of waiters at the first wait.
+            for late in 0..WORLD {
+                if comm.rank() == late {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                round(&mut comm);
             }
-            n_allocations() - before
-        };
-        assert!(round(&mut comm) > 0, "the first round makes plans and buffers");
-        // Each rank is late once, so that all others wait once: a channel makes its list of waiters at the first wait.
-        for late in 0..WORLD {
-            if comm.rank() == late {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            round(&mut comm);
-        }
-        (0..N_ROUNDS).filter(|_| round(&mut comm) > 0).count()
-    });
-    // The two channels that a rank waits on may meet their first wait only now, where the machine was busy; a call that allocated
-    // would do so in every round.
-    assert!(n_rounds_that_allocate.iter().all(|n| *n <= 2), "{n_rounds_that_allocate:?} of {N_ROUNDS} rounds");
+            (0..N_ROUNDS).filter(|_| round(&mut comm) > 0).count()
+        });
+        // The channels that a rank waits on may meet their first wait only now, where the machine was busy; a call that allocated would do
+        // so in every round.
+        assert!(n_rounds_that_allocate.iter().all(|n| *n <= 2), "{name}: {n_rounds_that_allocate:?} of {N_ROUNDS} rounds");
+    }
 }
 
 // Faults.
 
 #[test]
 fn a_world_of_one_needs_nobody() {
-    let mut comm = group(1, Options { deadline: Duration::ZERO, generation: 7 }).remove(0);
+    let mut comm = group(1, Options { deadline: Duration::ZERO, generation: 7, ..PATIENT }).remove(0);
     let mut data = [1.0, 2.0, 3.0];
     assert_eq!(comm.reduce_scatter(&mut data).unwrap(), 0..3);
     comm.all_gather(&mut data).unwrap();
@@ -542,7 +791,7 @@ fn a_world_of_one_needs_nobody() {
 fn a_rank_that_stays_away_is_named_by_all_when_the_deadline_is_over() {
     let deadline = Duration::from_secs(1);
     for len in [5, 300_000] {
-        let mut ranks = group(4, Options { deadline, generation: 0 });
+        let mut ranks = group(4, within(deadline));
         // It lives, but does not come.
         let away = ranks.remove(1);
         let errors = on_ranks(ranks, |mut comm| {
@@ -559,7 +808,7 @@ fn a_rank_that_stays_away_is_named_by_all_when_the_deadline_is_over() {
 #[test]
 fn a_rank_that_comes_too_late_learns_that_it_was_given_up() {
     let deadline = Duration::from_millis(200);
-    let mut ranks = group(2, Options { deadline, generation: 0 });
+    let mut ranks = group(2, within(deadline));
     let mut late = ranks.remove(1);
     on_ranks(ranks, |mut comm| comm.all_reduce(&mut [1.0; 5]).unwrap_err());
     let error = late.all_reduce(&mut [1.0; 5]).unwrap_err();
@@ -570,7 +819,7 @@ fn a_rank_that_comes_too_late_learns_that_it_was_given_up() {
 fn a_rank_that_is_dropped_is_named_by_all_long_before_the_deadline() {
     for rounds_before in [0, 2] {
         // The test ends because nobody waits: the deadline is a day.
-        let errors = on_ranks(group(4, Options { deadline: Duration::from_secs(86_400), generation: 0 }), |mut comm| {
+        let errors = on_ranks(group(4, within(Duration::from_secs(86_400))), |mut comm| {
             for round in 0.. {
                 if comm.rank() == 1 && round == rounds_before {
                     return None;
@@ -588,7 +837,7 @@ fn a_rank_that_is_dropped_is_named_by_all_long_before_the_deadline() {
 
 #[test]
 fn a_rank_that_panics_is_gone() {
-    let mut ranks = group(2, Options { deadline: Duration::from_secs(86_400), generation: 0 });
+    let mut ranks = group(2, within(Duration::from_secs(86_400)));
     let panicking = ranks.remove(1);
     let ended = std::thread::spawn(move || {
         let _held = panicking;

@@ -8,6 +8,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use super::resolve::{default_text, nearest};
 use super::typed::{RUN, Size, Typed, choice};
+use crate::comm::plan::Algorithm;
 use crate::store::Which;
 use crate::store::interchange::{Format, Part};
 use crate::train::profile::{Lengths, Workload};
@@ -185,6 +186,25 @@ pub enum ProfileCommand {
     /// Time training steps on made-up data
     #[command(after_help = PROFILE_EXAMPLES)]
     Step(Box<ProfileStepArgs>),
+    /// Time all-reduces between ranks that are threads of this process, beside what the machine's memory allows
+    #[command(after_help = PROFILE_RING_EXAMPLES)]
+    Ring(ProfileRingArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct ProfileRingArgs {
+    /// Ranks, each a thread
+    #[arg(long, value_name = "P", default_value = "2")]
+    pub world: Size,
+    /// Length of the message, a multiple of 4
+    #[arg(long, value_name = "SIZE", default_value = "4M")]
+    pub bytes: Size,
+    /// How to go about it; auto takes what a bench found fastest for this world and length
+    #[arg(long, value_name = "NAME", default_value = "auto", value_parser = PossibleValuesParser::new(Algorithm::ALL.map(|(name, _)| name)))]
+    pub algorithm: String,
+    /// Calls that are timed, after the warm-up; by default as many as move 2 GB, from 10 to 2000
+    #[arg(long, value_name = "N")]
+    pub calls: Option<Size>,
 }
 
 #[derive(Debug, Args)]
@@ -261,6 +281,11 @@ Examples:
   carrousel profile step --workload B --devices cpu:2 --steps 50 --json
   carrousel profile step --task lm --layers 2 --hidden 512 --devices gpu:0,cpu
   carrousel profile step --task classify --hidden 128 --lengths uniform";
+
+const PROFILE_RING_EXAMPLES: &str = "\
+Examples:
+  carrousel profile ring --world 4 --bytes 64M
+  carrousel profile ring --world 2 --bytes 4K --algorithm direct --json";
 
 /// The only keys that say something about one training step on made-up data.
 pub const PROFILED: &[&str] = &[

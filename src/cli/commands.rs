@@ -11,12 +11,15 @@ use serde_json::{Map, Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::args::{
-    DevicesArgs, EvaluateArgs, ExportArgs, ForecastArgs, GenerateArgs, Global, ImportArgs, PROFILED, ProfileStepArgs, TrainArgs, Trained,
+    DevicesArgs, EvaluateArgs, ExportArgs, ForecastArgs, GenerateArgs, Global, ImportArgs, PROFILED, ProfileRingArgs, ProfileStepArgs,
+    TrainArgs, Trained,
 };
 use super::resolve::{self, Layers};
 use super::{Done, INTERRUPTED, print, report};
 use crate::backend::gpu::adapters;
 use crate::backend::open;
+use crate::comm::measure::measure;
+use crate::comm::plan::Algorithm;
 use crate::data::series::{Dated, Part};
 use crate::data::vocab::Level as TextLevel;
 use crate::infer::exchange;
@@ -283,6 +286,39 @@ pub fn profile_step(args: &ProfileStepArgs) -> anyhow::Result<Done> {
 /// As many features as are named, or as many as sequences of measurements often have.
 fn made_up_features(config: &RunConfig) -> Input {
     Input::Values { n_features: if config.features.is_empty() { 12 } else { config.features.len() } }
+}
+
+/// The most ranks that are worth measuring on one machine.
+const MOST_RANKS: usize = 256;
+/// The most memory that `profile ring` takes for messages.
+const MOST_MESSAGE_BYTES: usize = 16 << 30;
+
+pub fn profile_ring(args: &ProfileRingArgs) -> anyhow::Result<Done> {
+    let (world, n_bytes) = (args.world.0, args.bytes.0);
+    hold("--world", world, (2..=MOST_RANKS).contains(&world), "from 2 to 256")?;
+    hold("--bytes", n_bytes, n_bytes > 0 && n_bytes.is_multiple_of(size_of::<f32>()), "a multiple of 4, at least 4")?;
+    let total = n_bytes.saturating_mul(world);
+    if total > MOST_MESSAGE_BYTES {
+        return Err(UsageError(format!("--world {world} with --bytes {n_bytes} needs {} GB; stay below 16", total >> 30)).into());
+    }
+    hold("--calls", args.calls.map_or(1, |n| n.0), args.calls.is_none_or(|n| n.0 > 0), "at least 1")?;
+    let asked = Algorithm::ALL.into_iter().find(|(name, _)| *name == args.algorithm).map_or(Algorithm::Auto, |(_, algorithm)| algorithm);
+    let measured = measure(world, n_bytes, asked, args.calls.map(|n| n.0))?;
+    let summary = Map::from_iter([
+        ("world".to_owned(), json!(world)),
+        ("bytes".to_owned(), json!(n_bytes)),
+        ("algorithm".to_owned(), json!(asked.name())),
+        ("chosen".to_owned(), json!(measured.algorithm.name())),
+        ("calls".to_owned(), json!(measured.n_calls)),
+        ("seconds".to_owned(), json!(measured.seconds)),
+        ("min_seconds".to_owned(), json!(measured.min_seconds)),
+        ("algbw".to_owned(), json!(measured.algbw(n_bytes))),
+        ("busbw".to_owned(), json!(measured.busbw(world, n_bytes))),
+        ("memory_bandwidth".to_owned(), json!(measured.memory_bandwidth)),
+        ("floor_seconds".to_owned(), json!(measured.floor_seconds)),
+        ("share_of_floor".to_owned(), json!(measured.floor_seconds / measured.seconds)),
+    ]);
+    Ok(Done::new(summary.clone(), vec![report::scores("profile ring", &summary)]))
 }
 
 /// The step that a run of this configuration would take, on data as large as the task's usually are.

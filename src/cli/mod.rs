@@ -107,6 +107,7 @@ fn run(command: &Command, global: Global, bus: &mut Bus) -> anyhow::Result<Done>
         Command::Import(args) => commands::import(args, bus),
         Command::Devices(args) => commands::devices(args),
         Command::Profile(ProfileCommand::Step(args)) => commands::profile_step(args),
+        Command::Profile(ProfileCommand::Ring(args)) => commands::profile_ring(args),
     }
 }
 

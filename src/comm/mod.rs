@@ -1,7 +1,8 @@
 //! How ranks exchange gradients: collectives over slices of `f32` and over bytes.
 //!
-//! [`plan`] says who sends which segment to whom, as data; [`transport`] moves pieces of segments between threads; the
-//! [`Communicator`] here runs the one on the other. Never here: a device, a model, parameters with names.
+//! [`plan`] says who hands which segment to whom, as data; [`transport`] carries handles of segments between threads; [`Shared`] is the
+//! memory behind them; the [`Communicator`] here runs the one on the other; [`measure`] tells how fast that is. Never here: a device, a
+//! model, parameters with names.
 //!
 //! # The ring
 //! All ranks stand in a circle and everyone speaks to the next one only. An all-reduce cuts the message into as many segments as there
@@ -21,228 +22,305 @@
 //! A segment is added up along one chain of ranks and then copied, so all ranks end with the same bits; the order of a sum follows from
 //! P and the position in the message, never from timing.
 //!
-//! # Pieces
-//! A segment travels in pieces of 16 Ki floats, each in a buffer that the receiver hands back. A rank sends two pieces ahead of what it
-//! has received, so that one is on its way while another is added. That cannot lock up: when a rank waits for a buffer, its successor
-//! has not finished the same step; if all waited at once, all would be in one step, each at most one piece further than what it took
-//! in, while a link holds four.
+//! # Shared memory
+//! Within a process nothing needs to be sent: a rank hands out a handle of a segment, and whoever needs the values reads them where they
+//! are. So each rank can add up its own segment of all ranks' messages at once ([`plan::direct_all_reduce`]), and a finished segment is
+//! passed on as memory that all read: P messages of S bytes are read once, one is written, no plan can do with less. Short messages
+//! save the second step: everyone adds up everything ([`plan::direct_exchange`]). All of it lies in a [`Shared`]; a copy is made only by
+//! the calls that take slices.
+//!
+//! # Steady state
+//! Handles travel in channels made with the group, plans are kept by length, and a [`Shared`] has a second buffer for when peers still
+//! read the first: after the first call of a kind nothing is allocated.
 
+pub mod measure;
 pub mod plan;
+mod shared;
+mod sum;
 pub mod transport;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
-use bytemuck::Pod;
-
-use plan::{Action, Plan, Step, Transfer};
+use plan::{Action, Algorithm, Plan, Step, Transfer};
+pub use shared::Shared;
+use sum::Handle;
 pub use transport::{CommError, Operation, Options, group};
-use transport::{Header, PIECE_BYTES, Port};
+use transport::{Header, Payload, Port};
 
-/// Pieces that a rank sends before it takes one in.
-const LEAD: usize = 2;
-/// Plans kept; a run has as many as its buckets have different lengths.
+use crate::pool::Isa;
+
+/// Plans kept, and memory for slices; a run has as many as its buckets have different lengths.
 const MAX_PLANS: usize = 256;
-/// Bytes of a length on the way.
-const LENGTH_BYTES: usize = size_of::<u64>();
 
 /// One rank's place in a group. All ranks must make the same calls in the same order, with the same lengths where not said otherwise.
 ///
 /// A call returns when this rank's part is done; others may still be at theirs. After an error the contents of the data are unspecified
 /// and the communicator is closed (see [`CommError`]). In a world of one rank every call succeeds and does nothing.
 pub struct Communicator {
-    port: Port,
-    /// By operation and length, so that a call in the steady state allocates nothing.
-    plans: BTreeMap<(Operation, usize), Plan>,
-    /// Calls made so far; equal on all ranks as long as they are in step.
-    n_calls: u64,
+    engine: Engine,
+    /// Memory for the calls that take slices, by number of parts and length, so that calls of different kinds do not cut it anew.
+    slices: BTreeMap<(usize, usize), Shared>,
 }
 
 impl Communicator {
-    fn new(port: Port) -> Self {
-        Self { port, plans: BTreeMap::new(), n_calls: 0 }
+    fn new(port: Port, algorithm: Algorithm) -> Self {
+        let engine = Engine { port, algorithm, isa: Isa::detect(), plans: BTreeMap::new(), handles: Vec::new(), n_calls: 0 };
+        Self { engine, slices: BTreeMap::new() }
     }
 
     /// This rank, `0..world`.
     pub fn rank(&self) -> usize {
-        self.port.rank
+        self.engine.port.rank
     }
 
     /// P, the number of ranks.
     pub fn world(&self) -> usize {
-        self.port.world
+        self.engine.port.world
     }
 
     /// The membership generation that this group's messages carry.
     pub fn generation(&self) -> u64 {
-        self.port.generation
+        self.engine.port.generation
     }
 
-    /// Payload that this rank has sent since the group was made, in bytes: what the plans move, and 8 bytes for each length that goes
-    /// round before bytes do.
+    /// What this rank has handed to others since the group was made, in bytes: what the plans say, read by the receivers or not.
     pub fn bytes_sent(&self) -> u64 {
-        self.port.n_bytes_sent
+        self.engine.port.n_bytes_sent
     }
 
-    /// Sums `data` over all ranks, each segment at its owner: on return this rank's segment, whose range is returned, is complete, and
-    /// the rest of `data` holds partial sums.
+    /// Memory for a message of `len` floats, zeros, cut as its all-reduce wants it. Any collective of this group takes it.
+    pub fn shared(&self, len: usize) -> Shared {
+        let Port { rank, world, .. } = self.engine.port;
+        Shared::new(world, rank, len, &plan::all_reduce(self.engine.algorithm, world, rank, len).parts)
+    }
+
+    /// Sums the message over all ranks; all end with the same bits.
+    ///
+    /// # Errors
+    /// Any [`CommError`] but `UnknownRoot`.
+    pub fn all_reduce_shared(&mut self, message: &mut Shared) -> Result<(), CommError> {
+        self.engine.run(Operation::AllReduce, message)
+    }
+
+    /// Sums the message over all ranks, each segment at its owner: on return this rank's segment ([`Shared::own_segment`]) is complete,
+    /// and the rest holds partial sums.
+    ///
+    /// # Errors
+    /// Any [`CommError`] but `UnknownRoot`.
+    pub fn reduce_scatter_shared(&mut self, message: &mut Shared) -> Result<(), CommError> {
+        self.engine.run(Operation::ReduceScatter, message)
+    }
+
+    /// Brings each rank's own segment ([`Shared::own_segment`]) to all ranks.
+    ///
+    /// # Errors
+    /// Any [`CommError`] but `UnknownRoot`.
+    pub fn all_gather_shared(&mut self, message: &mut Shared) -> Result<(), CommError> {
+        self.engine.run(Operation::AllGather, message)
+    }
+
+    /// [`Self::reduce_scatter_shared`] of a slice, which is copied in; returns the range of this rank's segment. The rest of `data` stays.
     ///
     /// # Errors
     /// Any [`CommError`] but `UnknownRoot`.
     pub fn reduce_scatter(&mut self, data: &mut [f32]) -> Result<Range<usize>, CommError> {
-        self.run_cached(Operation::ReduceScatter, data, plan::ring_reduce_scatter)?;
-        Ok(plan::owned_segment(self.port.world, self.port.rank, data.len()))
+        let own = plan::owned_segment(self.world(), self.rank(), data.len());
+        self.on_slice(Operation::ReduceScatter, data, 0..data.len(), own.clone())?;
+        Ok(own)
     }
 
-    /// Brings each rank's own segment of `data`, as [`Self::reduce_scatter`] returns it, to all ranks.
+    /// [`Self::all_gather_shared`] of a slice: brings each rank's own segment, as [`Self::reduce_scatter`] returns it, to all ranks.
     ///
     /// # Errors
     /// Any [`CommError`] but `UnknownRoot`.
     pub fn all_gather(&mut self, data: &mut [f32]) -> Result<(), CommError> {
-        self.run_cached(Operation::AllGather, data, plan::ring_all_gather)
+        let own = plan::owned_segment(self.world(), self.rank(), data.len());
+        self.on_slice(Operation::AllGather, data, own, 0..data.len())
     }
 
-    /// Sums `data` over all ranks; all end with the same bits.
+    /// [`Self::all_reduce_shared`] of a slice, which is copied in and out.
     ///
     /// # Errors
     /// Any [`CommError`] but `UnknownRoot`.
     pub fn all_reduce(&mut self, data: &mut [f32]) -> Result<(), CommError> {
-        self.run_cached(Operation::AllReduce, data, plan::ring_all_reduce)
+        self.on_slice(Operation::AllReduce, data, 0..data.len(), 0..data.len())
     }
 
-    /// What every rank has, in rank order; lengths may differ. 2(P-1) steps: first the lengths, 8 bytes each, then the bytes.
+    /// What every rank has, in rank order; lengths may differ. One step: everyone hands its bytes to everyone.
     ///
     /// # Errors
     /// Any [`CommError`] but `UnknownRoot`.
     pub fn all_gather_bytes(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
-        let Port { rank, world, .. } = self.port;
-        let mut lengths = vec![0; LENGTH_BYTES * world];
-        lengths[LENGTH_BYTES * rank..][..LENGTH_BYTES].copy_from_slice(&(mine.len() as u64).to_le_bytes());
-        let of_lengths: Vec<_> = (0..world).map(|rank| LENGTH_BYTES * rank..LENGTH_BYTES * (rank + 1)).collect();
-        self.run(Operation::GatherLengths, &mut lengths, &plan::ring_all_gather_of(rank, &of_lengths))?;
-
-        let mut end = 0;
-        let segments: Vec<_> = lengths
-            .chunks_exact(LENGTH_BYTES)
-            .map(|length| {
-                let start = end;
-                end += length_from(length);
-                start..end
-            })
-            .collect();
-        let mut all = vec![0; end];
-        all[segments[rank].clone()].copy_from_slice(mine);
-        self.run(Operation::GatherBytes, &mut all, &plan::ring_all_gather_of(rank, &segments))?;
-        Ok(segments.into_iter().map(|segment| all[segment].to_vec()).collect())
+        let Port { rank, world, .. } = self.engine.port;
+        // A message of one element a rank, whatever the length of its bytes.
+        let plan = plan::direct_all_gather_of(rank, (0..world).map(|rank| rank..rank + 1).collect());
+        let mut all = vec![Arc::default(); world];
+        all[rank] = Arc::new(mine.to_vec());
+        self.engine.run_bytes(Operation::GatherBytes, &plan, &mut all)?;
+        Ok(all.into_iter().map(Arc::unwrap_or_clone).collect())
     }
 
-    /// Replaces `data` by what rank `root` has in it; only the root's length counts.
+    /// Replaces `data` by what rank `root` has in it; only the root's length counts. Down a tree in ceil(log2 P) steps.
     ///
     /// # Errors
     /// Any [`CommError`]. Ranks that name different roots are found out at the next call at the latest.
     pub fn broadcast(&mut self, root: usize, data: &mut Vec<u8>) -> Result<(), CommError> {
-        let Port { rank, world, .. } = self.port;
+        let Port { rank, world, .. } = self.engine.port;
         if root >= world {
             return Err(CommError::UnknownRoot { root, world });
         }
-        let mut length = (data.len() as u64).to_le_bytes();
-        let of_length = plan::broadcast(world, rank, root, LENGTH_BYTES, LENGTH_BYTES);
-        self.run(Operation::BroadcastLength { root }, &mut length, &of_length)?;
-        if rank != root {
-            data.resize(length_from(&length), 0);
-        }
-        let plan = plan::broadcast(world, rank, root, data.len(), PIECE_BYTES);
-        self.run(Operation::Broadcast { root }, data, &plan)
+        let mut message = [Arc::new(if rank == root { std::mem::take(data) } else { Vec::new() })];
+        let outcome = self.engine.run_bytes(Operation::Broadcast { root }, &plan::broadcast(world, rank, root, 1), &mut message);
+        let [message] = message;
+        *data = Arc::unwrap_or_clone(message);
+        outcome
     }
 
-    /// Runs the plan for `data`'s length, making it if it is not at hand.
-    fn run_cached(
-        &mut self,
-        operation: Operation,
-        data: &mut [f32],
-        make: fn(world: usize, rank: usize, len: usize) -> Plan,
-    ) -> Result<(), CommError> {
-        let Self { port, plans, n_calls } = self;
-        let key = (operation, data.len());
-        if plans.len() >= MAX_PLANS && !plans.contains_key(&key) {
-            plans.clear();
+    /// Copies `given` of the slice in, runs the collective, and copies `wanted` out.
+    fn on_slice(&mut self, operation: Operation, data: &mut [f32], given: Range<usize>, wanted: Range<usize>) -> Result<(), CommError> {
+        let len = data.len();
+        let Self { engine, slices } = self;
+        let Port { rank, world, .. } = engine.port;
+        let plan = engine.plan(operation, len);
+        let key = (plan.parts.len(), len);
+        if slices.len() >= MAX_PLANS && !slices.contains_key(&key) {
+            slices.clear();
         }
-        let plan = plans.entry(key).or_insert_with(|| make(port.world, port.rank, data.len()));
-        run(port, n_calls, operation, data, plan)
-    }
-
-    fn run(&mut self, operation: Operation, data: &mut [u8], plan: &Plan) -> Result<(), CommError> {
-        run(&mut self.port, &mut self.n_calls, operation, data, plan)
+        let message = slices.entry(key).or_insert_with(|| Shared::new(world, rank, len, &plan.parts));
+        message.cut(&plan.parts);
+        let lies_in = |outer: &Range<usize>, part: &Range<usize>| outer.start <= part.start && part.end <= outer.end;
+        for (range, part) in message.parts_mut().filter(|(range, _)| lies_in(&given, range)) {
+            part.copy_from_slice(&data[range]);
+        }
+        engine.run(operation, message)?;
+        for (range, part) in message.parts().filter(|(range, _)| lies_in(&wanted, range)) {
+            data[range].copy_from_slice(part);
+        }
+        Ok(())
     }
 }
 
-/// Runs one call; its error closes the port.
-fn run<E: Element>(port: &mut Port, n_calls: &mut u64, operation: Operation, data: &mut [E], plan: &Plan) -> Result<(), CommError> {
+/// Runs plans on a port.
+struct Engine {
+    port: Port,
+    algorithm: Algorithm,
+    isa: Isa,
+    /// By operation and length, so that a call in the steady state allocates nothing.
+    plans: BTreeMap<(Operation, usize), Entry>,
+    /// What came in this step.
+    handles: Vec<Handle>,
+    /// Calls made so far; equal on all ranks as long as they are in step.
+    n_calls: u64,
+}
+
+/// A plan with what goes with its length.
+struct Entry {
+    plan: Plan,
+    segments: Vec<Range<usize>>,
+}
+
+impl Engine {
+    /// The plan for a length, made if it is not at hand.
+    fn plan(&mut self, operation: Operation, len: usize) -> &Plan {
+        let Self { port, algorithm, plans, .. } = self;
+        &plan_of(plans, *algorithm, port, operation, len).plan
+    }
+
+    /// Runs one call; its error closes the port.
+    fn run(&mut self, operation: Operation, message: &mut Shared) -> Result<(), CommError> {
+        let Self { port, algorithm, isa, plans, handles, n_calls } = self;
+        let header = begin(port, n_calls, operation, message.len())?;
+        let Entry { plan, segments } = plan_of(plans, *algorithm, port, operation, message.len());
+        message.cut(&plan.parts);
+        let outcome = plan
+            .steps
+            .iter()
+            .try_for_each(|step| run_step(port, step, Header { stage: step.stage, ..header }, message, handles, *isa, segments));
+        handles.clear();
+        outcome.inspect_err(|error| port.close(error))
+    }
+
+    /// Runs a plan over `elements` of bytes, each of any length; its error closes the port.
+    fn run_bytes(&mut self, operation: Operation, plan: &Plan, elements: &mut [Arc<Vec<u8>>]) -> Result<(), CommError> {
+        let port = &mut self.port;
+        let header = begin(port, &mut self.n_calls, operation, elements.len())?;
+        let run_step = |step: &Step| {
+            let of = |transfer: &Transfer| Header { stage: step.stage, start: transfer.segment.start, n_elements: 1, ..header };
+            for send in &step.sends {
+                port.send(send.peer, of(send), Payload::Bytes(Arc::clone(&elements[send.segment.start])))?;
+            }
+            for recv in &step.recvs {
+                if let Payload::Bytes(bytes) = port.receive(recv.peer, of(recv))? {
+                    elements[recv.segment.start] = bytes;
+                }
+            }
+            Ok(())
+        };
+        let outcome = plan.steps.iter().try_for_each(run_step);
+        outcome.inspect_err(|error| port.close(error))
+    }
+}
+
+/// What the messages of a new call say of themselves.
+fn begin(port: &Port, n_calls: &mut u64, operation: Operation, len: usize) -> Result<Header, CommError> {
     port.check_open()?;
     let call = *n_calls;
     *n_calls += 1;
-    let header = Header { generation: port.generation, call, operation, len: data.len(), step: 0, start: 0, n_elements: 0 };
-    plan.steps
-        .iter()
-        .enumerate()
-        .try_for_each(|(step_idx, step)| run_step(port, step, Header { step: step_idx, ..header }, data))
-        .inspect_err(|error| port.close(error))
+    Ok(Header { generation: port.generation, call, operation, len, stage: 0, start: 0, n_elements: 0 })
 }
 
-/// Runs one step: pieces of one segment out, pieces of another in, in turns.
-fn run_step<E: Element>(port: &mut Port, step: &Step, header: Header, data: &mut [E]) -> Result<(), CommError> {
-    let piece_len = PIECE_BYTES / size_of::<E>();
-    let n_pieces = |transfer: &Option<Transfer>| transfer.as_ref().map_or(0, |to| plan::n_pieces(to.segment.len(), piece_len));
-    let (n_sends, n_receives) = (n_pieces(&step.send), n_pieces(&step.recv));
-    let of_piece = |piece: &Range<usize>| Header { start: piece.start, n_elements: piece.len(), ..header };
-    let (mut sent, mut received) = (0, 0);
-    while sent < n_sends || received < n_receives {
-        if let Some(Transfer { peer, segment }) = &step.send
-            && sent < n_sends
-            && (sent < received + LEAD || received == n_receives)
-        {
-            let piece = plan::piece(segment, piece_len, sent);
-            port.send(*peer, of_piece(&piece), bytemuck::cast_slice(&data[piece]))?;
-            sent += 1;
-        } else if let Some(Transfer { peer, segment }) = &step.recv {
-            let piece = plan::piece(segment, piece_len, received);
-            let buffer = port.receive(*peer, of_piece(&piece))?;
-            let theirs = &bytemuck::cast_slice::<f32, E>(&buffer)[..piece.len()];
-            match step.action {
-                Action::Accumulate => E::accumulate(&mut data[piece], theirs),
-                Action::Copy => data[piece].copy_from_slice(theirs),
-            }
-            port.give_back(*peer, buffer);
-            received += 1;
+fn plan_of<'a>(
+    plans: &'a mut BTreeMap<(Operation, usize), Entry>,
+    algorithm: Algorithm,
+    port: &Port,
+    operation: Operation,
+    len: usize,
+) -> &'a Entry {
+    let key = (operation, len);
+    if plans.len() >= MAX_PLANS && !plans.contains_key(&key) {
+        plans.clear();
+    }
+    let Port { rank, world, .. } = *port;
+    let make = match operation {
+        Operation::ReduceScatter => plan::reduce_scatter,
+        Operation::AllGather => plan::all_gather,
+        _ => plan::all_reduce,
+    };
+    plans.entry(key).or_insert_with(|| Entry { plan: make(algorithm, world, rank, len), segments: plan::segments(world, len) })
+}
+
+/// Runs one step: everything out, then everything in.
+fn run_step(
+    port: &mut Port,
+    step: &Step,
+    header: Header,
+    message: &mut Shared,
+    handles: &mut Vec<Handle>,
+    isa: Isa,
+    segments: &[Range<usize>],
+) -> Result<(), CommError> {
+    let of = |segment: &Range<usize>| Header { start: segment.start, n_elements: segment.len(), ..header };
+    for Transfer { peer, segment } in &step.sends {
+        // The message is cut as the plan is, so there is such a part.
+        let values = message.handle(segment).unwrap_or_default();
+        port.send(*peer, of(segment), Payload::Floats(values))?;
+    }
+    for Transfer { peer, segment } in &step.recvs {
+        // The header says what the payload is.
+        let Payload::Floats(values) = port.receive(*peer, of(segment))? else { continue };
+        match step.action {
+            Action::Take => message.take(segment, values),
+            Action::Accumulate | Action::SumAll => handles.push(values),
         }
     }
+    match (step.action, step.recvs.first()) {
+        (Action::Accumulate, Some(first)) => message.accumulate(isa, &first.segment, handles),
+        (Action::SumAll, Some(_)) => message.sum_all(isa, segments, handles),
+        _ => {}
+    }
+    // Before the next step says that they are read: their owners write there again.
+    handles.clear();
     Ok(())
-}
-
-/// What a message is made of.
-trait Element: Pod {
-    /// `mine += theirs`, element by element.
-    fn accumulate(mine: &mut [Self], theirs: &[Self]);
-}
-
-impl Element for f32 {
-    fn accumulate(mine: &mut [Self], theirs: &[Self]) {
-        for (mine, theirs) in mine.iter_mut().zip(theirs) {
-            *mine += theirs;
-        }
-    }
-}
-
-impl Element for u8 {
-    /// Wraps; no plan for bytes adds.
-    fn accumulate(mine: &mut [Self], theirs: &[Self]) {
-        for (mine, theirs) in mine.iter_mut().zip(theirs) {
-            *mine = mine.wrapping_add(*theirs);
-        }
-    }
-}
-
-/// A length as it travels, from exactly [`LENGTH_BYTES`] bytes; it was a `usize` at its sender.
-fn length_from(bytes: &[u8]) -> usize {
-    bytes.iter().rev().fold(0, |length, byte| length << 8 | usize::from(*byte))
 }

@@ -1,56 +1,120 @@
-//! Plans of the collectives as data: which rank sends which segment to whom, and what the receiver does with it.
+//! Plans of the collectives as data: which rank hands which segment to whom, and what the receiver does with it.
 //!
 //! A plan is computed by every rank for itself, from the world's size, its own rank and the message's length, and says nothing of
-//! buffers, channels or threads; the executor in the parent module runs it. Never here: anything that moves a byte.
+//! memory, channels or threads; the executor in the parent module runs it. Never here: anything that moves a byte.
 //!
-//! | plan | steps | elements a rank sends, of a message of S |
-//! | --- | --- | --- |
-//! | [`ring_reduce_scatter`] | P-1 | S less its own segment: about S(P-1)/P |
-//! | [`ring_all_gather`] | P-1 | S less its successor's segment: about S(P-1)/P |
-//! | [`ring_all_reduce`] | 2(P-1) | about 2S(P-1)/P |
-//! | [`broadcast`] | M+P-2 for M pieces | S, the last rank of the chain nothing |
+//! S is the message's length, P the world. A step is one wait; what a rank hands out others may read, which within a process moves
+//! nothing by itself. "Read" is what a rank reads of others, which does move: the lines come from their caches or from memory.
+//!
+//! | plan | steps | handed out by a rank | read by a rank | order of a sum |
+//! | --- | --- | --- | --- | --- |
+//! | [`ring_reduce_scatter`] | P-1 | S(P-1)/P | S(P-1)/P | s+1, s+2, ..., s |
+//! | [`ring_all_gather`] | P-1 | S(P-1)/P | S(P-1)/P, by whoever wants the sum | |
+//! | [`ring_all_reduce`] | 2(P-1) | 2S(P-1)/P | both | s+1, s+2, ..., s |
+//! | [`direct_reduce_scatter`] | 1 | S(P-1)/P | S(P-1)/P | s+1, s+2, ..., s |
+//! | [`direct_all_gather`] | 1 | S(P-1)/P | as the ring's | |
+//! | [`direct_all_reduce`] | 2 | 2S(P-1)/P | both | s+1, s+2, ..., s |
+//! | [`direct_exchange`] | 1 | S(P-1) | S(P-1) | s+1, s+2, ..., s |
+//! | [`tree_all_reduce`] | 2 ceil(log2 P) | at most S log2 P, to children and parent | at most S log2 P | by subtrees |
+//! | [`double_tree_all_reduce`] | about 2 log2 P | at most 3S | at most 2S | by subtrees |
+//! | [`broadcast`] | ceil(log2 P) | at most S log2 P | S | |
+//!
+//! s is the owner of the segment: ring and direct exchange give the same bits, so where the one hands over to the other is a matter of
+//! speed alone.
 
 use std::ops::Range;
 
 use crate::shape::{ALIGN, BLOCK};
+
+/// How an all-reduce goes about it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Algorithm {
+    /// What was fastest in the bench: [`Self::Direct`], at every length and from 2 to 16 ranks, since memory is shared.
+    #[default]
+    Auto,
+    /// Neighbours only.
+    Ring,
+    /// Subtrees: few steps in large worlds.
+    Tree,
+    /// Everyone reads from everyone.
+    Direct,
+}
+
+impl Algorithm {
+    /// All of them with the names that people type.
+    pub const ALL: [(&'static str, Self); 4] = [("auto", Self::Auto), ("ring", Self::Ring), ("tree", Self::Tree), ("direct", Self::Direct)];
+
+    /// The name that people type.
+    pub fn name(self) -> &'static str {
+        Self::ALL.into_iter().find(|(_, algorithm)| *algorithm == self).map_or("auto", |(name, _)| name)
+    }
+
+    /// What `Auto` stands for; any other stays what it is.
+    pub fn resolve(self) -> Self {
+        if self == Self::Auto { Self::Direct } else { self }
+    }
+}
+
+/// The longest message of which every rank adds up the whole for itself, in larger worlds and in a world of two; beyond, reading it P
+/// times costs more than a second step. Two ranks have the other's answer sooner than they have read a few kilobytes of the other's cache.
+/// These numbers come from `benches/ring.rs`.
+const ONE_STEP_FLOATS: usize = 4 << 10;
+const ONE_STEP_FLOATS_OF_TWO: usize = 256;
+/// The longest message that a tree carries as a whole; beyond, two trees take half of it each.
+const ONE_TREE_FLOATS: usize = 16 << 10;
+
+fn one_step_floats(world: usize) -> usize {
+    if world == 2 { ONE_STEP_FLOATS_OF_TWO } else { ONE_STEP_FLOATS }
+}
 
 /// One segment's way between two ranks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Transfer {
     /// The other rank.
     pub peer: usize,
-    /// Elements of the message; may be empty, and is then announced all the same, so that both sides stay in step.
+    /// Elements of the message: one of the plan's parts. May be empty, and is then announced all the same, so that both sides stay in step.
     pub segment: Range<usize>,
 }
 
-/// What a receiver does with a segment.
+/// What a receiver does with what comes in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Adds it to its own values.
+    /// Adds all that comes in, which is the same segment from each peer, in the order in which it is listed, and its own values last.
     Accumulate,
-    /// Puts it in the place of its own values.
-    Copy,
+    /// The whole message came from every peer: adds up all ranks' values, each segment s of [`segments`] in the order s+1, s+2, ..., s.
+    SumAll,
+    /// Puts each segment in the place of its own values.
+    Take,
 }
 
-/// What one rank does in one step: a segment out and another, disjoint one in.
+/// What one rank does in one step: it hands out segments, waits for others, and acts on them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
-    pub send: Option<Transfer>,
-    pub recv: Option<Transfer>,
-    /// What happens to the segment that comes in.
+    /// Which stage of the collective this is: the same at both ends of a transfer, though ranks may skip stages.
+    pub stage: usize,
+    pub sends: Vec<Transfer>,
+    pub recvs: Vec<Transfer>,
     pub action: Action,
 }
 
 /// The steps of one rank, in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
+    /// The parts in which the message travels; they cover it in order. The same on all ranks.
+    pub parts: Vec<Range<usize>>,
     pub steps: Vec<Step>,
 }
 
 impl Plan {
-    /// Elements that this rank sends in the whole plan.
+    /// Elements that this rank hands out in the whole plan.
     pub fn n_sent(&self) -> usize {
-        self.steps.iter().filter_map(|step| step.send.as_ref()).map(|send| send.segment.len()).sum()
+        self.steps.iter().flat_map(|step| &step.sends).map(|send| send.segment.len()).sum()
+    }
+
+    fn push(&mut self, stage: usize, sends: Vec<Transfer>, recvs: Vec<Transfer>, action: Action) {
+        if !sends.is_empty() || !recvs.is_empty() {
+            self.steps.push(Step { stage, sends, recvs, action });
+        }
     }
 }
 
@@ -76,38 +140,60 @@ pub fn owned_segment(world: usize, rank: usize, len: usize) -> Range<usize> {
     start_of(rank)..start_of(rank + 1)
 }
 
-/// Sums every segment at its owner. P-1 steps; a rank sends every segment but its own once.
+/// The all-reduce by `algorithm`, in the form that suits the length.
 ///
-/// In step k rank r sends segment r-k-1 and adds to its segment r-k-2 (mod P) what comes in. So segment s starts at rank s+1, is added
+/// # Panics
+/// If `rank` is not below `world`.
+pub fn all_reduce(algorithm: Algorithm, world: usize, rank: usize, len: usize) -> Plan {
+    match algorithm.resolve() {
+        Algorithm::Ring => ring_all_reduce(world, rank, len),
+        Algorithm::Tree if len <= ONE_TREE_FLOATS => tree_all_reduce(world, rank, len),
+        Algorithm::Tree => double_tree_all_reduce(world, rank, len),
+        _ if len <= one_step_floats(world) => direct_exchange(world, rank, len),
+        _ => direct_all_reduce(world, rank, len),
+    }
+}
+
+/// The reduce-scatter by `algorithm`: round the ring, or for all others directly.
+///
+/// # Panics
+/// If `rank` is not below `world`.
+pub fn reduce_scatter(algorithm: Algorithm, world: usize, rank: usize, len: usize) -> Plan {
+    if algorithm == Algorithm::Ring { ring_reduce_scatter(world, rank, len) } else { direct_reduce_scatter(world, rank, len) }
+}
+
+/// The all-gather by `algorithm`: round the ring, or for all others directly.
+///
+/// # Panics
+/// If `rank` is not below `world`.
+pub fn all_gather(algorithm: Algorithm, world: usize, rank: usize, len: usize) -> Plan {
+    if algorithm == Algorithm::Ring { ring_all_gather(world, rank, len) } else { direct_all_gather(world, rank, len) }
+}
+
+/// Sums every segment at its owner. P-1 steps; a rank hands out every segment but its own once.
+///
+/// In step k rank r hands on segment r-k-1 and adds to its segment r-k-2 (mod P) what comes in. So segment s starts at rank s+1, is added
 /// to rank by rank in ring order, and ends complete at rank s: the order of its sum depends on P and s only. The other segments hold
 /// partial sums afterwards.
 ///
 /// # Panics
 /// If `rank` is not below `world`.
 pub fn ring_reduce_scatter(world: usize, rank: usize, len: usize) -> Plan {
-    ring(world, rank, &segments(world, len), 1, Action::Accumulate)
+    ring(world, rank, len, 1, Action::Accumulate)
 }
 
-/// Brings every segment from its owner to all. P-1 steps; a rank sends every segment but its successor's once.
+/// Brings every segment from its owner to all. P-1 steps; a rank hands out every segment but its successor's once.
 ///
-/// In step k rank r sends segment r-k and takes over segment r-k-1 (mod P), bit for bit.
+/// In step k rank r hands on segment r-k and takes over segment r-k-1 (mod P), bit for bit.
 ///
 /// # Panics
 /// If `rank` is not below `world`.
 pub fn ring_all_gather(world: usize, rank: usize, len: usize) -> Plan {
-    ring_all_gather_of(rank, &segments(world, len))
-}
-
-/// [`ring_all_gather`] with given segments, one a rank in rank order: for messages that do not weigh the same everywhere.
-///
-/// # Panics
-/// If there is no segment for `rank`.
-pub fn ring_all_gather_of(rank: usize, segments: &[Range<usize>]) -> Plan {
-    ring(segments.len(), rank, segments, 0, Action::Copy)
+    ring(world, rank, len, 0, Action::Take)
 }
 
 /// [`ring_reduce_scatter`], then [`ring_all_gather`]: all ranks end with the same bits. 2(P-1) steps, about 2S(P-1)/P elements a rank,
-/// whatever P, which is the least that an all-reduce can do with.
+/// whatever P, which is the least that an all-reduce without shared memory can do with.
 ///
 /// # Panics
 /// If `rank` is not below `world`.
@@ -117,56 +203,200 @@ pub fn ring_all_reduce(world: usize, rank: usize, len: usize) -> Plan {
     plan
 }
 
-/// Brings the root's `len` elements to all, down the chain root, root+1, ... in pieces of `piece_len`, so that all links of the chain
-/// are busy at once: M+P-2 steps for M pieces instead of M(P-1).
+/// Sums every segment at its owner, who reads it from all others. One step.
 ///
-/// In step k the rank at distance d from the root sends piece k-d and takes over piece k-d+1.
+/// # Panics
+/// If `rank` is not below `world`.
+pub fn direct_reduce_scatter(world: usize, rank: usize, len: usize) -> Plan {
+    let parts = checked_segments(world, rank, len);
+    let mut plan = Plan::default();
+    let sends = others(world, rank).map(|peer| Transfer { peer, segment: parts[peer].clone() }).collect();
+    let recvs = others(world, rank).map(|peer| Transfer { peer, segment: parts[rank].clone() }).collect();
+    plan.push(0, sends, recvs, Action::Accumulate);
+    plan.parts = parts;
+    plan
+}
+
+/// Brings every segment from its owner to all, without a detour. One step.
+///
+/// # Panics
+/// If `rank` is not below `world`.
+pub fn direct_all_gather(world: usize, rank: usize, len: usize) -> Plan {
+    direct_all_gather_of(rank, checked_segments(world, rank, len))
+}
+
+/// [`direct_all_gather`] with given segments, one a rank in rank order.
+///
+/// # Panics
+/// If there is no segment for `rank`.
+pub fn direct_all_gather_of(rank: usize, parts: Vec<Range<usize>>) -> Plan {
+    let mut plan = Plan::default();
+    let sends = others(parts.len(), rank).map(|peer| Transfer { peer, segment: parts[rank].clone() }).collect();
+    let recvs = others(parts.len(), rank).map(|peer| Transfer { peer, segment: parts[peer].clone() }).collect();
+    plan.push(1, sends, recvs, Action::Take);
+    plan.parts = parts;
+    plan
+}
+
+/// [`direct_reduce_scatter`], then [`direct_all_gather`]. Two steps; every value is read once and every sum written once, which is the
+/// least that an all-reduce in shared memory can do with.
+///
+/// # Panics
+/// If `rank` is not below `world`.
+pub fn direct_all_reduce(world: usize, rank: usize, len: usize) -> Plan {
+    let mut plan = direct_reduce_scatter(world, rank, len);
+    plan.steps.extend(direct_all_gather(world, rank, len).steps);
+    plan
+}
+
+/// Everyone hands the whole message to everyone and adds all up for itself. One step, P times the additions: for short messages.
+///
+/// # Panics
+/// If `rank` is not below `world`.
+pub fn direct_exchange(world: usize, rank: usize, len: usize) -> Plan {
+    assert!(rank < world, "rank {rank} must lie below the world of {world}");
+    let mut plan = Plan { parts: whole(len), steps: Vec::new() };
+    let to_all = || others(world, rank).map(|peer| Transfer { peer, segment: 0..len }).collect();
+    plan.push(0, to_all(), to_all(), Action::SumAll);
+    plan
+}
+
+/// Sums up a binomial tree to rank 0 and hands the sum down again. 2 ceil(log2 P) steps; all ranks together hand out 2(P-1)S.
+///
+/// On the way up rank r takes in r+1, r+2, r+4, ... while those bits of r are 0, and then goes to its parent, r less its lowest bit.
+///
+/// # Panics
+/// If `rank` is not below `world`.
+pub fn tree_all_reduce(world: usize, rank: usize, len: usize) -> Plan {
+    assert!(rank < world, "rank {rank} must lie below the world of {world}");
+    let mut plan = Plan { parts: whole(len), steps: Vec::new() };
+    let children = || binomial_children(world, rank).map(|peer| Transfer { peer, segment: 0..len });
+    let parent = || (rank > 0).then(|| Transfer { peer: rank & (rank - 1), segment: 0..len }).into_iter().collect();
+    plan.push(0, vec![], children().collect(), Action::Accumulate);
+    plan.push(0, parent(), vec![], Action::Take);
+    plan.push(1, vec![], parent(), Action::Take);
+    // The child with the largest subtree first.
+    plan.push(1, children().rev().collect(), vec![], Action::Take);
+    plan
+}
+
+/// Two binary trees, each for one half of the message, such that a rank that has children in the one is a leaf in the other (but for one
+/// rank where P is odd): inner ranks and leaves work at the same time (Sanders, Speck and Träff, "Two-tree algorithms for full bandwidth
+/// broadcast, reduction and scan", Parallel Computing 35(12), 2009). About 2 log2 P steps; all ranks together hand out 2(P-1)S.
+///
+/// # Panics
+/// If `rank` is not below `world`.
+pub fn double_tree_all_reduce(world: usize, rank: usize, len: usize) -> Plan {
+    assert!(rank < world, "rank {rank} must lie below the world of {world}");
+    let halves = segments(2, len);
+    let mut plan = Plan { parts: halves.clone(), steps: Vec::new() };
+    let trees: Vec<Branch> = [Tree::First, Tree::Second].into_iter().map(|tree| tree.branch(world, rank)).collect();
+    let of = |peer: &usize, half: usize| Transfer { peer: *peer, segment: halves[half].clone() };
+    // Whoever waits for nobody begins: leaves first.
+    for of_leaves in [true, false] {
+        for (half, Branch { parent, children }) in trees.iter().enumerate().filter(|(_, branch)| branch.children.is_empty() == of_leaves) {
+            plan.push(half, vec![], children.iter().map(|child| of(child, half)).collect(), Action::Accumulate);
+            plan.push(half, parent.iter().map(|parent| of(parent, half)).collect(), vec![], Action::Take);
+        }
+    }
+    for (half, Branch { parent, children }) in trees.iter().enumerate() {
+        plan.push(2 + half, vec![], parent.iter().map(|parent| of(parent, half)).collect(), Action::Take);
+        plan.push(2 + half, children.iter().map(|child| of(child, half)).collect(), vec![], Action::Take);
+    }
+    plan
+}
+
+/// Brings the root's message of `len` elements to all down a binomial tree. ceil(log2 P) steps.
 ///
 /// # Panics
 /// If `rank` or `root` is not below `world`.
-pub fn broadcast(world: usize, rank: usize, root: usize, len: usize, piece_len: usize) -> Plan {
+pub fn broadcast(world: usize, rank: usize, root: usize, len: usize) -> Plan {
     assert!(rank < world && root < world, "rank {rank} and root {root} must lie below the world of {world}");
-    if world == 1 {
-        return Plan::default();
-    }
     let distance = (rank + world - root) % world;
-    let pieces = pieces(0..len, piece_len);
-    let piece = |idx: Option<usize>| idx.and_then(|idx| pieces.get(idx)).cloned();
-    let n_steps = pieces.len() + world - 2;
-    let steps = (0..n_steps).map(|k| Step {
-        send: piece(k.checked_sub(distance).filter(|_| distance + 1 < world)).map(|segment| Transfer { peer: (rank + 1) % world, segment }),
-        recv: piece((k + 1).checked_sub(distance).filter(|_| 0 < distance))
-            .map(|segment| Transfer { peer: (rank + world - 1) % world, segment }),
-        action: Action::Copy,
-    });
-    Plan { steps: steps.collect() }
+    let rank_at = |distance: usize| (distance + root) % world;
+    let mut plan = Plan { parts: whole(len), steps: Vec::new() };
+    if distance > 0 {
+        plan.push(0, vec![], vec![Transfer { peer: rank_at(distance & (distance - 1)), segment: 0..len }], Action::Take);
+    }
+    // The child with the largest subtree first.
+    let sends = binomial_children(world, distance).rev().map(|child| Transfer { peer: rank_at(child), segment: 0..len }).collect();
+    plan.push(0, sends, vec![], Action::Take);
+    plan
 }
 
-/// Cuts a segment into the pieces in which it travels; an empty one is one empty piece.
-pub(super) fn pieces(segment: Range<usize>, piece_len: usize) -> Vec<Range<usize>> {
-    (0..n_pieces(segment.len(), piece_len)).map(|idx| piece(&segment, piece_len, idx)).collect()
+/// The message in one part.
+fn whole(len: usize) -> Vec<Range<usize>> {
+    std::iter::once(0..len).collect()
 }
 
-/// How many pieces a segment of `len` elements has, at least one.
-pub(super) fn n_pieces(len: usize, piece_len: usize) -> usize {
-    len.div_ceil(piece_len.max(1)).max(1)
+/// All ranks but this one, beginning with the next.
+fn others(world: usize, rank: usize) -> impl Iterator<Item = usize> {
+    (1..world).map(move |distance| (rank + distance) % world)
 }
 
-/// Piece number `idx` of a segment.
-pub(super) fn piece(segment: &Range<usize>, piece_len: usize, idx: usize) -> Range<usize> {
-    let piece_len = piece_len.max(1);
-    let start = (segment.start + idx * piece_len).min(segment.end);
-    start..(start + piece_len).min(segment.end)
+fn checked_segments(world: usize, rank: usize, len: usize) -> Vec<Range<usize>> {
+    assert!(rank < world, "rank {rank} must lie below the world of {world}");
+    segments(world, len)
+}
+
+/// r+1, r+2, r+4, ... as long as those bits of r are 0.
+fn binomial_children(world: usize, rank: usize) -> impl DoubleEndedIterator<Item = usize> {
+    let n_bits = if rank == 0 { usize::BITS - world.saturating_sub(1).leading_zeros() } else { rank.trailing_zeros() };
+    (0..n_bits).map(move |bit| rank + (1 << bit)).filter(move |child| *child < world)
+}
+
+/// A rank's place in a tree.
+struct Branch {
+    parent: Option<usize>,
+    children: Vec<usize>,
+}
+
+/// The trees of [`double_tree_all_reduce`].
+#[derive(Clone, Copy)]
+enum Tree {
+    First,
+    Second,
+}
+
+impl Tree {
+    /// The second tree is the first one with ranks in reverse, or shifted by one where P is odd.
+    fn place(self, world: usize, rank: usize) -> usize {
+        match self {
+            Self::First => rank,
+            Self::Second if world.is_multiple_of(2) => world - 1 - rank,
+            Self::Second => (rank + 1) % world,
+        }
+    }
+
+    fn branch(self, world: usize, rank: usize) -> Branch {
+        let place = self.place(world, rank);
+        let rank_at = |wanted: usize| (0..world).find(|rank| self.place(world, *rank) == wanted);
+        let children = (0..world).filter(|child| binary_parent(world, self.place(world, *child)) == Some(place)).collect();
+        Branch { parent: binary_parent(world, place).and_then(rank_at), children }
+    }
+}
+
+/// The binary tree in which the odd places are leaves, two steps up are the multiples of 4, and so on; place 0 is the root.
+fn binary_parent(world: usize, place: usize) -> Option<usize> {
+    if place == 0 {
+        return None;
+    }
+    let bit = 1 << place.trailing_zeros();
+    let between = (place ^ bit) | (bit << 1);
+    Some(if between < world { between } else { place ^ bit })
 }
 
 /// P-1 steps to the next rank; in step k segment `rank - k - lag` goes out and the one before it comes in.
-fn ring(world: usize, rank: usize, segments: &[Range<usize>], lag: usize, action: Action) -> Plan {
-    assert!(rank < world, "rank {rank} must lie below the world of {world}");
-    let behind = |n: usize| segments[(rank + 2 * world - n) % world].clone();
+fn ring(world: usize, rank: usize, len: usize, lag: usize, action: Action) -> Plan {
+    let parts = checked_segments(world, rank, len);
+    let behind = |n: usize| parts[(rank + 2 * world - n) % world].clone();
+    let first = if action == Action::Take { world - 1 } else { 0 };
     let steps = (0..world - 1).map(|k| Step {
-        send: Some(Transfer { peer: (rank + 1) % world, segment: behind(k + lag) }),
-        recv: Some(Transfer { peer: (rank + world - 1) % world, segment: behind(k + lag + 1) }),
+        stage: first + k,
+        sends: vec![Transfer { peer: (rank + 1) % world, segment: behind(k + lag) }],
+        recvs: vec![Transfer { peer: (rank + world - 1) % world, segment: behind(k + lag + 1) }],
         action,
     });
-    Plan { steps: steps.collect() }
+    let steps = steps.collect();
+    Plan { parts, steps }
 }

@@ -1,23 +1,24 @@
 //! Channels between ranks that are threads of one process, with flow control, deadlines and the search for who is to blame.
 //!
-//! Every ordered pair of ranks has a link: one bounded channel for messages and one on which the receiver hands the buffers back.
-//! A link owns `IN_FLIGHT` buffers, made when it is first used. A message goes out only in one of them, so a sender that runs ahead
-//! waits for its receiver, the channels never fill, and nothing is allocated from then on.
+//! Every ordered pair of ranks has a link: one bounded channel, in which handles travel, not what they are handles of. A sender that runs
+//! ahead of its receiver by more messages than a link holds waits. That cannot lock up: a link is longer than what one collective sends
+//! over it beyond what it waits for, and whoever is calls ahead has read all that the others sent before.
 //! Never here: what a message means, sums, plans.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, Sender, TryRecvError, bounded};
+use crossbeam::channel::{Receiver, Sender, TryRecvError, TrySendError, bounded};
 
 use super::Communicator;
+use super::plan::Algorithm;
 
-/// Floats of one buffer: 64 KiB, which both ends keep in their second-level cache.
-pub(super) const PIECE_FLOATS: usize = 16 * 1024;
-/// The same in bytes.
-pub(super) const PIECE_BYTES: usize = PIECE_FLOATS * size_of::<f32>();
-/// Buffers of one link. The executor runs at most two pieces ahead of what it has received, which needs three.
-const IN_FLIGHT: usize = 4;
+/// Messages that a link holds. A collective sends at most four over one link, the ring at most one more than it has received.
+const IN_FLIGHT: usize = 8;
+/// How often a rank looks for a message before it lets other threads run, where every rank may have a core of its own.
+const SPINS: u32 = 50;
+/// How long it then goes on looking, other threads running in between, before it goes to sleep: waking up takes about as long.
+const LOOK: Duration = Duration::from_micros(50);
 
 /// What holds for all ranks of a group.
 #[derive(Clone, Debug)]
@@ -26,27 +27,28 @@ pub struct Options {
     pub deadline: Duration,
     /// Membership generation, which every message carries: a group made after a loss has a higher one.
     pub generation: u64,
+    /// How collectives over floats go about it; the same on all ranks.
+    pub algorithm: Algorithm,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { deadline: Duration::from_secs(60), generation: 0 }
+        Self { deadline: Duration::from_secs(60), generation: 0, algorithm: Algorithm::Auto }
     }
 }
 
-/// Makes a ring of `world` ranks: one communicator a rank, in rank order, each to be moved to its thread.
+/// Makes a group of `world` ranks: one communicator a rank, in rank order, each to be moved to its thread.
 pub fn group(world: usize, options: Options) -> Vec<Communicator> {
     let board = Arc::new(Board { states: Mutex::new(vec![State::Busy; world]) });
     let mut ports: Vec<Port> = (0..world).map(|rank| Port::new(rank, world, &options, &board)).collect();
     for from in 0..world {
         for to in (0..world).filter(|to| *to != from) {
-            let (messages, inbox) = bounded(IN_FLIGHT);
-            let (give_back, returned) = bounded(IN_FLIGHT);
-            ports[from].outlets[to] = Some(Outlet { messages, returned, spare: None });
-            ports[to].inlets[from] = Some(Inlet { inbox, give_back });
+            let (outlet, inlet) = bounded(IN_FLIGHT);
+            ports[from].outlets[to] = Some(outlet);
+            ports[to].inlets[from] = Some(inlet);
         }
     }
-    ports.into_iter().map(Communicator::new).collect()
+    ports.into_iter().map(|port| Communicator::new(port, options.algorithm)).collect()
 }
 
 /// What went wrong in a collective. After any of these the communicator is closed: every later call returns the same error, and its
@@ -84,16 +86,8 @@ pub enum Operation {
     ReduceScatter,
     AllGather,
     AllReduce,
-    /// The first half of an all-gather of bytes: how many each rank has.
-    GatherLengths,
     GatherBytes,
-    /// The first half of a broadcast: how many bytes will come.
-    BroadcastLength {
-        root: usize,
-    },
-    Broadcast {
-        root: usize,
-    },
+    Broadcast { root: usize },
 }
 
 impl std::fmt::Display for Operation {
@@ -102,9 +96,7 @@ impl std::fmt::Display for Operation {
             Self::ReduceScatter => f.write_str("reduce-scatter"),
             Self::AllGather => f.write_str("all-gather"),
             Self::AllReduce => f.write_str("all-reduce"),
-            Self::GatherLengths => f.write_str("all-gather of lengths"),
             Self::GatherBytes => f.write_str("all-gather of bytes"),
-            Self::BroadcastLength { root } => write!(f, "broadcast of a length from rank {root}"),
             Self::Broadcast { root } => write!(f, "broadcast from rank {root}"),
         }
     }
@@ -120,40 +112,42 @@ pub struct Header {
     pub operation: Operation,
     /// Elements of the whole message of the collective.
     pub len: usize,
-    /// Step of the plan.
-    pub step: usize,
-    /// First element of this piece.
+    /// Stage of the plan.
+    pub stage: usize,
+    /// First element of this segment.
     pub start: usize,
-    /// Elements of this piece.
+    /// Elements of this segment.
     pub n_elements: usize,
 }
 
 impl std::fmt::Display for Header {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { generation, call, operation, len, step, start, n_elements } = self;
+        let Self { generation, call, operation, len, stage, start, n_elements } = self;
         let end = start + n_elements;
-        write!(f, "{operation} of {len} (generation {generation}, call {call}, step {step}, elements {start}..{end})")
+        write!(f, "{operation} of {len} (generation {generation}, call {call}, stage {stage}, elements {start}..{end})")
     }
 }
 
-/// A piece under way.
+/// What is handed to another rank: memory that both may read from now on.
+#[derive(Clone)]
+pub(super) enum Payload {
+    Floats(Arc<Vec<f32>>),
+    Bytes(Arc<Vec<u8>>),
+}
+
+impl Payload {
+    fn n_bytes(&self) -> usize {
+        match self {
+            Self::Floats(values) => values.len() * size_of::<f32>(),
+            Self::Bytes(bytes) => bytes.len(),
+        }
+    }
+}
+
+/// A handle under way.
 struct Message {
     header: Header,
-    buffer: Vec<f32>,
-}
-
-/// The sending end of a link.
-struct Outlet {
-    messages: Sender<Message>,
-    returned: Receiver<Vec<f32>>,
-    /// Buffers at hand; none before the first use.
-    spare: Option<Vec<Vec<f32>>>,
-}
-
-/// The receiving end of a link.
-struct Inlet {
-    inbox: Receiver<Message>,
-    give_back: Sender<Vec<f32>>,
+    payload: Payload,
 }
 
 /// What a rank is doing, as far as others must know to tell the rank that fails from those that merely wait for it.
@@ -208,18 +202,22 @@ pub(super) struct Port {
     /// Payload sent since the start, in bytes.
     pub(super) n_bytes_sent: u64,
     deadline: Duration,
-    outlets: Vec<Option<Outlet>>,
-    inlets: Vec<Option<Inlet>>,
+    /// How often to look before other threads may run.
+    spins: u32,
+    outlets: Vec<Option<Sender<Message>>>,
+    inlets: Vec<Option<Receiver<Message>>>,
     board: Arc<Board>,
     failure: Option<CommError>,
 }
 
 impl Port {
     fn new(rank: usize, world: usize, options: &Options, board: &Arc<Board>) -> Self {
-        let Options { deadline, generation } = *options;
+        let Options { deadline, generation, .. } = *options;
+        let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let spins = if world <= n_cores { SPINS } else { 0 };
         let outlets = (0..world).map(|_| None).collect();
         let inlets = (0..world).map(|_| None).collect();
-        Self { rank, world, generation, n_bytes_sent: 0, deadline, outlets, inlets, board: Arc::clone(board), failure: None }
+        Self { rank, world, generation, n_bytes_sent: 0, deadline, spins, outlets, inlets, board: Arc::clone(board), failure: None }
     }
 
     /// The error that closed this port, if any.
@@ -238,44 +236,48 @@ impl Port {
         }
     }
 
-    /// Sends `bytes`, at most [`PIECE_BYTES`], to `peer`; waits only for a buffer.
-    pub(super) fn send(&mut self, peer: usize, header: Header, bytes: &[u8]) -> Result<(), CommError> {
+    /// Hands `payload` to `peer`; waits only where the link is full.
+    pub(super) fn send(&mut self, peer: usize, header: Header, payload: Payload) -> Result<(), CommError> {
         let Self { rank, deadline, board, outlets, .. } = self;
-        let Some(outlet) = outlets.get_mut(peer).and_then(Option::as_mut) else {
+        let Some(outlet) = outlets.get(peer).and_then(Option::as_ref) else {
             return Err(CommError::PeerGone { rank: peer });
         };
-        let Outlet { messages, returned, spare } = outlet;
-        let spare = spare.get_or_insert_with(|| (0..IN_FLIGHT).map(|_| vec![0.0; PIECE_FLOATS]).collect());
-        let mut buffer = match spare.pop() {
-            Some(buffer) => buffer,
-            None => wait(returned, board, *rank, peer, header.operation, *deadline)?,
-        };
-        bytemuck::cast_slice_mut::<f32, u8>(&mut buffer)[..bytes.len()].copy_from_slice(bytes);
-        // There is room: the channel holds as many messages as the link has buffers.
-        if messages.send_timeout(Message { header, buffer }, *deadline).is_err() {
-            return Err(board.blame(peer, header.operation, *deadline));
+        let n_bytes = payload.n_bytes();
+        match outlet.try_send(Message { header, payload }) {
+            Ok(()) => {}
+            Err(TrySendError::Disconnected(_)) => return Err(board.blame(peer, header.operation, *deadline)),
+            Err(TrySendError::Full(message)) => {
+                board.set(*rank, State::WaitsFor(peer));
+                outlet.send_timeout(message, *deadline).map_err(|_| board.blame(peer, header.operation, *deadline))?;
+                board.set(*rank, State::Busy);
+            }
         }
-        self.n_bytes_sent += bytes.len() as u64;
+        self.n_bytes_sent += n_bytes as u64;
         Ok(())
     }
 
-    /// The next piece from `peer`, which must carry exactly the header `expected`; its buffer goes to [`Self::give_back`].
-    pub(super) fn receive(&mut self, peer: usize, expected: Header) -> Result<Vec<f32>, CommError> {
-        let Some(inlet) = self.inlets.get(peer).and_then(Option::as_ref) else {
+    /// What `peer` hands over next, which must carry exactly the header `expected`.
+    pub(super) fn receive(&mut self, peer: usize, expected: Header) -> Result<Payload, CommError> {
+        let Self { rank, deadline, spins, board, inlets, .. } = self;
+        let Some(inlet) = inlets.get(peer).and_then(Option::as_ref) else {
             return Err(CommError::PeerGone { rank: peer });
         };
-        let Message { header, buffer } = wait(&inlet.inbox, &self.board, self.rank, peer, expected.operation, self.deadline)?;
+        let blame = || board.blame(peer, expected.operation, *deadline);
+        let Message { header, payload } = match look(inlet, *spins).map_err(|_| blame())? {
+            Some(message) => message,
+            None => {
+                board.set(*rank, State::WaitsFor(peer));
+                // Whoever fails here stays on the board as waiting until it closes, lest another that times out now blames it.
+                // Whether time ran out or the link was cut, the board knows the reason.
+                let message = inlet.recv_timeout(*deadline).map_err(|_| blame())?;
+                board.set(*rank, State::Busy);
+                message
+            }
+        };
         if header == expected {
-            Ok(buffer)
+            Ok(payload)
         } else {
-            Err(CommError::Mismatch(Box::new(Mismatch { rank: self.rank, mine: expected, peer, theirs: header })))
-        }
-    }
-
-    /// Hands a received buffer back to `peer`. A peer that has left since needs it no more.
-    pub(super) fn give_back(&mut self, peer: usize, buffer: Vec<f32>) {
-        if let Some(inlet) = self.inlets.get(peer).and_then(Option::as_ref) {
-            let _ = inlet.give_back.try_send(buffer);
+            Err(CommError::Mismatch(Box::new(Mismatch { rank: *rank, mine: expected, peer, theirs: header })))
         }
     }
 }
@@ -288,19 +290,29 @@ impl Drop for Port {
     }
 }
 
-/// The next item of a channel whose other end is `peer`, with the reason if none comes.
-fn wait<T>(channel: &Receiver<T>, board: &Board, rank: usize, peer: usize, what: Operation, deadline: Duration) -> Result<T, CommError> {
-    match channel.try_recv() {
-        Ok(item) => return Ok(item),
-        Err(TryRecvError::Disconnected) => return Err(board.blame(peer, what, deadline)),
-        Err(TryRecvError::Empty) => {}
+/// The next item of a channel, if it comes soon. An error says that the link is cut.
+fn look<T>(channel: &Receiver<T>, spins: u32) -> Result<Option<T>, TryRecvError> {
+    let come = || match channel.try_recv() {
+        Ok(item) => Ok(Some(item)),
+        Err(TryRecvError::Empty) => Ok(None),
+        Err(cut) => Err(cut),
+    };
+    for _ in 0..spins {
+        if let Some(item) = come()? {
+            return Ok(Some(item));
+        }
+        std::hint::spin_loop();
     }
-    board.set(rank, State::WaitsFor(peer));
-    // Whoever fails here stays on the board as waiting until it closes, lest another that times out now blames it.
-    // Whether time ran out or the link was cut, the board knows the reason.
-    let item = channel.recv_timeout(deadline).map_err(|_| board.blame(peer, what, deadline))?;
-    board.set(rank, State::Busy);
-    Ok(item)
+    let start = Instant::now();
+    loop {
+        if let Some(item) = come()? {
+            return Ok(Some(item));
+        }
+        if start.elapsed() > LOOK {
+            return Ok(None);
+        }
+        std::thread::yield_now();
+    }
 }
 
 #[cfg(test)]
@@ -309,8 +321,8 @@ mod tests {
 
     #[test]
     fn a_message_of_another_generation_is_a_mismatch_that_names_both() {
-        let mut ranks = group(2, Options { deadline: Duration::from_secs(60), generation: 3 });
-        ranks[1].port.generation = 4;
+        let mut ranks = group(2, Options { deadline: Duration::from_secs(60), generation: 3, ..Options::default() });
+        ranks[1].engine.port.generation = 4;
         let errors: Vec<CommError> = std::thread::scope(|scope| {
             let threads: Vec<_> =
                 ranks.iter_mut().map(|rank| scope.spawn(move || rank.all_reduce(&mut [1.0; 8]).expect_err("generations differ"))).collect();

@@ -144,7 +144,7 @@ impl Group {
         let alike = members.windows(2).all(|w| w[0].info.kind == w[1].info.kind);
         let update = if alike { Update::Everywhere } else { Update::ByOwner };
         let table = spec.model.table();
-        let communicators = comm::group(world, comm::Options { deadline: DEADLINE, generation: 0 });
+        let communicators = comm::group(world, comm::Options { deadline: DEADLINE, ..comm::Options::default() });
         for ((seat, communicator), member) in seats.into_iter().zip(communicators).zip(&mut members) {
             let ring = (world > 1).then(|| Ring::start(communicator, update, table.buckets().len(), DEADLINE)).transpose()?;
             seat.send((ring, update)).map_err(|_| anyhow!("{} ended before it began", member.name))?;

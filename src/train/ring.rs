@@ -2,7 +2,6 @@
 //!
 //! It owns the rank's [`Communicator`] and takes jobs in order; each bucket arrives as a readback that it waits for itself.
 
-use std::ops::Range;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -10,8 +9,7 @@ use anyhow::{Context, Result};
 use crossbeam::channel::{Receiver, Sender, bounded};
 
 use crate::backend::Readback;
-use crate::comm::Communicator;
-use crate::comm::plan::owned_segment;
+use crate::comm::{Communicator, Shared};
 use crate::kernels::reduce::block_squares;
 use crate::pool::CpuContext;
 use crate::shape::BLOCK;
@@ -26,18 +24,21 @@ pub enum Update {
 }
 
 enum Job {
-    /// Sum a bucket's gradient over the ranks.
-    Reduce { bucket: usize, words: Box<dyn Readback> },
+    /// Sum a bucket's gradient over the ranks, in the memory of the step before if there was one.
+    Reduce { bucket: usize, words: Box<dyn Readback>, message: Option<Shared> },
     /// All buckets of the step are under way: exchange what each rank tells the others.
     Exchange { header: Vec<u8> },
     /// Spread a bucket's new parameters from their owners; the own segment comes from the device.
-    Spread { bucket: usize, words: Vec<f32>, own: Box<dyn Readback> },
+    Spread { returned: Returned, own: Box<dyn Readback> },
 }
 
 /// A bucket back from the ring.
 pub struct Returned {
     pub bucket: usize,
-    pub words: Vec<f32>,
+    /// The sums, or new parameters, where the ranks that made them have them: read in place, not copied.
+    pub message: Shared,
+    /// Memory for another readback.
+    pub memory: Vec<f32>,
 }
 
 /// A step's sums.
@@ -85,12 +86,12 @@ impl Ring {
         self.jobs.as_ref().and_then(|jobs| jobs.send_timeout(job, self.deadline).ok()).context("the ring thread is gone")
     }
 
-    /// Sends a bucket's gradient round.
+    /// Sends a bucket's gradient round; `message` is what the bucket came back in a step before.
     ///
     /// # Errors
     /// The ring thread is gone; its own error comes with [`Self::exchange`].
-    pub fn reduce(&self, bucket: usize, words: Box<dyn Readback>) -> Result<()> {
-        self.give(Job::Reduce { bucket, words })
+    pub fn reduce(&self, bucket: usize, words: Box<dyn Readback>, message: Option<Shared>) -> Result<()> {
+        self.give(Job::Reduce { bucket, words, message })
     }
 
     /// Exchanges headers and waits for all buckets of the step.
@@ -109,8 +110,8 @@ impl Ring {
     ///
     /// # Errors
     /// The ring thread is gone.
-    pub fn spread(&self, bucket: usize, words: Vec<f32>, own: Box<dyn Readback>) -> Result<()> {
-        self.give(Job::Spread { bucket, words, own })
+    pub fn spread(&self, returned: Returned, own: Box<dyn Readback>) -> Result<()> {
+        self.give(Job::Spread { returned, own })
     }
 
     /// The next bucket of new parameters.
@@ -150,14 +151,14 @@ impl RingThread {
     fn serve(mut self, inbox: &Receiver<Job>, outbox: &Sender<Done>) {
         for job in inbox {
             let done = match job {
-                Job::Reduce { bucket, words } => {
+                Job::Reduce { bucket, words, message } => {
                     // After an error the communicator repeats it, so the first is what `exchange` reports.
-                    let sum = self.reduce(bucket, words);
+                    let sum = self.reduce(bucket, words, message);
                     self.sums.push(sum);
                     continue;
                 }
                 Job::Exchange { header } => Done::Sums(self.exchange(header)),
-                Job::Spread { bucket, words, own } => Done::Spread(self.spread(bucket, words, own)),
+                Job::Spread { returned, own } => Done::Spread(self.spread(returned, own)),
             };
             if outbox.send_timeout(done, self.deadline).is_err() {
                 return;
@@ -170,28 +171,47 @@ impl RingThread {
         len.div_ceil(BLOCK) >= self.comm.world()
     }
 
-    fn squares_of(&mut self, bucket: usize, words: &[f32], range: Range<usize>) {
-        let mut squares = vec![0.0; range.len().div_ceil(BLOCK)];
-        block_squares(&self.ctx, &words[range.clone()], &mut squares);
-        self.squares.push((bucket, range.start / BLOCK, squares));
+    /// The squares of the blocks that this rank tells: those of its own segment, or, where segments are no whole blocks, all by rank 0.
+    /// So each block is told by one rank, and the sum over ranks is the sum over blocks.
+    fn tell_squares(&mut self, bucket: usize, message: &Shared, memory: &mut [f32]) {
+        let (whole_blocks, rank) = (self.whole_blocks(message.len()), self.comm.rank());
+        let mut tell = |first: usize, words: &[f32]| {
+            let mut squares = vec![0.0; words.len().div_ceil(BLOCK)];
+            block_squares(&self.ctx, words, &mut squares);
+            self.squares.push((bucket, first / BLOCK, squares));
+        };
+        if whole_blocks {
+            let own = message.own_segment();
+            // Parts of such a message begin with blocks too.
+            for (range, part) in message.parts() {
+                let both = own.start.max(range.start)..own.end.min(range.end);
+                if !both.is_empty() {
+                    tell(both.start, &part[both.start - range.start..both.end - range.start]);
+                }
+            }
+        } else if rank == 0 {
+            message.copy_to(memory);
+            tell(0, memory);
+        }
     }
 
-    fn reduce(&mut self, bucket: usize, words: Box<dyn Readback>) -> Result<Returned> {
-        let mut words = words.wait(self.deadline)?;
+    fn reduce(&mut self, bucket: usize, words: Box<dyn Readback>, message: Option<Shared>) -> Result<Returned> {
+        let mut memory = words.wait(self.deadline)?;
         let start = Instant::now();
-        let len = words.len();
-        if self.update == Update::Everywhere || !self.whole_blocks(len) {
-            self.comm.all_reduce(&mut words)?;
-            // Each block is told by one rank, so that the sum over ranks is the sum over blocks.
-            if self.comm.rank() == 0 {
-                self.squares_of(bucket, &words, 0..len);
+        let mut message = message.filter(|message| message.len() == memory.len()).unwrap_or_else(|| self.comm.shared(memory.len()));
+        message.fill(&memory);
+        match self.update {
+            Update::Everywhere => self.comm.all_reduce_shared(&mut message)?,
+            Update::ByOwner => {
+                self.comm.reduce_scatter_shared(&mut message)?;
+                if !self.whole_blocks(memory.len()) {
+                    self.comm.all_gather_shared(&mut message)?;
+                }
             }
-        } else {
-            let own = self.comm.reduce_scatter(&mut words)?;
-            self.squares_of(bucket, &words, own);
         }
+        self.tell_squares(bucket, &message, &mut memory);
         self.time += start.elapsed();
-        Ok(Returned { bucket, words })
+        Ok(Returned { bucket, message, memory })
     }
 
     fn exchange(&mut self, header: Vec<u8>) -> Result<Sums> {
@@ -224,14 +244,13 @@ impl RingThread {
         Ok(Sums { buckets, norm, headers, ring_time, bytes_sent: self.comm.bytes_sent() })
     }
 
-    fn spread(&mut self, bucket: usize, mut words: Vec<f32>, own: Box<dyn Readback>) -> Result<Returned> {
+    fn spread(&mut self, mut returned: Returned, own: Box<dyn Readback>) -> Result<Returned> {
         let own = own.wait(self.deadline)?;
         let start = Instant::now();
-        let range = owned_segment(self.comm.world(), self.comm.rank(), words.len());
-        words[range].copy_from_slice(&own);
-        self.comm.all_gather(&mut words)?;
+        returned.message.fill_own(&own);
+        self.comm.all_gather_shared(&mut returned.message)?;
         self.time += start.elapsed();
-        Ok(Returned { bucket, words })
+        Ok(returned)
     }
 }
 

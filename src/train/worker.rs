@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use crossbeam::channel::{Receiver, Sender};
 
-use super::ring::{Ring, Sums, Update, norm_of};
+use super::ring::{Returned, Ring, Sums, Update, norm_of};
 use crate::backend::{Backend, BufferId, DeviceInfo, Span};
+use crate::comm::Shared;
 use crate::comm::plan::owned_segment;
 use crate::data::Batch;
 use crate::infer::session::{pass_forward, share_of};
@@ -154,8 +155,10 @@ struct Worker {
     /// Stands in for state that a rule does not have.
     spare: BufferId,
     pending: Option<Pending>,
-    /// Memory that travelled round the ring.
+    /// Memory for readbacks that go to the ring.
     memory: Vec<Vec<f32>>,
+    /// By bucket: what it last came back from the ring in.
+    messages: Vec<Option<Shared>>,
     tail: Vec<f32>,
 }
 
@@ -220,7 +223,20 @@ impl Worker {
         let longest = buckets.iter().map(|b| b.range.len()).max().unwrap_or(ALIGN);
         // A rule without momentum still has its binding; a state that is never touched needs no memory of its own.
         let spare = backend_ref.alloc("no state", if names.len() < 2 { longest } else { ALIGN })?;
-        Ok(Self { spec, backend, model, ring, states, segments, squares, spare, pending: None, memory: Vec::new(), tail: Vec::new() })
+        Ok(Self {
+            spec,
+            backend,
+            model,
+            ring,
+            states,
+            segments,
+            squares,
+            spare,
+            pending: None,
+            memory: Vec::new(),
+            messages: Vec::new(),
+            tail: Vec::new(),
+        })
     }
 
     fn obey(&mut self, command: Command) -> Result<Option<Answer>> {
@@ -281,10 +297,13 @@ impl Worker {
             let part_state = given.as_ref().map(|g| g.rows(rows.clone()));
             let share = share_of(&batch, part_state.as_deref(), work.scale);
             let pass = Pass { key: self.spec.model.is_random().then_some(work.key), gradients: true, part };
-            let (ring, memory) = (self.ring.as_ref(), &mut self.memory);
+            let (ring, memory, messages) = (self.ring.as_ref(), &mut self.memory, &mut self.messages);
             let is_last = part + 1 == n_parts;
             self.model.run(backend, &share, pass, &mut |backend, bucket, span| match ring {
-                Some(ring) if is_last => ring.reduce(bucket, backend.read(&[span], memory.pop().unwrap_or_default())?),
+                Some(ring) if is_last => {
+                    let words = backend.read(&[span], memory.pop().unwrap_or_default())?;
+                    ring.reduce(bucket, words, messages.get_mut(bucket).and_then(Option::take))
+                }
                 _ => Ok(()),
             })?;
             if work.wants_state && n_parts > 1 {
@@ -343,14 +362,20 @@ impl Worker {
     fn receive(&mut self, sums: Sums, work: &StepWork, norm: f64, non_finite: bool) -> Result<()> {
         let (ring, backend) = (self.ring.as_ref().context("sums come from a ring")?, self.backend.as_mut());
         let factor = self.spec.optimizer.clip_factor(norm);
+        let (memory, messages) = (&mut self.memory, &mut self.messages);
+        let mut keep = |returned: Returned| {
+            memory.push(returned.memory);
+            messages.resize_with(messages.len().max(returned.bucket + 1), || None);
+            messages[returned.bucket] = Some(returned.message);
+        };
         if non_finite {
-            self.memory.extend(sums.buckets.into_iter().map(|b| b.words));
+            sums.buckets.into_iter().for_each(keep);
             return Ok(());
         }
         if self.spec.update == Update::Everywhere {
             for returned in sums.buckets {
-                backend.write(backend.whole(self.model.grads()[returned.bucket]), &returned.words)?;
-                self.memory.push(returned.words);
+                write_parts(backend, self.model.grads()[returned.bucket], &returned.message)?;
+                keep(returned);
             }
             self.pending = Some(Pending::Sums { step: work.step, lr: work.lr, factor });
             return Ok(());
@@ -363,7 +388,8 @@ impl Worker {
             if len > 0 {
                 let of = |buffer: BufferId| Span { buffer, offset: segment.range.start, len };
                 let (param, grad) = (of(self.model.params()[bucket]), of(self.model.grads()[bucket]));
-                backend.write(grad, &returned.words[segment.range.clone()])?;
+                let sums = returned.message.get(segment.range.clone()).context("the own segment comes in one part")?;
+                backend.write(grad, sums)?;
                 backend.copy(param, new)?;
                 let mut states = Vec::with_capacity(2);
                 for (state, &second) in self.states.iter().zip(&segment.states) {
@@ -374,12 +400,12 @@ impl Worker {
                 let states = with_spare(&states, Span { buffer: self.spare, offset: 0, len });
                 self.spec.optimizer.update(backend, new, grad, states, work.step, work.lr, factor)?;
             }
-            ring.spread(bucket, returned.words, backend.read(&[new], Vec::new())?)?;
+            ring.spread(returned, backend.read(&[new], Vec::new())?)?;
         }
         for _ in 0..n_buckets {
             let returned = ring.spread_bucket()?;
-            backend.write(backend.whole(self.model.grads()[returned.bucket]), &returned.words)?;
-            self.memory.push(returned.words);
+            write_parts(backend, self.model.grads()[returned.bucket], &returned.message)?;
+            keep(returned);
         }
         self.pending = Some(Pending::NewParams);
         Ok(())
@@ -435,6 +461,14 @@ impl Worker {
         answer.state = left.into_rows();
         Ok(answer)
     }
+}
+
+/// Writes what came from the ring from where it lies; nothing is put together before.
+fn write_parts(backend: &mut dyn Backend, buffer: BufferId, message: &Shared) -> Result<()> {
+    for (range, part) in message.parts().filter(|(range, _)| !range.is_empty()) {
+        backend.write(Span { buffer, offset: range.start, len: range.len() }, part)?;
+    }
+    Ok(())
 }
 
 /// A rule with less state than its kernel has bindings gets the spare in front: only momenta are ever missing.
