@@ -3,7 +3,9 @@
 mod console;
 mod json;
 mod metrics;
+mod report;
 
 pub use console::{Console, Verbosity};
 pub use json::Json;
-pub use metrics::{Losses, Metrics, losses, up_to};
+pub use metrics::{History, Metrics, Points, history, up_to};
+pub use report::{Report, ReportFiles};
