@@ -105,6 +105,10 @@ fn run(command: &Command, global: Global, bus: &mut Bus) -> anyhow::Result<Done>
         Command::Forecast(args) => commands::forecast(args, bus),
         Command::Export(args) => commands::export(args, bus),
         Command::Import(args) => commands::import(args, bus),
+        Command::Inspect(args) => commands::inspect(args),
+        Command::Compare(args) => commands::compare(args, bus),
+        Command::Completions(args) => commands::completions(args, global),
+        Command::Man(args) => commands::man(args, global),
         Command::Devices(args) => commands::devices(args),
         Command::Profile(ProfileCommand::Step(args)) => commands::profile_step(args),
     }
