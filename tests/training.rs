@@ -1,19 +1,21 @@
 //! Whole runs: what is learnt, on which devices, with which bits.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Result;
 use carrousel::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan};
 use carrousel::kernels::Kernel;
-use carrousel::observe::Event;
+use carrousel::observe::{Bus, Event, Exhibit, Sink};
 use carrousel::optim::Rule;
 use carrousel::store::checkpoint::Checkpoint;
 use carrousel::store::config::{LossReduction, RunConfig, Task};
 use carrousel::store::run_folder::{RunFolder, Which};
-use carrousel::train::RunOptions;
 use carrousel::train::group::Wrap;
+use carrousel::train::{RunOptions, run};
 
 use crate::adapters;
 use crate::runs::{Ran, config, text, train, train_with};
@@ -217,6 +219,75 @@ fn owners_update_to_the_same_bits_as_everyone() {
         train(&config, &everywhere, false).outcome.unwrap();
         train_with(&config, options(&by_owner, Some(unlike(nothing))), None).outcome.unwrap();
         assert_eq!(bits(&everywhere), bits(&by_owner), "{rule:?}");
+    }
+}
+
+/// The norm of each reported step, and the gradients that were shown, by step and tensor.
+#[derive(Default)]
+struct Shown {
+    norms: BTreeMap<u64, f64>,
+    gradients: BTreeMap<(u64, String), Vec<f32>>,
+}
+
+struct Watcher(Arc<Mutex<Shown>>);
+
+impl Sink for Watcher {
+    fn name(&self) -> String {
+        "test".into()
+    }
+
+    fn event(&mut self, event: &Event) -> Result<()> {
+        if let Event::Step { step, grad_norm, .. } = event {
+            self.0.lock().unwrap().norms.insert(*step, *grad_norm);
+        }
+        Ok(())
+    }
+
+    fn show(&mut self, exhibit: Exhibit<'_>) -> Result<()> {
+        if let Exhibit::Values { step, name, values } = exhibit
+            && let Some(name) = name.strip_prefix("gradients/")
+        {
+            self.0.lock().unwrap().gradients.insert((step, name.to_owned()), values.to_vec());
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn the_gradients_shown_are_those_of_the_step_whoever_updates_and_showing_changes_no_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut of_first: Option<Shown> = None;
+    for (name, devices, wrap) in [("one", "cpu:1", None), ("all", "cpu:1*3", None), ("owners", "cpu:1*3", Some(unlike(nothing)))] {
+        let mut config = small(dir.path());
+        (config.devices, config.eval_every, config.tensorboard) = (devices.into(), 4, true);
+        let shown = Arc::new(Mutex::new(Shown::default()));
+        let mut bus = Bus::new(vec![Box::new(Watcher(Arc::clone(&shown)))]);
+        let out = dir.path().join(name);
+        run(config.clone(), options(&out, wrap.clone()), &mut bus, &AtomicBool::new(false)).unwrap();
+        drop(bus);
+        let shown = Arc::into_inner(shown).unwrap().into_inner().unwrap();
+        let steps: BTreeSet<u64> = shown.gradients.keys().map(|(step, _)| *step).collect();
+        assert!(steps.contains(&4) && steps.contains(&8) && steps.contains(&12), "{name}: {steps:?}");
+        for step in steps {
+            let squares = shown.gradients.iter().filter(|((at, _), _)| *at == step).flat_map(|(_, values)| values);
+            let norm = squares.map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+            let told = shown.norms[&step];
+            assert!((norm - told).abs() < 1e-4 * told, "{name}, step {step}: the gradients have norm {norm}, the step told {told}");
+        }
+        if let Some(first) = &of_first {
+            for (key, values) in shown.gradients.iter().filter(|((step, _), _)| *step == 4) {
+                let norm = first.norms[&4] as f32;
+                let far = values.iter().zip(&first.gradients[key]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(far < 1e-4 * norm, "{name}, {key:?}: {far} apart, norm {norm}");
+            }
+        } else {
+            of_first = Some(shown);
+        }
+        assert_eq!(std::fs::read_dir(out.join("tensorboard")).unwrap().count(), 1);
+        let plain = dir.path().join(format!("{name}-plain"));
+        config.tensorboard = false;
+        train_with(&config, options(&plain, wrap), None).outcome.unwrap();
+        assert_eq!(bits(&out), bits(&plain), "{name}");
     }
 }
 

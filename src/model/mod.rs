@@ -20,7 +20,7 @@ use crate::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
 use crate::kernels::lstm::{Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneTensors, LaneVectors, NONE, SweepArgs};
 use crate::kernels::pooling::{ALL_STEPS, FIRST_STEP, LAST_STEP, PoolSteps, PoolStepsGradient};
 use crate::kernels::reduce::{ColumnSums, Sum};
-use crate::params::ParamTable;
+use crate::params::{Bucket, ParamTable};
 use crate::rng::{Purpose, StepKey, tag};
 use crate::shape::{ALIGN, GATES, pad_inner, pad_units, round_up};
 use crate::usage::UsageError;
@@ -1028,11 +1028,23 @@ pub fn read_buckets(
     let mut words = Vec::new();
     for (bucket, &buffer) in table.buckets().iter().zip(buckets) {
         words = backend.read(&[front(buffer, bucket.range.len())], words)?.wait(deadline)?;
-        for tensor in &table.tensors()[bucket.tensors.clone()] {
-            let mut torch = vec![0.0; tensor.layout.torch_len()];
-            tensor.unpack(&words[tensor.in_bucket()], &mut torch);
-            values.push(torch);
-        }
+        unpack(table, bucket, &words, &mut values);
     }
     Ok(values)
+}
+
+/// Words of all buckets as tensors in PyTorch's order.
+pub fn unpacked(table: &ParamTable, buckets: &[Vec<f32>]) -> Vec<Vec<f32>> {
+    let mut values = Vec::with_capacity(table.tensors().len());
+    table.buckets().iter().zip(buckets).for_each(|(bucket, words)| unpack(table, bucket, words, &mut values));
+    values
+}
+
+/// Adds the tensors of one bucket.
+fn unpack(table: &ParamTable, bucket: &Bucket, words: &[f32], values: &mut Vec<Vec<f32>>) {
+    for tensor in &table.tensors()[bucket.tensors.clone()] {
+        let mut torch = vec![0.0; tensor.layout.torch_len()];
+        tensor.unpack(&words[tensor.in_bucket()], &mut torch);
+        values.push(torch);
+    }
 }

@@ -26,7 +26,7 @@ use crate::infer::task::{Corpus, DATA_FILE, DataRecord, EvalSet, model_config};
 use crate::model::init::initial;
 use crate::model::state::Carried;
 use crate::observe::plot::{self, ForecastPlot, Series as Curve, Times};
-use crate::observe::sinks::{Metrics, Report, ReportFiles, history, up_to};
+use crate::observe::sinks::{Metrics, Report, ReportFiles, TensorBoard, history, up_to};
 use crate::observe::{Bus, CheckpointKind, Event, Exhibit, Level, RunInfo, StartDevice, Table, Throughput, format};
 use crate::optim::schedule::{Plateau, Schedule, ScheduleKind};
 use crate::rng::StepKey;
@@ -37,6 +37,8 @@ use crate::usage::UsageError;
 
 /// The page that tells how the run went.
 pub const REPORT: &str = "report.html";
+/// The folder within the run folder that TensorBoard's files go to.
+pub const TENSORBOARD: &str = "tensorboard";
 /// A sample of text: its tokens, and what it may cost in all, in parameters times tokens.
 const SAMPLE_TOKENS: usize = 300;
 const SAMPLE_WORK: usize = 10_000_000_000;
@@ -233,6 +235,9 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
     bus.add(Box::new(Metrics::open(&folder.file_path(METRICS)?)?));
     let files = ReportFiles { page: folder.file_path(REPORT)?, config: folder.file_path(CONFIG)?, metrics: folder.file_path(METRICS)? };
     bus.add(Box::new(Report::new(files)));
+    if config.tensorboard {
+        bus.add(Box::new(TensorBoard::create(&folder.file_path(TENSORBOARD)?)?));
+    }
     let perplexity = config.task == Task::Lm;
     let names = position.devices.clone();
     bus.begin(&RunInfo { first_step: position.step, total_steps: total, total_epochs: config.epochs, perplexity, devices: names });
@@ -256,7 +261,7 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
         data_wait: Duration::ZERO,
     };
     trainer.tokens_before = trainer.position.tokens;
-    let interrupted = trainer.train(batches, stop).map_err(|e| trainer.explain(e))?;
+    let interrupted = trainer.train(batches, &corpus, stop).map_err(|e| trainer.explain(e))?;
     trainer.finish(&corpus, interrupted)
 }
 
@@ -288,6 +293,7 @@ fn continued(asked: RunConfig, recorded: RunConfig) -> Result<RunConfig> {
     (kept.devices, kept.balance) = (asked.devices.clone(), asked.balance.clone());
     (kept.epochs, kept.max_steps) = (asked.epochs, asked.max_steps);
     (kept.log_every, kept.eval_every, kept.checkpoint_every) = (asked.log_every, asked.eval_every, asked.checkpoint_every);
+    kept.tensorboard = asked.tensorboard;
     let (typed, recorded) = (serde_json::to_value(&asked)?, serde_json::to_value(&kept)?);
     let differing: Vec<String> = typed
         .as_object()
@@ -492,7 +498,7 @@ struct RankTotal {
 
 impl Trainer<'_> {
     /// Steps until the end or a signal; true after a signal.
-    fn train(&mut self, batches: Arc<dyn crate::data::Batches>, stop: &AtomicBool) -> Result<bool> {
+    fn train(&mut self, batches: Arc<dyn crate::data::Batches>, corpus: &Corpus, stop: &AtomicBool) -> Result<bool> {
         if self.end.reached(&self.position) {
             return Ok(false);
         }
@@ -506,7 +512,7 @@ impl Trainer<'_> {
             let Some(next) = prefetch.next() else { break };
             let (epoch, idx, batch) = next?;
             ensure!((epoch, idx) == (self.position.epoch, self.position.batch), "the data came out of order: {epoch}/{idx}");
-            self.step(Arc::new(batch))?;
+            self.step(Arc::new(batch), corpus)?;
         }
         self.data_wait = prefetch.waited();
         Ok(false)
@@ -527,7 +533,14 @@ impl Trainer<'_> {
         })
     }
 
-    fn step(&mut self, batch: Arc<Batch>) -> Result<()> {
+    /// Whether the run is looked at closely once the step about to be taken is done: as an epoch ends, at evaluations, and at the end.
+    fn is_judged_after(&self, step: u64) -> bool {
+        let at_epoch_end = self.position.batch + 1 == self.n_batches;
+        let every = self.config.eval_every;
+        at_epoch_end || (every > 0 && step.is_multiple_of(every)) || self.end.steps.is_some_and(|last| step >= last)
+    }
+
+    fn step(&mut self, batch: Arc<Batch>, corpus: &Corpus) -> Result<()> {
         if let Some(state) = self.state.as_mut().filter(|_| batch.resets) {
             state.reset();
         }
@@ -538,6 +551,9 @@ impl Trainer<'_> {
             LossReduction::Mean => batch.weight.max(1.0),
             LossReduction::SumOverTime => batch.n_rows as f64,
         };
+        if self.config.tensorboard && self.is_judged_after(position.step + 1) {
+            self.group.want_gradients();
+        }
         let numbers = StepNumbers { step: position.step + 1, lr, key: StepKey::new(self.config.seed, position.step + 1), divisor };
         let stepped = self.group.step(&batch, &shares, self.state.as_mut(), numbers)?;
         let loss = stepped.loss / batch.weight.max(1.0);
@@ -585,6 +601,9 @@ impl Trainer<'_> {
             self.group.compare_replicas(step)?;
         }
         let evaluated = if every(self.config.eval_every) || over || done { self.evaluate_valid()? } else { None };
+        if !stepped.gradients.is_empty() {
+            self.show_tensors(corpus, &stepped.gradients)?;
+        }
         if over {
             let train_loss = self.position.train_loss.unwrap_or(f64::NAN);
             let seconds = self.start.elapsed().as_secs_f64();
@@ -759,6 +778,23 @@ impl Trainer<'_> {
         let options = GenerateOptions { prompt: String::new(), length, temperature: 0.8, top_k: None, seed: self.config.seed };
         let said = generate(&mut session, &options, &mut |_| ())?;
         self.bus.show(Exhibit::Text { step, text: said.get("text").and_then(Value::as_str).unwrap_or_default() });
+        Ok(())
+    }
+
+    /// Shows parameters and gradients by tensor, and what a language model says now.
+    fn show_tensors(&mut self, corpus: &Corpus, gradients: &Tensors) -> Result<()> {
+        let began = Instant::now();
+        let step = self.position.step;
+        let params = self.group.params_of(0)?;
+        for (kind, tensors) in [("parameters", &params), ("gradients", gradients)] {
+            for (tensor, values) in self.group.table().tensors().iter().zip(tensors) {
+                self.bus.show(Exhibit::Values { step, name: &format!("{kind}/{}", tensor.name), values });
+            }
+        }
+        if let Err(e) = self.show_text(corpus, step) {
+            self.bus.warn(format!("no sample of text was made: {e:#}"));
+        }
+        self.meter.paused += began.elapsed();
         Ok(())
     }
 

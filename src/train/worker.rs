@@ -11,14 +11,14 @@ use anyhow::{Context, Result, ensure};
 use crossbeam::channel::{Receiver, Sender};
 
 use super::ring::{Ring, Sums, Update, norm_of};
-use crate::backend::{Backend, BufferId, DeviceInfo, Span};
+use crate::backend::{Backend, BufferId, DeviceInfo, Span, read_now};
 use crate::comm::plan::owned_segment;
 use crate::data::Batch;
 use crate::infer::session::{pass_forward, share_of};
 use crate::kernels::reduce::BlockSquares;
 use crate::model::config::ModelConfig;
 use crate::model::state::Carried;
-use crate::model::{MAX_PARTS, Model, Pass, read_buckets, write_buckets};
+use crate::model::{MAX_PARTS, Model, Pass, read_buckets, unpacked, write_buckets};
 use crate::optim::OptimizerConfig;
 use crate::rng::StepKey;
 use crate::shape::{ALIGN, BLOCK, round_up, split_even};
@@ -52,6 +52,8 @@ pub struct StepWork {
     /// Their carried state; none: zero.
     pub state: Option<Vec<f32>>,
     pub wants_state: bool,
+    /// The summed gradient comes back with the answer.
+    pub wants_gradients: bool,
     /// Multiplies the gradient: 1 over the global weight.
     pub scale: f32,
     /// Dropout's key.
@@ -95,6 +97,8 @@ pub struct StepAnswer {
     /// Of the summed gradient, before clipping; the same on all ranks.
     pub norm: f64,
     pub state: Vec<f32>,
+    /// Of all ranks, by tensor of the table, each in PyTorch's order, where they were wanted; only the own segments where owners update.
+    pub gradients: Vec<Vec<f32>>,
     /// Time until the rank's own gradients were under way.
     pub compute: Duration,
     /// Time that the rank waited for the ring, and that its ring took.
@@ -157,6 +161,8 @@ struct Worker {
     /// Memory that travelled round the ring.
     memory: Vec<Vec<f32>>,
     tail: Vec<f32>,
+    /// Of the step at hand, where they are wanted and owners update.
+    gradients: Vec<Vec<f32>>,
 }
 
 /// Runs a worker until its commands end. The first answer is [`Answer::Ready`]; an error ends the worker after it is told.
@@ -220,7 +226,20 @@ impl Worker {
         let longest = buckets.iter().map(|b| b.range.len()).max().unwrap_or(ALIGN);
         // A rule without momentum still has its binding; a state that is never touched needs no memory of its own.
         let spare = backend_ref.alloc("no state", if names.len() < 2 { longest } else { ALIGN })?;
-        Ok(Self { spec, backend, model, ring, states, segments, squares, spare, pending: None, memory: Vec::new(), tail: Vec::new() })
+        Ok(Self {
+            spec,
+            backend,
+            model,
+            ring,
+            states,
+            segments,
+            squares,
+            spare,
+            pending: None,
+            memory: Vec::new(),
+            tail: Vec::new(),
+            gradients: Vec::new(),
+        })
     }
 
     fn obey(&mut self, command: Command) -> Result<Option<Answer>> {
@@ -331,7 +350,11 @@ impl Worker {
         if non_finite {
             self.pending = None;
         }
-        Ok(StepAnswer { loss, non_finite, norm, state, compute, waited, ring_time, bytes_sent })
+        let mut gradients = std::mem::take(&mut self.gradients);
+        if work.wants_gradients && matches!(self.pending, Some(Pending::Sums { .. })) {
+            gradients = read_buckets(self.model.table(), self.backend.as_mut(), self.model.grads(), self.spec.deadline)?;
+        }
+        Ok(StepAnswer { loss, non_finite, norm, state, gradients, compute, waited, ring_time, bytes_sent })
     }
 
     /// Puts what came from the ring where the update will find it.
@@ -351,6 +374,9 @@ impl Worker {
             return Ok(());
         }
         let n_buckets = sums.buckets.len();
+        // New parameters take the place of the sums, so these are kept here.
+        let lengths = self.model.table().buckets().iter().map(|bucket| if work.wants_gradients { bucket.range.len() } else { 0 });
+        let mut kept: Vec<Vec<f32>> = lengths.map(|len| vec![0.0; len]).collect();
         for returned in sums.buckets {
             let (bucket, segment) = (returned.bucket, &self.segments[returned.bucket]);
             let len = segment.range.len();
@@ -359,6 +385,10 @@ impl Worker {
                 let of = |buffer: BufferId| Span { buffer, offset: segment.range.start, len };
                 let (param, grad) = (of(self.model.params()[bucket]), of(self.model.grads()[bucket]));
                 backend.write(grad, &returned.words[segment.range.clone()])?;
+                if work.wants_gradients {
+                    let words = read_now(backend, grad, self.spec.deadline)?;
+                    kept[bucket][segment.range.clone()].copy_from_slice(&words);
+                }
                 backend.copy(param, new)?;
                 let mut states = Vec::with_capacity(2);
                 for (state, &second) in self.states.iter().zip(&segment.states) {
@@ -375,6 +405,9 @@ impl Worker {
             let returned = ring.spread_bucket()?;
             backend.write(backend.whole(self.model.grads()[returned.bucket]), &returned.words)?;
             self.memory.push(returned.words);
+        }
+        if work.wants_gradients {
+            self.gradients = unpacked(self.model.table(), &kept);
         }
         self.pending = Some(Pending::NewParams);
         Ok(())
