@@ -104,7 +104,9 @@ pub fn run(summary: &Map<String, Value>) -> Table {
     let bytes: u64 = files.values().filter_map(Value::as_u64).sum();
     let mut about: Vec<(String, String)> = ["task", "state", "steps"].into_iter().map(|key| (words(key), show(key))).collect();
     about.push(("best validation loss".to_owned(), best.unwrap_or_else(|| "-".to_owned())));
-    about.push(("ran on".to_owned(), format!("carrousel {}, {}", show("version"), show("system"))));
+    let is_started = summary.get("version").is_some_and(Value::is_string);
+    let ran = if is_started { format!("carrousel {}, {}", show("version"), show("system")) } else { "-".to_owned() };
+    about.push(("ran on".to_owned(), ran));
     about.push(("starts".to_owned(), show("starts")));
     about.push(("files".to_owned(), format!("{} ({})", files.keys().cloned().collect::<Vec<_>>().join(", "), format::bytes(bytes))));
     let results = object("results");

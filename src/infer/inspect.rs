@@ -44,11 +44,12 @@ impl Records {
         self.folder.last().map_or(0, |last| last.step)
     }
 
-    /// `finished`, `unfinished`, or `not begun` where there is no checkpoint.
+    /// `finished`, `unfinished`, or `not begun` where there is no checkpoint of a step.
     fn state(&self) -> &'static str {
         match self.folder.last() {
             None => "not begun",
             Some(last) if self.summary.get("steps").and_then(Value::as_u64) == Some(last.step) => "finished",
+            Some(last) if last.step == 0 => "not begun",
             Some(_) => "unfinished",
         }
     }

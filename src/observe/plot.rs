@@ -58,7 +58,9 @@ fn is_drawable(x: f64) -> bool {
 /// What the points of a curve are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trace {
-    /// Measurements: many of them get a smoothed line over the faint points.
+    /// Losses, noisy ones too: many points get a smoothed line over the faint points, few ones tell their lowest.
+    Loss,
+    /// Other measurements.
     Noisy,
     /// Settings and rates, which are drawn as they are, from zero on.
     Exact,
@@ -69,7 +71,7 @@ pub enum Trace {
 /// # Errors
 /// The files cannot be written.
 pub fn loss_curve(path_stem: &Path, series: &[Series], title: &str, y_label: &str) -> anyhow::Result<()> {
-    let curves = Curves::new(series, Trace::Noisy);
+    let curves = Curves::new(series, Trace::Loss);
     canvas::write(path_stem, &|canvas| curves.draw(canvas, title, y_label))
 }
 
@@ -105,18 +107,18 @@ impl Curves {
         let all = || series.iter().flat_map(|one| one.points.iter().copied());
         let x = Axis::steps(all().map(|(x, _)| x));
         let y = match trace {
-            Trace::Noisy => Axis::values(all().map(|(_, y)| y)),
+            Trace::Loss | Trace::Noisy => Axis::values(all().map(|(_, y)| y)),
             Trace::Exact => Axis::from_zero(all().map(|(_, y)| y)),
         };
         let keys = series.iter().enumerate().filter(|(_, one)| !one.points.is_empty());
-        let legend = |one: &Series| if trace == Trace::Noisy { legend_of(one) } else { one.name.clone() };
+        let legend = |one: &Series| if trace == Trace::Loss { legend_of(one) } else { one.name.clone() };
         let keys = keys.map(|(i, one)| Key { name: legend(one), ink: Ink::Curve(i), width: 2.5 }).collect();
         Self { trace, x, y, keys, series }
     }
 
     fn draw(&self, canvas: &mut dyn Canvas, title: &str, y_label: &str) -> anyhow::Result<()> {
         let frame = Frame::draw(canvas, title, y_label, "step", &self.x, &self.y, &self.keys)?;
-        let is_noise = |one: &Series| self.trace == Trace::Noisy && one.points.len() > SMOOTH_FROM;
+        let is_noise = |one: &Series| self.trace != Trace::Exact && one.points.len() > SMOOTH_FROM;
         // All faint points lie beneath all lines.
         for (i, one) in self.series.iter().enumerate().filter(|(_, one)| is_noise(one)) {
             canvas.line(&frame.place(&thin(&one.points)), Ink::Faint(i), 1.0)?;
@@ -128,7 +130,7 @@ impl Curves {
             }
             let points = frame.place(&thin(&one.points));
             canvas.line(&points, Ink::Curve(i), 2.5)?;
-            if one.points.len() <= SMOOTH_FROM {
+            if self.trace != Trace::Exact && one.points.len() <= SMOOTH_FROM {
                 points.into_iter().try_for_each(|point| canvas.disc(point, 4.0, Ink::Curve(i)))?;
             }
         }

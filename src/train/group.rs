@@ -257,7 +257,7 @@ impl Group {
             .map(|a| RankStep { loss: a.loss, compute: a.compute, waited: a.waited, ring_time: a.ring_time, bytes_sent: a.bytes_sent })
             .collect();
         let gradients = answers[..n_askable].iter_mut().map(|a| std::mem::take(&mut a.gradients)).collect();
-        let gradients = if wants_gradients { self.from_owners(gradients)? } else { Tensors::new() };
+        let gradients = if wants_gradients { self.joined(gradients)? } else { Tensors::new() };
         Ok(Stepped { loss: ranks.iter().map(|r| r.loss).sum(), norm: answers[0].norm, ranks, gradients })
     }
 
@@ -267,7 +267,7 @@ impl Group {
     }
 
     /// Puts tensors together of which each rank has the segments that it owns; those of one rank are whole.
-    fn from_owners(&self, of_ranks: Vec<Tensors>) -> Result<Tensors> {
+    fn joined(&self, of_ranks: Vec<Tensors>) -> Result<Tensors> {
         let n_ranks = of_ranks.len();
         let mut of_ranks = of_ranks.into_iter();
         let mut whole = of_ranks.next().context("one rank was asked")?;
@@ -387,9 +387,7 @@ impl Group {
             }
         }
         let n_states = of_ranks.first().map_or(0, Vec::len);
-        (0..n_states)
-            .map(|state| self.from_owners(of_ranks.iter_mut().map(|states| std::mem::take(&mut states[state])).collect()))
-            .collect()
+        (0..n_states).map(|state| self.joined(of_ranks.iter_mut().map(|states| std::mem::take(&mut states[state])).collect())).collect()
     }
 
     /// Compares the replicas' parameters.

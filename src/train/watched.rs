@@ -48,15 +48,15 @@ pub struct Watched {
 impl Watched {
     /// Notes memory only.
     pub fn memory(inner: Box<dyn Backend>, notes: &SharedNotes) -> Box<dyn Backend> {
-        Self::new(inner, notes, false)
+        Self::around(inner, notes, false)
     }
 
     /// Waits after every launch and notes the time of each kernel.
     pub fn timing(inner: Box<dyn Backend>, notes: &SharedNotes) -> Box<dyn Backend> {
-        Self::new(inner, notes, true)
+        Self::around(inner, notes, true)
     }
 
-    fn new(inner: Box<dyn Backend>, notes: &SharedNotes, times: bool) -> Box<dyn Backend> {
+    fn around(inner: Box<dyn Backend>, notes: &SharedNotes, times: bool) -> Box<dyn Backend> {
         noted(notes).limits = Some(inner.limits());
         Box::new(Self { inner, notes: Arc::clone(notes), times })
     }

@@ -139,7 +139,7 @@ impl Console {
         let is_verbose = self.verbosity == Verbosity::Verbose;
         if let Some(bar) = &self.bar {
             // What a narrow terminal cuts off stands last.
-            let mut text = format!("{epoch}  {loss}{perplexity}  {lr}  {rate}");
+            let mut text = format!("{epoch}  {loss}  {lr}  {rate}{perplexity}");
             if is_verbose {
                 text += &format!("  {norm}");
             }
@@ -174,7 +174,7 @@ impl Sink for Console {
             let (bar, template) = match info.total_steps {
                 Some(total) => (
                     ProgressBar::with_draw_target(Some(total), target),
-                    "{bar:16.cyan/black.bright} {human_pos}/{human_len}  {prefix}  {wide_msg}",
+                    "{bar:10.cyan/black.bright} {human_pos}/{human_len}  {prefix}  {wide_msg}",
                 ),
                 None => (ProgressBar::with_draw_target(None, target), "{spinner:.cyan} step {human_pos}  {wide_msg}"),
             };

@@ -134,7 +134,7 @@ fn page(path: &Path, config: &str, history: &History, end: &End<'_>, shown: &Rep
     }
     let unit = if config.get("task").and_then(toml::Value::as_str) == Some("forecast") { "squared error, normalised" } else { "loss" };
     let losses = [named("training", &history.train), named("validation", &history.valid)];
-    html += &card("wide", "Loss", &plot::curves_markup(WIDE, &losses, Trace::Noisy, unit)?);
+    html += &card("wide", "Loss", &plot::curves_markup(WIDE, &losses, Trace::Loss, unit)?);
     if let Some(forecast) = &shown.forecast {
         html += &card("wide", &forecast.title, &plot::forecast_markup(WIDE, forecast)?);
     }
