@@ -376,7 +376,7 @@ fn the_report_is_one_page_that_needs_nothing_else_and_shows_what_was_told() {
         });
     }
     let summary = json!({"status": "finished", "test_loss": 1.25, "perplexity": 3.49, "rmse": {"model": 0.5, "last": 0.75}, "baselines": {"last": 2.5},
-        "confusion": {"labels": ["cat", "dog"], "counts": [[7, 1], [0, 9]]}});
+        "confusion": {"classes": ["cat", "dog"], "counts": [[7, 1], [0, 9]]}});
     let Value::Object(summary) = summary else { unreachable!() };
     let plot = ForecastPlot {
         title: "units: 3 steps ahead".into(),

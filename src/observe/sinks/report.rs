@@ -108,7 +108,7 @@ th{text-align:left;color:var(--label);font-weight:500;font-size:13px}th,td{paddi
 .number{text-align:right;font-variant-numeric:tabular-nums}.best td{font-weight:650}pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font:13.5px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace}\
 dl{margin:0;columns:3 260px;column-gap:36px;font-size:14px}dl div{display:flex;justify-content:space-between;gap:14px;border-bottom:1px solid var(--grid);padding:3px 0;break-inside:avoid}\
 dt{color:var(--label)}dd{margin:0;text-align:right;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}ul{margin:0;padding-left:20px}.confusion td,.confusion th{text-align:center;padding:5px 8px;border:0}\
-footer{color:var(--label);font-size:13px;margin-top:22px}@media(max-width:760px){.grid{grid-template-columns:minmax(0,1fr)}}@media print{body{background:#fff}.card,.tile{break-inside:avoid}}";
+footer{color:var(--label);font-size:13px;margin-top:22px}@media(max-width:760px){.grid{grid-template-columns:minmax(0,1fr)}.wide{overflow-x:auto}.wide>svg{min-width:680px}}@media print{body{background:#fff}.card,.tile{break-inside:avoid}}";
 
 fn page(path: &Path, config: &str, history: &History, end: &End<'_>, shown: &Report) -> anyhow::Result<String> {
     let config: toml::Table = toml::from_str(config).context("the configuration in the run folder is no TOML")?;
@@ -265,11 +265,11 @@ fn scores(summary: &Map<String, Value>) -> String {
     card("wide", "Scores on the test part", &table(&header, rows))
 }
 
-/// A matrix of counts under `confusion` in the summary: `labels`, and `counts` by true label, by predicted one.
+/// A matrix of counts under `confusion` in the summary: `classes`, and `counts` by true class, by predicted one.
 fn confusion(summary: &Map<String, Value>) -> String {
     let Some(confusion) = summary.get("confusion") else { return String::new() };
     let list = |key: &str| confusion.get(key).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
-    let (labels, counts) = (list("labels"), list("counts"));
+    let (labels, counts) = (list("classes"), list("counts"));
     let label = |value: &Value| escaped(&value.as_str().map_or_else(|| value.to_string(), str::to_owned));
     let head: String = labels.iter().map(|name| format!("<th>{}</th>", label(name))).collect();
     let rows: String = labels
@@ -289,7 +289,7 @@ fn confusion(summary: &Map<String, Value>) -> String {
         return rows;
     }
     let body = format!("<div class=\"scroll\"><table class=\"confusion\"><tr><th></th>{head}</tr>{rows}</table></div>");
-    card("wide", "Confusion: true labels in rows, predicted ones in columns", &body)
+    card("wide", "Confusion: true classes in rows, predicted ones in columns", &body)
 }
 
 /// Rows with whether each is to stand out; `header` says which columns are numbers.
