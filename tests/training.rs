@@ -9,12 +9,16 @@ use std::time::Duration;
 use anyhow::Result;
 use carrousel::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan};
 use carrousel::kernels::Kernel;
+use carrousel::model::init::{Init, initial};
 use carrousel::observe::{Bus, Event, Exhibit, Sink};
 use carrousel::optim::Rule;
+use carrousel::rng::StepKey;
 use carrousel::store::checkpoint::Checkpoint;
 use carrousel::store::config::{LossReduction, RunConfig, Task};
 use carrousel::store::run_folder::{RunFolder, Which};
-use carrousel::train::group::Wrap;
+use carrousel::train::devices;
+use carrousel::train::group::{Group, GroupSpec, StepNumbers, Wrap};
+use carrousel::train::profile::Workload;
 use carrousel::train::{RunOptions, run};
 
 use crate::adapters;
@@ -220,6 +224,42 @@ fn owners_update_to_the_same_bits_as_everyone() {
         train_with(&config, options(&by_owner, Some(unlike(nothing))), None).outcome.unwrap();
         assert_eq!(bits(&everywhere), bits(&by_owner), "{rule:?}");
     }
+}
+
+#[test]
+fn the_gates_read_after_an_evaluation_give_its_outputs() {
+    let mut workload = Workload::named("A").unwrap();
+    (workload.n_steps, workload.n_rows, workload.model.hidden) = (4, 5, 20);
+    let devices = devices::parse("cpu:1").unwrap();
+    let (devices, _) = devices::resolve(&devices, || Ok(Vec::new()), 1).unwrap();
+    let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1 };
+    let mut group = Group::start(spec, &devices, None).unwrap();
+    let params = initial(&workload.model, group.table(), Init::Uniform(0.5), None, 3);
+    let zeros: Vec<Vec<f32>> = params.iter().map(|values| vec![0.0; values.len()]).collect();
+    group.load(params.clone(), vec![zeros.clone(), zeros]).unwrap();
+    let batch = Arc::new(workload.batch(1));
+    let all = std::slice::from_ref(&(0..5));
+    let (_, outputs) = group.evaluate(&batch, all, None, true).unwrap();
+    let gates = group.gates_of(0).unwrap();
+    assert_eq!(gates.len(), 1);
+    let tensor = |name: &str| &params[group.table().tensors().iter().position(|t| t.name == name).unwrap()];
+    let (weight, bias) = (tensor("head.weight"), tensor("head.bias")[0]);
+    for (row, output) in outputs.iter().enumerate() {
+        let mut c = [0.0_f32; 20];
+        let mut h = [0.0_f32; 20];
+        for t in 0..4 {
+            let at = |gate: usize, unit: usize| gates[0][gate][(t * 5 + row) * 20 + unit];
+            for unit in 0..20 {
+                c[unit] = at(1, unit) * c[unit] + at(0, unit) * at(2, unit);
+                h[unit] = at(3, unit) * c[unit].tanh();
+            }
+        }
+        let wanted = bias + h.iter().zip(weight).map(|(h, w)| h * w).sum::<f32>();
+        assert!((output - wanted).abs() < 1e-5, "row {row}: {output}, from the gates {wanted}");
+    }
+    let numbers = StepNumbers { step: 1, lr: 0.1, key: StepKey::new(1, 1), divisor: batch.weight };
+    group.step(&batch, all, None, numbers).unwrap();
+    assert!(group.gates_of(0).unwrap().is_empty(), "a training step leaves no gates to read");
 }
 
 /// The norm of each reported step, and the gradients that were shown, by step and tensor.

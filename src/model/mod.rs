@@ -22,7 +22,7 @@ use crate::kernels::pooling::{ALL_STEPS, FIRST_STEP, LAST_STEP, PoolSteps, PoolS
 use crate::kernels::reduce::{ColumnSums, Sum};
 use crate::params::{Bucket, ParamTable};
 use crate::rng::{Purpose, StepKey, tag};
-use crate::shape::{ALIGN, GATES, pad_inner, pad_units, round_up};
+use crate::shape::{ALIGN, GATES, PANEL, PANEL_UNITS, pad_inner, pad_units, round_up};
 use crate::usage::UsageError;
 
 /// Tokens or numbers, time-major.
@@ -271,6 +271,37 @@ impl Model {
             })
         });
         spans.collect()
+    }
+
+    /// The activated gates that a forward pass over this many steps and rows has left, by lane, by gate: `[T, B, H]` without padding and without the
+    /// steps of rows that had ended. A backward pass overwrites them.
+    ///
+    /// # Errors
+    /// The backend's.
+    pub fn read_gates(
+        &self,
+        backend: &mut dyn Backend,
+        n_steps: usize,
+        n_rows: usize,
+        deadline: std::time::Duration,
+    ) -> Result<Vec<[Vec<f32>; GATES]>> {
+        let Some(workspace) = &self.workspace else { return Ok(Vec::new()) };
+        let width = GATES * self.hidden();
+        let mut of_lanes = Vec::with_capacity(workspace.lanes.len());
+        let mut words = Vec::new();
+        for lane in &workspace.lanes {
+            words = backend.read(&[front(lane.gates, n_steps * n_rows * width)], words)?.wait(deadline)?;
+            let mut gates: [Vec<f32>; GATES] = Default::default();
+            // A gate is zero only where there is none.
+            for row in words.chunks_exact(width).filter(|row| row.iter().any(|&gate| gate != 0.0)) {
+                for (gate, values) in gates.iter_mut().enumerate() {
+                    let place = |unit: usize| unit / PANEL_UNITS * PANEL + gate * PANEL_UNITS + unit % PANEL_UNITS;
+                    values.extend((0..self.config.hidden).map(|unit| row[place(unit)]));
+                }
+            }
+            of_lanes.push(gates);
+        }
+        Ok(of_lanes)
     }
 
     /// Outputs after a forward pass without targets: `[rows, columns]`, and the floats from row to row. Rows are `T x B` for classes of steps, else `B`.

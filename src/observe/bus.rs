@@ -34,7 +34,7 @@ pub enum Exhibit<'a> {
     Forecast(&'a ForecastPlot),
     /// What a language model says after so many steps.
     Text { step: u64, text: &'a str },
-    /// All values of a tensor after so many steps, called `parameters/...` or `gradients/...`.
+    /// All values of a tensor after so many steps, called `parameters/...` or `gradients/...`, or of a gate, called `gates/...`.
     Values { step: u64, name: &'a str, values: &'a [f32] },
 }
 

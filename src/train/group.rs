@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use super::commit::{Decision, StepCommit};
 use super::devices::{DeviceKind, Resolved};
 use super::ring::{Ring, Update};
-use super::worker::{Answer, Command, EvaluateAnswer, EvaluateWork, StepAnswer, StepWork, WorkerSpec, serve};
+use super::worker::{Answer, Command, EvaluateAnswer, EvaluateWork, Gates, StepAnswer, StepWork, WorkerSpec, serve};
 use crate::backend::{Backend, DeviceInfo, open};
 use crate::comm;
 use crate::comm::plan::owned_segment;
@@ -366,6 +366,19 @@ impl Group {
         member.tell(Command::ReadParams)?;
         match member.answer()? {
             Answer::Params(params) => Ok(params),
+            _ => bail!("{} answered out of order", member.name),
+        }
+    }
+
+    /// The gates of one rank over the last batch that it evaluated; none where it has trained since, or had no rows.
+    ///
+    /// # Errors
+    /// The worker's.
+    pub fn gates_of(&mut self, rank: usize) -> Result<Gates> {
+        let member = &mut self.members[rank];
+        member.tell(Command::ReadGates)?;
+        match member.answer()? {
+            Answer::Gates(gates) => Ok(gates),
             _ => bail!("{} answered out of order", member.name),
         }
     }

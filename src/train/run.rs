@@ -781,7 +781,7 @@ impl Trainer<'_> {
         Ok(())
     }
 
-    /// Shows parameters and gradients by tensor, and what a language model says now.
+    /// Shows parameters and gradients by tensor, the gates over the end of the validation part, and what a language model says now.
     fn show_tensors(&mut self, corpus: &Corpus, gradients: &Tensors) -> Result<()> {
         let began = Instant::now();
         let step = self.position.step;
@@ -789,6 +789,13 @@ impl Trainer<'_> {
         for (kind, tensors) in [("parameters", &params), ("gradients", gradients)] {
             for (tensor, values) in self.group.table().tensors().iter().zip(tensors) {
                 self.bus.show(Exhibit::Values { step, name: &format!("{kind}/{}", tensor.name), values });
+            }
+        }
+        let n_directions = self.group.spec().model.n_directions();
+        for (lane, gates) in self.group.gates_of(0)?.iter().enumerate() {
+            let reverse = if lane % n_directions == 1 { "_reverse" } else { "" };
+            for (gate, values) in ["input", "forget", "cell", "output"].into_iter().zip(gates) {
+                self.bus.show(Exhibit::Values { step, name: &format!("gates/l{}{reverse}/{gate}", lane / n_directions), values });
             }
         }
         if let Err(e) = self.show_text(corpus, step) {

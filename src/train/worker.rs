@@ -21,7 +21,7 @@ use crate::model::state::Carried;
 use crate::model::{MAX_PARTS, Model, Pass, read_buckets, unpacked, write_buckets};
 use crate::optim::OptimizerConfig;
 use crate::rng::StepKey;
-use crate::shape::{ALIGN, BLOCK, round_up, split_even};
+use crate::shape::{ALIGN, BLOCK, GATES, round_up, split_even};
 use crate::usage::UsageError;
 
 /// What the coordinator asks of a worker. Every command but [`Command::Commit`] and [`Command::Abort`] is answered.
@@ -40,9 +40,14 @@ pub enum Command {
     Evaluate(EvaluateWork),
     /// Read parameters back.
     ReadParams,
+    /// Read back the gates of the last evaluation's last pass.
+    ReadGates,
     /// Read optimizer state back, whole buckets; only the own segments count where owners update.
     ReadStates,
 }
+
+/// Activated gates by lane, by gate in the order i, f, g, o: `[T, B, H]`.
+pub type Gates = Vec<[Vec<f32>; GATES]>;
 
 /// A rank's part of a training step.
 pub struct StepWork {
@@ -84,6 +89,8 @@ pub enum Answer {
     Step(StepAnswer),
     Evaluated(EvaluateAnswer),
     Params(Vec<Vec<f32>>),
+    /// Empty where the last pass was none of an evaluation.
+    Gates(Gates),
     /// By state, by tensor of the table, in PyTorch's order, each with the ranges that this rank owns.
     States(Vec<Vec<Vec<f32>>>),
 }
@@ -163,6 +170,8 @@ struct Worker {
     tail: Vec<f32>,
     /// Of the step at hand, where they are wanted and owners update.
     gradients: Vec<Vec<f32>>,
+    /// Steps and rows of an evaluation's last pass, as long as its gates are there.
+    evaluated: Option<[usize; 2]>,
 }
 
 /// Runs a worker until its commands end. The first answer is [`Answer::Ready`]; an error ends the worker after it is told.
@@ -239,6 +248,7 @@ impl Worker {
             memory: Vec::new(),
             tail: Vec::new(),
             gradients: Vec::new(),
+            evaluated: None,
         })
     }
 
@@ -270,6 +280,10 @@ impl Worker {
             }
             Command::Evaluate(work) => Some(Answer::Evaluated(self.evaluate(&work)?)),
             Command::ReadParams => Some(Answer::Params(self.model.read_params(self.backend.as_mut(), deadline)?)),
+            Command::ReadGates => Some(Answer::Gates(match self.evaluated {
+                Some([n_steps, n_rows]) => self.model.read_gates(self.backend.as_mut(), n_steps, n_rows, deadline)?,
+                None => Gates::new(),
+            })),
             Command::ReadStates => {
                 let (table, backend) = (self.model.table(), self.backend.as_mut());
                 let states = self.states.iter().map(|buckets| read_buckets(table, &mut *backend, buckets, deadline));
@@ -280,6 +294,7 @@ impl Worker {
 
     fn step(&mut self, work: &StepWork) -> Result<StepAnswer> {
         ensure!(self.pending.is_none(), "a step was begun before the one before was committed");
+        self.evaluated = None;
         let start = Instant::now();
         let parts = split_even(work.rows.len(), self.spec.accumulate);
         let parts: Vec<Range<usize>> = parts.into_iter().filter(|p| !p.is_empty()).collect();
@@ -453,6 +468,7 @@ impl Worker {
             let batch = work.batch.rows(work.rows.start + part.start..work.rows.start + part.end);
             let state = given.as_ref().map(|given| given.rows(part.clone()));
             let passed = pass_forward(backend, &mut self.model, &batch, state.as_deref(), [work.wants_state, work.wants_outputs])?;
+            self.evaluated = Some([batch.n_steps, batch.n_rows]);
             answer.loss += passed.loss;
             answer.non_finite |= passed.non_finite;
             if work.wants_state {

@@ -69,6 +69,12 @@ def check_histograms(program, run, files, judged):
                 h = event.histogram_value
                 assert h.num == n_values == sum(h.bucket), f"{tensor['name']}: {h.num} values in {sum(h.bucket)} places, not {n_values}"
                 assert h.min <= h.sum / h.num <= h.max and list(h.bucket_limit) == sorted(h.bucket_limit)
+    for gate, lowest in (("input", 0), ("forget", 0), ("cell", -1), ("output", 0)):
+        found = files.Histograms(f"gates/l0/{gate}")
+        assert [event.step for event in found] == [step for step, _ in judged], f"{gate}: {found}"
+        for event in found:
+            h = event.histogram_value
+            assert lowest <= h.min < h.max <= 1 and h.num % 16 == 0, f"{gate}: from {h.min} to {h.max}, {h.num} values"
     # The gradient's norm is told twice, by different ways: from its sums in the ring, and from what the histograms were made of.
     norms = {event.step: event.value for event in files.Scalars("gradient_norm")}
     for step, _ in judged:
