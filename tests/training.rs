@@ -229,7 +229,7 @@ fn owners_update_to_the_same_bits_as_everyone() {
 #[test]
 fn the_gates_read_after_an_evaluation_give_its_outputs() {
     let mut workload = Workload::named("A").unwrap();
-    (workload.n_steps, workload.n_rows, workload.model.hidden) = (4, 5, 20);
+    (workload.n_steps, workload.n_rows, workload.model.hidden) = (4, 5, 20.into());
     let devices = devices::parse("cpu:1").unwrap();
     let (devices, _) = devices::resolve(&devices, || Ok(Vec::new()), 1).unwrap();
     let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1 };

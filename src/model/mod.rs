@@ -286,17 +286,18 @@ impl Model {
         deadline: std::time::Duration,
     ) -> Result<Vec<[Vec<f32>; GATES]>> {
         let Some(workspace) = &self.workspace else { return Ok(Vec::new()) };
-        let width = GATES * self.hidden();
         let mut of_lanes = Vec::with_capacity(workspace.lanes.len());
         let mut words = Vec::new();
-        for lane in &workspace.lanes {
+        for (idx, lane) in workspace.lanes.iter().enumerate() {
+            let shape = self.config.lane_shape(idx / self.config.n_directions());
+            let width = GATES * shape.hidden as usize;
             words = backend.read(&[front(lane.gates, n_steps * n_rows * width)], words)?.wait(deadline)?;
             let mut gates: [Vec<f32>; GATES] = Default::default();
             // A gate is zero only where there is none.
             for row in words.chunks_exact(width).filter(|row| row.iter().any(|&gate| gate != 0.0)) {
                 for (gate, values) in gates.iter_mut().enumerate() {
                     let place = |unit: usize| unit / PANEL_UNITS * PANEL + gate * PANEL_UNITS + unit % PANEL_UNITS;
-                    values.extend((0..self.config.hidden).map(|unit| row[place(unit)]));
+                    values.extend((0..shape.units as usize).map(|unit| row[place(unit)]));
                 }
             }
             of_lanes.push(gates);

@@ -18,7 +18,6 @@ use crate::model::init::initial;
 use crate::model::state::Carried;
 use crate::observe::{Bus, Level};
 use crate::rng::StepKey;
-use crate::shape::pad_units;
 use crate::store::RunFolder;
 use crate::store::config::RunConfig;
 
@@ -59,7 +58,7 @@ pub fn dry_run(config: &RunConfig, out: Option<&Path>, bus: &mut Bus) -> Result<
     let n_batches = batches.n_batches();
     let total = End { epochs: config.epochs, steps: config.max_steps }.total_steps(n_batches);
     let n_streams = corpus.n_streams(config);
-    let carried = |n: usize| (n > 0).then(|| Carried::new(model.n_lanes(), model.n_lanes() * 2 * pad_units(model.hidden), n));
+    let carried = |n: usize| (n > 0).then(|| Carried::new(&model, n));
 
     let mut state = carried(n_streams);
     let (mut spent, mut n_tokens, mut n_measured) = (Duration::ZERO, 0, 0);
