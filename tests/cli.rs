@@ -3,7 +3,7 @@
 use std::fs;
 
 use assert_cmd::Command;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// One call in an empty folder.
 struct Call {
@@ -43,7 +43,9 @@ fn help_and_version_go_to_standard_output_with_code_0() {
     }
     assert_eq!(call(&["--version"]).out.trim(), concat!("carrousel ", env!("CARGO_PKG_VERSION")));
     let help = call(&["--help"]).out;
-    for command in ["train", "evaluate", "generate", "forecast", "export", "import", "devices", "profile"] {
+    for command in
+        ["train", "evaluate", "generate", "forecast", "export", "import", "inspect", "compare", "devices", "profile", "completions"]
+    {
         assert!(help.contains(&format!("\n  {command} ")), "{help}");
     }
 }
@@ -65,6 +67,10 @@ fn a_command_line_that_cannot_be_read_is_code_2_and_names_the_nearest() {
         (&["train", "--split", "0.5,0.5"], "3 numbers"),
         (&["train", "--quiet", "--verbose"], "--verbose"),
         (&["generate"], "--run"),
+        (&["inspect"], "<RUN>"),
+        (&["compare"], "<RUN>"),
+        (&["completions", "csh"], "'csh'"),
+        (&["train", "--out", "x", "--resume", "--dry-run"], "--dry-run"),
         (&["evaluate", "--run", "x", "--checkpoint", "worst"], "worst"),
         (&["export", "--run", "x", "--output", "m", "--format", "keras"], "keras"),
     ] {
@@ -90,6 +96,10 @@ fn what_was_given_wrongly_is_code_2_with_one_line_on_standard_error() {
         (&["train", "--devices", "cpu:1*2", "--balance", "1:2:3"], "3 weights for 2 workers"),
         (&["generate", "--run", "x", "--temperature", "-1"], "--temperature is -1"),
         (&["generate", "--run", "x", "--top-k", "0"], "--top-k is 0"),
+        (&["inspect", "none"], "none"),
+        (&["compare", "none"], "name at least two"),
+        (&["compare", "none", "other"], "none"),
+        (&["compare", "none", "other", "--output", "x.pdf"], "--output ends in .pdf"),
         (&["generate", "--run", "x", "--devices", "tpu"], "'tpu' is no device"),
         (&["evaluate", "--run", "x", "--eval-batch-size", "0"], "--eval-batch-size is 0"),
         (&["evaluate", "--run", "x", "--output", "said.txt"], "x"),
@@ -409,4 +419,100 @@ fn a_model_goes_out_and_comes_back_by_the_command_line() {
     }
     done(&["export", "--run", "run", "--format", "safetensors", "--part", "lstm", "--output", "lstm.safetensors"]);
     done(&["import", "--input", "lstm.safetensors", "--data", "text.txt", "--out", "tuned"]);
+}
+
+#[test]
+fn the_shells_get_completions_and_man_its_pages() {
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let call = call(&["completions", shell]);
+        assert_eq!((call.code, call.err.as_str()), (0, ""), "{shell}");
+        assert!(call.out.contains("carrousel") && call.out.contains("dry-run"), "{shell}: {}", call.out);
+    }
+    let bash = call(&["completions", "bash", "--json"]).last_event();
+    assert!(bash["text"].as_str().unwrap().contains("complete -F"), "{bash}");
+    let page = call(&["man"]).out;
+    assert!(page.contains(".TH carrousel 1") && page.contains("carrousel\\-train(1)"), "{page}");
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(call_in(folder.path(), &["man", "--output", "pages"]).code, 0);
+    let train = fs::read_to_string(folder.path().join("pages/carrousel-train.1")).unwrap();
+    assert!(train.contains("learning") || train.contains("Learning rate"), "{train}");
+}
+
+#[test]
+fn a_run_leaves_a_report_and_inspect_and_compare_tell_what_it_is() {
+    let folder = folder_with_text();
+    let common = ["--devices", "cpu:1", "--data", "text.txt", "--layers", "1", "--seq-len", "8", "--batch-size", "4", "--epochs", "2"];
+    for own in [&["--out", "narrow", "--hidden", "8"][..], &["--out", "wide", "--hidden", "24", "--lr", "0.01"]] {
+        let trained = call_in(folder.path(), &[&["train"], &common[..], own].concat());
+        assert_eq!(trained.code, 0, "{}", trained.err);
+    }
+    let page = fs::read_to_string(folder.path().join("narrow/report.html")).unwrap();
+    assert!(page.contains("<h1>narrow</h1>") && page.contains("What the model writes") && page.contains("cpu:1"), "{page}");
+
+    let inspected = call_in(folder.path(), &["inspect", "narrow", "--json"]).last_event();
+    assert_eq!((&inspected["state"], &inspected["task"], &inspected["model"]["hidden"]), (&json!("finished"), &json!("lm"), &json!(8)));
+    assert_eq!(inspected["devices"][0]["device"], "cpu:1");
+    assert_eq!(inspected["version"], env!("CARGO_PKG_VERSION"));
+    let checkpoints = inspected["checkpoints"].as_array().unwrap();
+    assert_eq!(checkpoints.last().unwrap()["step"], inspected["steps"]);
+    for checkpoint in checkpoints {
+        let file = folder.path().join("narrow").join(checkpoint["file"].as_str().unwrap());
+        assert_eq!(checkpoint["bytes"], fs::metadata(file).unwrap().len());
+    }
+    let shapes = inspected["model"]["tensors"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|tensor| tensor["shape"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).product::<u64>());
+    assert_eq!(inspected["model"]["parameters"].as_u64().unwrap(), shapes.sum::<u64>());
+    let shown = call_in(folder.path(), &["inspect", "narrow"]);
+    assert!(shown.code == 0 && shown.out.contains("finished") && shown.out.contains("Checkpoints"), "{}", shown.out);
+
+    let compared = call_in(folder.path(), &["compare", "narrow", "wide", "--json"]);
+    let compared = compared.last_event();
+    assert_eq!(compared["differing"], json!(["embedding", "hidden", "lr"]));
+    assert_eq!((&compared["runs"][0]["config"]["hidden"], &compared["runs"][1]["config"]["hidden"]), (&json!(8), &json!(24)));
+    assert_eq!(
+        compared["runs"][1]["results"]["test_loss"],
+        call_in(folder.path(), &["inspect", "wide", "--json"]).last_event()["results"]["test_loss"]
+    );
+    assert!(folder.path().join("compare.png").exists() && folder.path().join("compare.svg").exists());
+    let shown = call_in(folder.path(), &["compare", "narrow", "wide", "--output", "two.svg"]).out;
+    assert!(shown.contains("narrow") && shown.contains("hidden") && shown.contains("test loss"), "{shown}");
+    assert!(folder.path().join("two.png").exists());
+}
+
+#[test]
+fn a_dry_run_tells_what_training_takes_and_writes_nothing() {
+    let folder = folder_with_text();
+    let before = fs::read_dir(folder.path()).unwrap().count();
+    let run = |more: &[&str]| {
+        let common = ["train", "--data", "text.txt", "--hidden", "8", "--layers", "1", "--seq-len", "10", "--epochs", "3"];
+        call_in(folder.path(), &[&common[..], more].concat())
+    };
+    let two = ["--devices", "cpu:1*2", "--batch-size", "4", "--out", "run", "--json"];
+    let told = run(&[&two[..], &["--dry-run"]].concat()).last_event();
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), before, "a dry run left something behind");
+    let trained = run(&two).last_event();
+    assert_eq!((&told["parameters"], &told["steps"]), (&trained["parameters"], &trained["steps"]));
+    assert_eq!(told["steps"].as_u64().unwrap(), 3 * told["steps_per_epoch"].as_u64().unwrap());
+    assert!(told["seconds"].as_f64().unwrap() > 0.0 && told["tokens_per_second"].as_f64().unwrap() > 0.0, "{told}");
+    let memory = told["memory"].as_array().unwrap();
+    assert_eq!(memory.len(), 2);
+    for worker in memory {
+        // Parameters, gradients and the two states of Adam at the least.
+        let least = 4 * 4 * told["parameters"].as_u64().unwrap();
+        assert!(worker["bytes"].as_u64().unwrap() > least && worker["rows"] == 2, "{worker}");
+        assert!(worker["largest_bytes"].as_u64().unwrap() < worker["max_buffer_bytes"].as_u64().unwrap());
+    }
+    let bytes = |batch_size: &str| {
+        let told = run(&["--devices", "cpu:1", "--json", "--dry-run", "--batch-size", batch_size]).last_event();
+        told["memory"][0]["bytes"].as_u64().unwrap()
+    };
+    assert!(bytes("16") > bytes("4"), "a larger batch takes no more memory");
+    let shown = run(&["--devices", "cpu:1", "--dry-run", "--out", "other"]);
+    assert!(shown.code == 0 && shown.out.contains("nothing was written") && shown.out.contains("largest buffer"), "{}", shown.out);
+    // What would stop the run stops the dry run as well.
+    let taken = run(&["--devices", "cpu:1", "--dry-run", "--out", "run"]);
+    assert!(taken.code == 2 && taken.err.contains("run"), "{}", taken.err);
 }

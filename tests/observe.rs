@@ -7,14 +7,14 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use carrousel::observe::plot::{self, ForecastPlot, Series, Times};
-use carrousel::observe::sinks::{Console, Json, Losses, Metrics, Verbosity, losses, up_to};
-use carrousel::observe::{Bus, CheckpointKind, Event, Level, RunInfo, Sink, Table, Throughput, format};
+use carrousel::observe::sinks::{Console, History, Json, Metrics, Report, ReportFiles, Verbosity, history, up_to};
+use carrousel::observe::{Bus, CheckpointKind, Event, Exhibit, Level, RunInfo, Sink, StartDevice, Table, Throughput, Trend, format};
 use carrousel::store::RunFolder;
 use carrousel::store::run_folder::METRICS;
 use serde_json::{Map, Value, json};
 
 fn step(step: u64, loss: f64) -> Event {
-    Event::Step { step, epoch: 1, loss, lr: 0.002, tokens_per_second: 41_234.5, grad_norm: 0.5 }
+    Event::Step { step, epoch: 1, loss, lr: 0.002, tokens_per_second: 41_234.5, grad_norm: 0.5, device_tokens_per_second: Vec::new() }
 }
 
 fn to_json(event: &Event) -> Value {
@@ -61,6 +61,30 @@ fn every_event_is_written_under_the_names_of_the_contract() {
         (
             step(7, 1.5),
             json!({"event": "step", "step": 7, "epoch": 1, "loss": 1.5, "lr": 0.002, "tokens_per_second": 41_234.5, "grad_norm": 0.5}),
+        ),
+        (
+            Event::Start {
+                step: 0,
+                version: "1.2.3".into(),
+                system: "linux".into(),
+                parameters: 7,
+                devices: vec![StartDevice { device: "cpu:1".into(), name: "a processor".into(), driver: String::new() }],
+            },
+            json!({"event": "start", "step": 0, "version": "1.2.3", "system": "linux", "parameters": 7,
+                   "devices": [{"device": "cpu:1", "name": "a processor", "driver": ""}]}),
+        ),
+        (
+            Event::Step {
+                step: 7,
+                epoch: 1,
+                loss: 1.5,
+                lr: 0.002,
+                tokens_per_second: 3.0,
+                grad_norm: 0.5,
+                device_tokens_per_second: vec![1.0, 2.0],
+            },
+            json!({"event": "step", "step": 7, "epoch": 1, "loss": 1.5, "lr": 0.002, "tokens_per_second": 3.0, "grad_norm": 0.5,
+                   "device_tokens_per_second": [1.0, 2.0]}),
         ),
         (
             Event::Epoch { epoch: 2, step: 20, train_loss: 1.25, valid_loss: Some(1.75), seconds: 3.5 },
@@ -153,7 +177,7 @@ fn the_console_shows_what_was_asked_for() {
     let told = |verbosity| {
         let out = Shared::default();
         let mut bus = Bus::new(vec![Box::new(Console::lines(verbosity, Box::new(out.clone())).line_every(Duration::MAX))]);
-        bus.begin(&RunInfo { first_step: 0, total_steps: Some(2000), total_epochs: Some(4), perplexity: true });
+        bus.begin(&RunInfo { total_steps: Some(2000), total_epochs: Some(4), perplexity: true, ..RunInfo::default() });
         bus.log(Level::Info, "chose cpu");
         bus.log(Level::Detail, "variant avx2");
         for i in 1..=50 {
@@ -175,6 +199,54 @@ fn the_console_shows_what_was_asked_for() {
     assert_eq!(lines[3], "warning: careful");
     let verbose = told(Verbosity::Verbose);
     assert!(verbose.contains("variant avx2\n") && verbose.contains("wrote somewhere\n"), "{verbose}");
+}
+
+#[test]
+fn a_progress_line_tells_trend_devices_and_time_left_and_ticks_keep_it_moving() {
+    let told = |verbosity| {
+        let out = Shared::default();
+        let mut bus = Bus::new(vec![Box::new(Console::lines(verbosity, Box::new(out.clone())).line_every(Duration::ZERO))]);
+        let devices = vec!["gpu:0".to_owned(), "cpu:4".to_owned()];
+        bus.begin(&RunInfo { total_steps: Some(100), total_epochs: Some(2), devices, ..RunInfo::default() });
+        for step in 1..=40 {
+            std::thread::sleep(Duration::from_millis(1));
+            let event = Event::Step {
+                step,
+                epoch: 1,
+                loss: 4.0 - 0.05 * step as f64,
+                lr: 0.002,
+                tokens_per_second: 41_234.5,
+                grad_norm: 0.5,
+                device_tokens_per_second: vec![30_100.0, 11_134.5],
+            };
+            if step % 20 == 0 { bus.send(&event) } else { bus.tick(&event) }
+        }
+        out.text()
+    };
+    let normal = told(Verbosity::Normal);
+    let last = normal.lines().last().unwrap();
+    assert_eq!(normal.lines().count(), 40, "{normal}");
+    assert!(last.starts_with("step 40/100  epoch 1/2  loss 2.475 ↓  lr 0.002  41.2k tokens/s (gpu:0 30.1k, cpu:4 11.1k)"), "{last}");
+    assert!(last.ends_with(" s left") && !last.contains("norm"), "{last}");
+    assert!(told(Verbosity::Verbose).lines().last().unwrap().contains("  norm 0.500"));
+    assert_eq!(told(Verbosity::Quiet), "");
+}
+
+#[test]
+fn a_trend_is_told_only_where_it_stands_out_of_the_noise() {
+    let noise = |i: u32| f64::from((i * 7919) % 101) / 101.0 - 0.5;
+    let arrow_of = |slope: f64, n: u32| {
+        let mut trend = Trend::default();
+        (0..n).for_each(|i| trend.add(3.0 + slope * f64::from(i) + noise(i)));
+        trend.arrow()
+    };
+    assert_eq!((arrow_of(0.0, 40), arrow_of(-0.05, 40), arrow_of(0.05, 40)), ("→", "↓", "↑"));
+    assert_eq!((arrow_of(-0.05, 7), arrow_of(-0.05, 400)), ("", "↓"));
+    let mut trend = Trend::default();
+    (0..30).for_each(|_| trend.add(2.0));
+    assert_eq!((trend.level(), trend.arrow()), (2.0, "→"));
+    trend.add(f64::NAN);
+    assert!(trend.level().is_nan() && trend.arrow().is_empty());
 }
 
 #[test]
@@ -267,9 +339,99 @@ fn losses_are_read_back_from_metrics_without_those_that_are_null() {
     events.push(step(5, f64::NAN));
     events.push(Event::Eval { step: 5, valid_loss: 2.5 });
     let (_folder, path) = metrics_with(&events, b"{\"event\":\"step\",\"step\":6,\"loss\":1}");
-    let Losses { train, valid } = losses(&path).unwrap();
+    let History { train, valid, .. } = history(&path).unwrap();
     assert_eq!(train, [(1.0, 4.0), (2.0, 3.0), (3.0, 2.0), (4.0, 1.0)]);
     assert_eq!(valid, [(2.0, 3.25), (5.0, 2.5)]);
+}
+
+/// The report of a run with these metrics, after `end`; what it shows is told before.
+fn report_of(events: &[Event], shown: &[Exhibit<'_>], end: &Event) -> String {
+    let (folder, metrics) = metrics_with(events, b"");
+    let files = ReportFiles { page: folder.path().join("report.html"), config: folder.path().join("config.toml"), metrics };
+    fs::write(&files.config, "task = \"lm\"\ndata = [\"a <b> & c.txt\"]\nlayers = 2\nhidden = 64\nlr = 0.002\n").unwrap();
+    let page = files.page.clone();
+    let mut bus = Bus::new(vec![Box::new(Report::new(files))]);
+    shown.iter().for_each(|exhibit| bus.show(*exhibit));
+    assert!(!page.exists(), "written before the end");
+    bus.send(end);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 3, "something was left beside the page");
+    fs::read_to_string(page).unwrap()
+}
+
+#[test]
+fn the_report_is_one_page_that_needs_nothing_else_and_shows_what_was_told() {
+    let mut events = run_of_four_steps();
+    let device = |device: &str, name: &str| StartDevice { device: device.into(), name: name.into(), driver: "llvm 1".into() };
+    let devices = vec![device("gpu:0", "a <fast> card"), device("cpu:4", "a processor")];
+    events.insert(0, Event::Start { step: 0, version: "9.8.7".into(), system: "linux x86_64".into(), parameters: 54_321, devices });
+    for step in 5..200 {
+        events.push(Event::Step {
+            step,
+            epoch: 1,
+            loss: 2.0,
+            lr: 0.001,
+            tokens_per_second: 30.0,
+            grad_norm: 0.5,
+            device_tokens_per_second: vec![20.0, 10.0],
+        });
+    }
+    let summary = json!({"status": "finished", "test_loss": 1.25, "perplexity": 3.49, "rmse": {"model": 0.5, "last": 0.75}, "baselines": {"last": 2.5},
+        "confusion": {"classes": ["cat", "dog"], "counts": [[7, 1], [0, 9]]}});
+    let Value::Object(summary) = summary else { unreachable!() };
+    let plot = ForecastPlot {
+        title: "units: 3 steps ahead".into(),
+        unit: "units".into(),
+        times: Times::Numbers(vec![1.0, 2.0, 3.0]),
+        truth: vec![1.0, 2.0, f64::NAN],
+        forecast: vec![1.5, 1.5, 2.0],
+        baseline: None,
+    };
+    let shown = [Exhibit::Text { step: 4, text: "It was <i>late</i>" }, Exhibit::Forecast(&plot)];
+    let page = report_of(&events, &shown, &Event::Summary(summary));
+    for foreign in ["http:", "https:", "<script", "<link", "<img", "@import", "url("] {
+        assert!(!page.contains(foreign), "the page refers to something outside: {foreign}");
+    }
+    assert!(page.contains("prefers-color-scheme:dark"));
+    assert_eq!(page.matches("<svg").count(), 5, "loss, forecast, learning rate, gradient norm, throughput");
+    assert_eq!(page.matches("<section").count(), page.matches("</section>").count());
+    for part in [
+        "9.8.7",
+        "a &lt;fast&gt; card",
+        "54,321",
+        "gpu:0",
+        "It was &lt;i&gt;late&lt;/i&gt;",
+        "a &lt;b&gt; &amp; c.txt",
+        "units: 3 steps ahead",
+        "early",
+        "late",
+    ] {
+        assert!(page.contains(part), "{part} is not on the page");
+    }
+    for part in [">1.250<", ">3.490<", ">0.5000<", ">0.7500<", ">2.500<", ">cat<", ">9</td>"] {
+        assert!(page.contains(part), "{part} is not on the page");
+    }
+    assert!(!page.contains("NaN") && !page.contains("<i>late"), "raw values on the page");
+    // Every variable that a drawing uses has a colour in both schemes.
+    let (light, dark) = page.split_once("prefers-color-scheme:dark").unwrap();
+    for used in page.split("var(").skip(1).filter_map(|rest| rest.split_once(')')).map(|(name, _)| format!("{name}:")) {
+        assert!(light.contains(&used) && dark.contains(&used), "{used} lacks a colour");
+    }
+}
+
+#[test]
+fn the_report_of_a_run_that_failed_says_why_and_keeps_the_curves() {
+    let page = report_of(&run_of_four_steps(), &[], &Event::Error { message: "the loss at step 5 is not finite".into() });
+    assert!(page.contains("the loss at step 5 is not finite") && page.contains("state failed"), "{page}");
+    assert!(page.contains("<polyline"));
+}
+
+#[test]
+fn a_report_that_cannot_be_written_is_a_warning_and_no_end() {
+    let files = ReportFiles { page: "/nowhere/report.html".into(), config: "/nowhere/config.toml".into(), metrics: "/nowhere/m".into() };
+    let out = Shared::default();
+    let mut bus = Bus::new(vec![Box::new(Report::new(files)), Box::new(Json::to(Box::new(out.clone())))]);
+    bus.send(&Event::Summary(Map::new()));
+    assert!(out.text().contains("warning") && out.text().contains("/nowhere/report.html"), "{}", out.text());
 }
 
 #[test]

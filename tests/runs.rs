@@ -78,6 +78,7 @@ pub fn config(task: Task, data: &[&Path]) -> RunConfig {
         log_every: 1,
         checkpoint_every: 0,
         keep: 2,
+        tensorboard: false,
         hash_every: 5,
     }
 }

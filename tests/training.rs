@@ -1,19 +1,25 @@
 //! Whole runs: what is learnt, on which devices, with which bits.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Result;
 use carrousel::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan};
 use carrousel::kernels::Kernel;
-use carrousel::observe::Event;
+use carrousel::model::init::{Init, initial};
+use carrousel::observe::{Bus, Event, Exhibit, Sink};
 use carrousel::optim::Rule;
+use carrousel::rng::StepKey;
 use carrousel::store::checkpoint::Checkpoint;
 use carrousel::store::config::{LossReduction, RunConfig, Task};
 use carrousel::store::run_folder::{RunFolder, Which};
-use carrousel::train::RunOptions;
-use carrousel::train::group::Wrap;
+use carrousel::train::devices;
+use carrousel::train::group::{Group, GroupSpec, StepNumbers, Wrap};
+use carrousel::train::profile::Workload;
+use carrousel::train::{RunOptions, run};
 
 use crate::adapters;
 use crate::runs::{Ran, config, text, train, train_with};
@@ -217,6 +223,111 @@ fn owners_update_to_the_same_bits_as_everyone() {
         train(&config, &everywhere, false).outcome.unwrap();
         train_with(&config, options(&by_owner, Some(unlike(nothing))), None).outcome.unwrap();
         assert_eq!(bits(&everywhere), bits(&by_owner), "{rule:?}");
+    }
+}
+
+#[test]
+fn the_gates_read_after_an_evaluation_give_its_outputs() {
+    let mut workload = Workload::named("A").unwrap();
+    (workload.n_steps, workload.n_rows, workload.model.hidden) = (4, 5, 20.into());
+    let devices = devices::parse("cpu:1").unwrap();
+    let (devices, _) = devices::resolve(&devices, || Ok(Vec::new()), 1).unwrap();
+    let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1 };
+    let mut group = Group::start(spec, &devices, None).unwrap();
+    let params = initial(&workload.model, group.table(), Init::Uniform(0.5), None, 3);
+    let zeros: Vec<Vec<f32>> = params.iter().map(|values| vec![0.0; values.len()]).collect();
+    group.load(params.clone(), vec![zeros.clone(), zeros]).unwrap();
+    let batch = Arc::new(workload.batch(1));
+    let all = std::slice::from_ref(&(0..5));
+    let (_, outputs) = group.evaluate(&batch, all, None, true).unwrap();
+    let gates = group.gates_of(0).unwrap();
+    assert_eq!(gates.len(), 1);
+    let tensor = |name: &str| &params[group.table().tensors().iter().position(|t| t.name == name).unwrap()];
+    let (weight, bias) = (tensor("head.weight"), tensor("head.bias")[0]);
+    for (row, output) in outputs.iter().enumerate() {
+        let mut c = [0.0_f32; 20];
+        let mut h = [0.0_f32; 20];
+        for t in 0..4 {
+            let at = |gate: usize, unit: usize| gates[0][gate][(t * 5 + row) * 20 + unit];
+            for unit in 0..20 {
+                c[unit] = at(1, unit) * c[unit] + at(0, unit) * at(2, unit);
+                h[unit] = at(3, unit) * c[unit].tanh();
+            }
+        }
+        let wanted = bias + h.iter().zip(weight).map(|(h, w)| h * w).sum::<f32>();
+        assert!((output - wanted).abs() < 1e-5, "row {row}: {output}, from the gates {wanted}");
+    }
+    let numbers = StepNumbers { step: 1, lr: 0.1, key: StepKey::new(1, 1), divisor: batch.weight };
+    group.step(&batch, all, None, numbers).unwrap();
+    assert!(group.gates_of(0).unwrap().is_empty(), "a training step leaves no gates to read");
+}
+
+/// The norm of each reported step, and the gradients that were shown, by step and tensor.
+#[derive(Default)]
+struct Shown {
+    norms: BTreeMap<u64, f64>,
+    gradients: BTreeMap<(u64, String), Vec<f32>>,
+}
+
+struct Watcher(Arc<Mutex<Shown>>);
+
+impl Sink for Watcher {
+    fn name(&self) -> String {
+        "test".into()
+    }
+
+    fn event(&mut self, event: &Event) -> Result<()> {
+        if let Event::Step { step, grad_norm, .. } = event {
+            self.0.lock().unwrap().norms.insert(*step, *grad_norm);
+        }
+        Ok(())
+    }
+
+    fn show(&mut self, exhibit: Exhibit<'_>) -> Result<()> {
+        if let Exhibit::Values { step, name, values } = exhibit
+            && let Some(name) = name.strip_prefix("gradients/")
+        {
+            self.0.lock().unwrap().gradients.insert((step, name.to_owned()), values.to_vec());
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn the_gradients_shown_are_those_of_the_step_whoever_updates_and_showing_changes_no_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut of_first: Option<Shown> = None;
+    for (name, devices, wrap) in [("one", "cpu:1", None), ("all", "cpu:1*3", None), ("owners", "cpu:1*3", Some(unlike(nothing)))] {
+        let mut config = small(dir.path());
+        (config.devices, config.eval_every, config.tensorboard) = (devices.into(), 4, true);
+        let shown = Arc::new(Mutex::new(Shown::default()));
+        let mut bus = Bus::new(vec![Box::new(Watcher(Arc::clone(&shown)))]);
+        let out = dir.path().join(name);
+        run(config.clone(), options(&out, wrap.clone()), &mut bus, &AtomicBool::new(false)).unwrap();
+        drop(bus);
+        let shown = Arc::into_inner(shown).unwrap().into_inner().unwrap();
+        let steps: BTreeSet<u64> = shown.gradients.keys().map(|(step, _)| *step).collect();
+        assert!(steps.contains(&4) && steps.contains(&8) && steps.contains(&12), "{name}: {steps:?}");
+        for step in steps {
+            let squares = shown.gradients.iter().filter(|((at, _), _)| *at == step).flat_map(|(_, values)| values);
+            let norm = squares.map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+            let told = shown.norms[&step];
+            assert!((norm - told).abs() < 1e-4 * told, "{name}, step {step}: the gradients have norm {norm}, the step told {told}");
+        }
+        if let Some(first) = &of_first {
+            for (key, values) in shown.gradients.iter().filter(|((step, _), _)| *step == 4) {
+                let norm = first.norms[&4] as f32;
+                let far = values.iter().zip(&first.gradients[key]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(far < 1e-4 * norm, "{name}, {key:?}: {far} apart, norm {norm}");
+            }
+        } else {
+            of_first = Some(shown);
+        }
+        assert_eq!(std::fs::read_dir(out.join("tensorboard")).unwrap().count(), 1);
+        let plain = dir.path().join(format!("{name}-plain"));
+        config.tensorboard = false;
+        train_with(&config, options(&plain, wrap), None).outcome.unwrap();
+        assert_eq!(bits(&out), bits(&plain), "{name}");
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::builder::PossibleValuesParser;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap_complete::Shell;
 
 use super::resolve::{default_text, nearest};
 use super::typed::{RUN, Size, Typed, choice};
@@ -59,11 +60,24 @@ pub enum Command {
     /// Make a run folder of a network in a safetensors or ONNX file, to use it or to train on from it
     #[command(after_help = IMPORT_EXAMPLES)]
     Import(Box<ImportArgs>),
+    /// Tell what is in a run folder
+    #[command(after_help = INSPECT_EXAMPLES)]
+    Inspect(InspectArgs),
+    /// Tell what several runs differ in, and draw their loss curves into one picture
+    #[command(after_help = COMPARE_EXAMPLES)]
+    Compare(CompareArgs),
     /// List the graphics adapters that --devices gpu:INDEX can name
+    #[command(after_help = DEVICES_EXAMPLES)]
     Devices(DevicesArgs),
     /// Measure where the time goes
-    #[command(subcommand)]
+    #[command(subcommand, after_help = PROFILE_EXAMPLES)]
     Profile(ProfileCommand),
+    /// Write what a shell needs to complete commands and flags
+    #[command(after_help = COMPLETIONS_EXAMPLES)]
+    Completions(CompletionsArgs),
+    /// Write the manual page, or one a command into a folder
+    #[command(hide = true, after_help = MAN_EXAMPLES)]
+    Man(ManArgs),
 }
 
 #[derive(Debug, Args)]
@@ -73,6 +87,9 @@ pub struct TrainArgs {
     /// Continue the run in --out, or start it if there is no checkpoint yet
     #[arg(long, help_heading = RUN)]
     pub resume: bool,
+    /// Tell parameters, memory of each device, steps and about how long it will take, from a few measured steps; write nothing
+    #[arg(long, help_heading = RUN, conflicts_with = "resume")]
+    pub dry_run: bool,
     /// Read options from a TOML file, whose keys are the flags' names with underscores; flags go before it
     #[arg(long, value_name = "FILE", help_heading = RUN)]
     pub config: Option<PathBuf>,
@@ -129,6 +146,37 @@ pub struct GenerateArgs {
     /// Seed of the choice: the same one gives the same text
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// The run folder
+    #[arg(value_name = "RUN")]
+    pub run: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct CompareArgs {
+    /// Run folders, two or more
+    #[arg(value_name = "RUN", required = true)]
+    pub runs: Vec<PathBuf>,
+    /// The picture to write, as .svg and as .png
+    #[arg(long, value_name = "FILE", default_value = "compare.png")]
+    pub output: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    /// The shell
+    #[arg(value_name = "SHELL")]
+    pub shell: Shell,
+}
+
+#[derive(Debug, Args)]
+pub struct ManArgs {
+    /// A folder to write a page into for each command, instead of the main page to standard output
+    #[arg(long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -232,7 +280,43 @@ Examples:
   carrousel train
   carrousel train --data book.txt --out runs/book
   carrousel generate --run runs/book --prompt 'It was '
+  carrousel compare runs/book runs/book-wider
   carrousel help train";
+
+/// The commands as the help lists them; those that stand in no group come last.
+const GROUPS: [(&str, &[&str]); 5] = [
+    ("Train", &["train", "devices", "profile"]),
+    ("Use a trained network", &["evaluate", "generate", "forecast", "classify"]),
+    ("Look at runs", &["inspect", "compare"]),
+    ("Exchange", &["export", "import"]),
+    ("More", &["completions", "help"]),
+];
+
+/// The help of the program as a whole, with the commands in groups.
+fn grouped(command: clap::Command) -> clap::Command {
+    let styles = command.get_styles().clone();
+    let (heading, literal) = (styles.get_header(), styles.get_literal());
+    let about = |name: &str| command.find_subcommand(name).filter(|found| !found.is_hide_set()).and_then(clap::Command::get_about);
+    let line = |name: &str, about: String| format!("  {literal}{name:<12}{literal:#} {about}\n");
+    let mut list = String::new();
+    let listed = |name: &str| GROUPS.iter().any(|(_, names)| names.contains(&name));
+    let others: Vec<&str> = command.get_subcommands().map(clap::Command::get_name).filter(|name| !listed(name)).collect();
+    for (title, names) in GROUPS.into_iter().chain([("Other", others.as_slice())]) {
+        let lines: String = names
+            .iter()
+            .filter_map(|&name| match name {
+                "help" => Some(line(name, "Print the help of a command".to_owned())),
+                _ => about(name).map(|about| line(name, about.to_string())),
+            })
+            .collect();
+        if !lines.is_empty() {
+            list += &format!("{heading}{title}:{heading:#}\n{lines}\n");
+        }
+    }
+    let template =
+        format!("{{about-with-newline}}\n{{usage-heading}} {{usage}}\n\n{list}{heading}Output:{heading:#}\n{{options}}{{after-help}}");
+    command.help_template(template)
+}
 
 const TRAIN_EXAMPLES: &str = "\
 Sizes may be written with K, M or G (1024). A flag goes before the same key of --config, and that before the default.
@@ -244,7 +328,8 @@ Examples:
   carrousel train --data 'vowels_*.ts' --pooling mean           the class of each sequence
   carrousel train --data book.txt --devices gpu:0,gpu:1,cpu:4   three workers in one ring
   carrousel train --config book.toml --lr 1e-3                  options from a file, one changed
-  carrousel train --out runs/book --resume                      go on where a run was stopped";
+  carrousel train --out runs/book --resume                      go on where a run was stopped
+  carrousel train --data book.txt --hidden 512 --dry-run        what it would take, without training";
 
 const EVALUATE_EXAMPLES: &str = "\
 Examples:
@@ -275,6 +360,32 @@ Examples:
   carrousel import --input book.safetensors --out runs/book-again
   carrousel import --input torch.safetensors --data book.txt --level char --lr 5e-4 --out runs/tuned
   carrousel train --out runs/tuned --resume";
+
+const INSPECT_EXAMPLES: &str = "\
+Examples:
+  carrousel inspect runs/book
+  carrousel inspect runs/book --json";
+
+const COMPARE_EXAMPLES: &str = "\
+Examples:
+  carrousel compare runs/book runs/book-wider
+  carrousel compare runs/book* --output book.png --json";
+
+const DEVICES_EXAMPLES: &str = "\
+Examples:
+  carrousel devices
+  carrousel devices --measure --json";
+
+const COMPLETIONS_EXAMPLES: &str = "\
+Examples:
+  carrousel completions bash > ~/.local/share/bash-completion/completions/carrousel
+  carrousel completions zsh > ~/.zfunc/_carrousel
+  carrousel completions fish > ~/.config/fish/completions/carrousel.fish";
+
+const MAN_EXAMPLES: &str = "\
+Examples:
+  carrousel man | man -l -
+  carrousel man --output ~/.local/share/man/man1";
 
 const PROFILE_EXAMPLES: &str = "\
 Examples:
@@ -336,7 +447,7 @@ pub fn command() -> clap::Command {
         let id = arg.get_id().as_str();
         if PROFILED.contains(&id) || OF_PROFILE.contains(&id) { with_default(arg) } else { arg.hide(true) }
     };
-    Cli::command()
+    grouped(Cli::command())
         .mut_subcommand("train", |train| train.mut_args(with_default))
         .mut_subcommand("import", |import| import.mut_args(with_default))
         .mut_subcommand("profile", |profile| profile.mut_subcommand("step", |step| step.mut_args(in_profile)))

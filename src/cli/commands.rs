@@ -1,6 +1,6 @@
 //! What each command calls, with what it was given.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,8 +11,8 @@ use serde_json::{Map, Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::args::{
-    DevicesArgs, EvaluateArgs, ExportArgs, ForecastArgs, GenerateArgs, Global, ImportArgs, PROFILED, ProfileRingArgs, ProfileStepArgs,
-    TrainArgs, Trained,
+    CompareArgs, CompletionsArgs, DevicesArgs, EvaluateArgs, ExportArgs, ForecastArgs, GenerateArgs, Global, ImportArgs, InspectArgs,
+    ManArgs, PROFILED, ProfileRingArgs, ProfileStepArgs, TrainArgs, Trained,
 };
 use super::resolve::{self, Layers};
 use super::{Done, INTERRUPTED, print, report};
@@ -25,6 +25,7 @@ use crate::data::vocab::Level as TextLevel;
 use crate::infer::exchange;
 use crate::infer::forecast as forecasts;
 use crate::infer::generate as texts;
+use crate::infer::inspect as inspection;
 use crate::infer::predictions::Predictions;
 use crate::infer::session::Session;
 use crate::infer::task::Corpus;
@@ -34,6 +35,7 @@ use crate::observe::{Bus, Level};
 use crate::store::config::{RunConfig, Task};
 use crate::store::{RunFolder, default_run_path, interchange};
 use crate::train::devices::{self, DeviceKind};
+use crate::train::dry_run::dry_run;
 use crate::train::profile::{self, Workload};
 use crate::train::run::{RunOptions, run};
 use crate::usage::UsageError;
@@ -47,6 +49,11 @@ pub fn train(args: &TrainArgs, bus: &mut Bus) -> anyhow::Result<Done> {
         (_, false) => layers,
     };
     let config = resolve::resolve(&layers)?;
+    if args.dry_run {
+        let summary = dry_run(&config, out.as_deref(), bus)?;
+        let table = report::estimate(&summary);
+        return Ok(Done::new(summary, vec![table]));
+    }
     let out = out.unwrap_or_else(|| default_run_path(config.task.name()));
     let stop = stop_at_signals().context("cannot listen for signals")?;
     let outcome = run(config, RunOptions { out, resume: args.resume, wrap: None }, bus, &stop)?;
@@ -244,6 +251,51 @@ pub fn import(args: &ImportArgs, bus: &mut Bus) -> anyhow::Result<Done> {
     let (summary, warnings) = exchange::import(file, &config, has_data, &out)?;
     warnings.into_iter().for_each(|warning| bus.warn(warning));
     Ok(Done::new(summary.clone(), vec![report::scores("import", &summary)]))
+}
+
+pub fn inspect(args: &InspectArgs) -> anyhow::Result<Done> {
+    let summary = inspection::inspect(&args.run)?;
+    let table = report::run(&summary);
+    Ok(Done::new(summary, vec![table]))
+}
+
+pub fn compare(args: &CompareArgs, bus: &mut Bus) -> anyhow::Result<Done> {
+    // Both pictures are written whichever extension is given.
+    let stem = match args.output.extension().and_then(|extension| extension.to_str()) {
+        Some("png" | "svg") => args.output.with_extension(""),
+        Some(other) => return Err(UsageError(format!("--output ends in .{other}, but the picture is written as .svg and .png")).into()),
+        None => args.output.clone(),
+    };
+    let found = inspection::compare(&args.runs, &stem)?;
+    found.warnings.into_iter().for_each(|warning| bus.warn(warning));
+    let tables = report::comparison(&found.summary);
+    Ok(Done::new(found.summary, tables))
+}
+
+pub fn completions(args: &CompletionsArgs, global: Global) -> anyhow::Result<Done> {
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut super::args::command(), "carrousel", &mut script);
+    told(String::from_utf8(script)?, global)
+}
+
+pub fn man(args: &ManArgs, global: Global) -> anyhow::Result<Done> {
+    if let Some(folder) = &args.output {
+        let unwritten = || format!("cannot write the manual pages to {}", folder.display());
+        fs::create_dir_all(folder).with_context(unwritten)?;
+        clap_mangen::generate_to(super::args::command(), folder).with_context(unwritten)?;
+        return Ok(Done::new(Map::from_iter([("output".to_owned(), json!(folder))]), Vec::new()));
+    }
+    let mut page = Vec::new();
+    clap_mangen::Man::new(super::args::command()).render(&mut page)?;
+    told(String::from_utf8(page)?, global)
+}
+
+/// A result that is a text for another program.
+fn told(text: String, global: Global) -> anyhow::Result<Done> {
+    if !global.json {
+        print(&text)?;
+    }
+    Ok(Done::new(Map::from_iter([("text".to_owned(), json!(text))]), Vec::new()))
 }
 
 pub fn devices(args: &DevicesArgs) -> anyhow::Result<Done> {

@@ -61,6 +61,98 @@ pub fn cpu(speed: &Value) -> Table {
     Table::new("").columns("cpu", &names, vec![cells(speed, &names)])
 }
 
+/// What a run would take.
+pub fn estimate(summary: &Map<String, Value>) -> Table {
+    let number = |key: &str| summary.get(key).and_then(Value::as_f64);
+    let count = |key: &str| summary.get(key).and_then(Value::as_u64).map_or_else(|| "no limit".to_owned(), format::count);
+    let time = |key: &str| number(key).map_or_else(|| "no limit".to_owned(), format::duration);
+    let bytes = |value: Option<&Value>| value.and_then(Value::as_u64).map_or_else(|| "-".to_owned(), format::bytes);
+    let run = [
+        ("parameters", count("parameters")),
+        ("steps an epoch", count("steps_per_epoch")),
+        ("epochs", count("epochs")),
+        ("steps", count("steps")),
+        ("time of a step", number("seconds_per_step").map_or_else(String::new, |s| format!("{} ms", format::number(1e3 * s, 3)))),
+        ("tokens", number("tokens_per_second").map_or_else(String::new, |rate| format!("{}/s", format::rate(rate)))),
+        ("time of an epoch", time("seconds_per_epoch")),
+        ("time in all, about", time("seconds")),
+    ];
+    let workers = summary.get("memory").and_then(Value::as_array).cloned().unwrap_or_default();
+    let rows = workers.iter().map(|worker| {
+        let mut row = cells(worker, &["device", "name", "rows"]);
+        row.push(bytes(worker.get("bytes")));
+        row.push(format!("{} ({})", bytes(worker.get("largest_bytes")), worker.get("largest_buffer").map(text).unwrap_or_default()));
+        row.push(bytes(worker.get("max_buffer_bytes")));
+        row
+    });
+    let header = ["device", "name", "rows", "buffers", "largest buffer", "limit of one"];
+    let host = [("this process", bytes(summary.get("peak_rss_bytes"))), ("still free", bytes(summary.get("available_bytes")))];
+    Table::new("Dry run: nothing was written")
+        .pairs("Run", run)
+        .columns("Memory by device", &header, rows.collect())
+        .pairs("Memory of this machine", host)
+}
+
+/// What is in a run folder.
+pub fn run(summary: &Map<String, Value>) -> Table {
+    let show = |key: &str| summary.get(key).map(text).unwrap_or_default();
+    let object = |key: &str| summary.get(key).and_then(Value::as_object).cloned().unwrap_or_default();
+    let pairs = |fields: &Map<String, Value>| -> Vec<(String, String)> {
+        let plain = fields.iter().filter(|(_, value)| !value.is_object() && !is_table(value));
+        plain.map(|(name, value)| (words(name), text(value))).collect()
+    };
+    let best = summary.get("best").and_then(|best| Some(format!("{} at step {}", text(best.get("valid_loss")?), text(best.get("step")?))));
+    let files = object("files");
+    let bytes: u64 = files.values().filter_map(Value::as_u64).sum();
+    let mut about: Vec<(String, String)> = ["task", "state", "steps"].into_iter().map(|key| (words(key), show(key))).collect();
+    about.push(("best validation loss".to_owned(), best.unwrap_or_else(|| "-".to_owned())));
+    let is_started = summary.get("version").is_some_and(Value::is_string);
+    let ran = if is_started { format!("carrousel {}, {}", show("version"), show("system")) } else { "-".to_owned() };
+    about.push(("ran on".to_owned(), ran));
+    about.push(("starts".to_owned(), show("starts")));
+    about.push(("files".to_owned(), format!("{} ({})", files.keys().cloned().collect::<Vec<_>>().join(", "), format::bytes(bytes))));
+    let results = object("results");
+    let mut table = Table::new(show("run"))
+        .pairs("Run", about)
+        .pairs("Model", pairs(&object("model")))
+        .pairs("Data", pairs(&object("data")))
+        .pairs("Results", pairs(&results));
+    for (name, fields) in results.iter().filter_map(|(name, value)| Some((name, value.as_object()?))) {
+        table = table.pairs(words(name), pairs(fields));
+    }
+    let rows = |key: &str| summary.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
+    let checkpoints = rows("checkpoints").into_iter().map(|row| {
+        let size = row.get("bytes").and_then(Value::as_u64).map_or_else(|| "-".to_owned(), format::bytes);
+        let mut cells = cells(&row, &["step", "valid_loss", "is"]);
+        cells.insert(2, size);
+        cells
+    });
+    table = table.columns("Checkpoints", &["step", "validation loss", "size", ""], checkpoints.collect());
+    let devices = rows("devices").iter().map(|row| cells(row, &["device", "name", "driver"])).collect();
+    table = table.columns("Devices", &["device", "name", "driver"], devices);
+    let warnings = rows("warnings");
+    table.columns("Warnings", &[""], warnings.iter().map(|warning| vec![text(warning)]).collect())
+}
+
+/// What several runs differ in, and what they came to: a column a run.
+pub fn comparison(summary: &Map<String, Value>) -> Vec<Table> {
+    let runs = summary.get("runs").and_then(Value::as_array).cloned().unwrap_or_default();
+    let names: Vec<String> = runs.iter().map(|run| run.get("name").map(text).unwrap_or_default()).collect();
+    let header: Vec<&str> = std::iter::once("").chain(names.iter().map(String::as_str)).collect();
+    let rows = |part: &str| -> Vec<Vec<String>> {
+        let mut keys: Vec<&String> = runs.iter().filter_map(|run| run.get(part)?.as_object()).flat_map(Map::keys).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        let cell = |run: &Value, key: &str| run.get(part).and_then(|fields| fields.get(key)).map_or_else(|| "-".to_owned(), text);
+        keys.into_iter().map(|key| std::iter::once(words(key)).chain(runs.iter().map(|run| cell(run, key))).collect()).collect()
+    };
+    let same = rows("config").is_empty();
+    let table = Table::new(if same { "The configurations are the same." } else { "" });
+    let table = table.columns("Configuration, as far as it differs", &header, rows("config")).columns("Results", &header, rows("results"));
+    let picture = summary.get("picture").map(text).unwrap_or_default();
+    vec![table.pairs("Picture", [("loss curves", picture)])]
+}
+
 fn is_table(value: &Value) -> bool {
     value.as_array().is_some_and(|rows| !rows.is_empty() && rows.iter().all(Value::is_object))
 }

@@ -395,6 +395,7 @@ fn fill(typed: &Typed) -> RunConfig {
         log_every: typed.log_every.unwrap_or(defaults.log_every),
         checkpoint_every: typed.checkpoint_every.unwrap_or(0),
         keep: size(typed.keep, KEEP),
+        tensorboard: typed.tensorboard.unwrap_or(false),
         hash_every: typed.hash_every.unwrap_or(HASH_EVERY),
     }
 }

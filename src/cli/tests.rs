@@ -367,3 +367,39 @@ fn what_the_person_can_mend_is_told_from_what_broke() {
     assert_eq!(message(&broken().into()), "cannot write x: disk full");
     assert_eq!(message(&anyhow!(broken()).context("no checkpoint")), "no checkpoint: cannot write x: disk full");
 }
+
+#[test]
+fn the_help_lists_every_command_once_and_each_has_examples() {
+    let mut command = args::command();
+    let help = command.render_help().to_string();
+    let commands: Vec<clap::Command> = command.get_subcommands().filter(|found| !found.is_hide_set()).cloned().collect();
+    for found in &commands {
+        let name = found.get_name();
+        let lines = help.lines().filter(|line| line.starts_with(&format!("  {name} "))).count();
+        assert_eq!(lines, 1, "{name} in {help}");
+        if name == "help" {
+            continue;
+        }
+        let after = found.get_after_help().map(ToString::to_string).unwrap_or_default();
+        assert!(after.contains(&format!("carrousel {name}")), "the help of {name} has no example");
+    }
+    assert!(!help.contains("Other:") && !help.contains("\n  man "), "{help}");
+}
+
+#[test]
+fn every_example_of_the_help_is_a_command_line_that_can_be_read() {
+    let mut command = args::command();
+    command.build();
+    let texts = command.get_subcommands().chain([&command]).filter_map(|found| found.get_after_help()).map(ToString::to_string);
+    let mut n_examples = 0;
+    for line in texts.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>()).filter(|line| line.starts_with("  carrousel ")) {
+        // What follows two blanks is a remark, what follows a bar or an angle is the shell's.
+        let typed = line.trim().split("  ").next().unwrap().split(['|', '>']).next().unwrap().replace("'It was '", "It");
+        let words: Vec<OsString> = typed.split_whitespace().map(OsString::from).collect();
+        if let Err(error) = args::parse(&words) {
+            assert_eq!(error.kind(), clap::error::ErrorKind::DisplayHelp, "{typed}: {error}");
+        }
+        n_examples += 1;
+    }
+    assert!(n_examples > 20, "{n_examples} examples");
+}

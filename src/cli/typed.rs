@@ -314,6 +314,10 @@ pub struct Typed {
     #[arg(long, value_name = "STEPS", help_heading = RUN, value_parser = whole())]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint_every: Option<u64>,
+    /// Write event files for TensorBoard into the run folder as well
+    #[arg(long, help_heading = RUN, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tensorboard: Option<bool>,
     /// Checkpoints that are kept, beside the best
     #[arg(long, value_name = "N", help_heading = RUN)]
     #[serde(skip_serializing_if = "Option::is_none")]

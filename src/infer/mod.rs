@@ -4,6 +4,7 @@ pub mod evaluate;
 pub mod exchange;
 pub mod forecast;
 pub mod generate;
+pub mod inspect;
 pub mod predictions;
 pub mod session;
 pub mod task;

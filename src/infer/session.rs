@@ -51,14 +51,23 @@ impl Session {
     ///
     /// # Errors
     /// No such run or checkpoint, a damaged file, a model that does not fit the device.
-    pub fn open(run: &Path, which: Which, mut backend: Box<dyn Backend>) -> Result<Self> {
+    pub fn open(run: &Path, which: Which, backend: Box<dyn Backend>) -> Result<Self> {
         let folder = RunFolder::read(run)?;
         let (config, spec) = (read_config(&folder)?, read_data(&folder)?.spec);
         let mut checkpoint = folder.load(which)?;
+        let table = model_config(&config, &spec).table();
+        let params = table.tensors().iter().map(|t| checkpoint.take(&t.name, &t.shape)).collect::<Result<Vec<_>, _>>()?;
+        Self::with(config, spec, checkpoint.step()?, &params, backend)
+    }
+
+    /// Puts parameters (tensors in the table's order, each in PyTorch's) as they stood after `step` onto `backend`.
+    ///
+    /// # Errors
+    /// A model that does not fit the device, tensors of other shapes.
+    pub fn with(config: RunConfig, spec: DataSpec, step: u64, params: &[Vec<f32>], mut backend: Box<dyn Backend>) -> Result<Self> {
         let mut model = Model::new(model_config(&config, &spec), backend.as_mut())?;
-        let params = model.table().tensors().iter().map(|t| checkpoint.take(&t.name, &t.shape)).collect::<Result<Vec<_>, _>>()?;
-        model.write_params(backend.as_mut(), &params)?;
-        Ok(Self { config, spec, step: checkpoint.step()?, backend, model })
+        model.write_params(backend.as_mut(), params)?;
+        Ok(Self { config, spec, step, backend, model })
     }
 
     /// The device's name.

@@ -20,9 +20,9 @@ use crate::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
 use crate::kernels::lstm::{Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneTensors, LaneVectors, NONE, SweepArgs};
 use crate::kernels::pooling::{ALL_STEPS, FIRST_STEP, LAST_STEP, PoolSteps, PoolStepsGradient};
 use crate::kernels::reduce::{ColumnSums, Sum};
-use crate::params::ParamTable;
+use crate::params::{Bucket, ParamTable};
 use crate::rng::{Purpose, StepKey, tag};
-use crate::shape::{ALIGN, GATES, pad_inner, pad_units, round_up};
+use crate::shape::{ALIGN, GATES, PANEL, PANEL_UNITS, pad_inner, pad_units, round_up};
 use crate::usage::UsageError;
 
 /// Tokens or numbers, time-major.
@@ -271,6 +271,38 @@ impl Model {
             })
         });
         spans.collect()
+    }
+
+    /// The activated gates that a forward pass over this many steps and rows has left, by lane, by gate: `[T, B, H]` without padding and without the
+    /// steps of rows that had ended. A backward pass overwrites them.
+    ///
+    /// # Errors
+    /// The backend's.
+    pub fn read_gates(
+        &self,
+        backend: &mut dyn Backend,
+        n_steps: usize,
+        n_rows: usize,
+        deadline: std::time::Duration,
+    ) -> Result<Vec<[Vec<f32>; GATES]>> {
+        let Some(workspace) = &self.workspace else { return Ok(Vec::new()) };
+        let mut of_lanes = Vec::with_capacity(workspace.lanes.len());
+        let mut words = Vec::new();
+        for (idx, lane) in workspace.lanes.iter().enumerate() {
+            let shape = self.config.lane_shape(idx / self.config.n_directions());
+            let width = GATES * shape.hidden as usize;
+            words = backend.read(&[front(lane.gates, n_steps * n_rows * width)], words)?.wait(deadline)?;
+            let mut gates: [Vec<f32>; GATES] = Default::default();
+            // A gate is zero only where there is none.
+            for row in words.chunks_exact(width).filter(|row| row.iter().any(|&gate| gate != 0.0)) {
+                for (gate, values) in gates.iter_mut().enumerate() {
+                    let place = |unit: usize| unit / PANEL_UNITS * PANEL + gate * PANEL_UNITS + unit % PANEL_UNITS;
+                    values.extend((0..shape.units as usize).map(|unit| row[place(unit)]));
+                }
+            }
+            of_lanes.push(gates);
+        }
+        Ok(of_lanes)
     }
 
     /// Outputs after a forward pass without targets: `[rows, columns]`, and the floats from row to row. Rows are `T x B` for classes of steps, else `B`.
@@ -1028,11 +1060,23 @@ pub fn read_buckets(
     let mut words = Vec::new();
     for (bucket, &buffer) in table.buckets().iter().zip(buckets) {
         words = backend.read(&[front(buffer, bucket.range.len())], words)?.wait(deadline)?;
-        for tensor in &table.tensors()[bucket.tensors.clone()] {
-            let mut torch = vec![0.0; tensor.layout.torch_len()];
-            tensor.unpack(&words[tensor.in_bucket()], &mut torch);
-            values.push(torch);
-        }
+        unpack(table, bucket, &words, &mut values);
     }
     Ok(values)
+}
+
+/// Words of all buckets as tensors in PyTorch's order.
+pub fn unpacked(table: &ParamTable, buckets: &[Vec<f32>]) -> Vec<Vec<f32>> {
+    let mut values = Vec::with_capacity(table.tensors().len());
+    table.buckets().iter().zip(buckets).for_each(|(bucket, words)| unpack(table, bucket, words, &mut values));
+    values
+}
+
+/// Adds the tensors of one bucket.
+fn unpack(table: &ParamTable, bucket: &Bucket, words: &[f32], values: &mut Vec<Vec<f32>>) {
+    for tensor in &table.tensors()[bucket.tensors.clone()] {
+        let mut torch = vec![0.0; tensor.layout.torch_len()];
+        tensor.unpack(&words[tensor.in_bucket()], &mut torch);
+        values.push(torch);
+    }
 }

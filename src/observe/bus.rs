@@ -1,6 +1,7 @@
 //! The way from a run to its observers: one bus, several sinks.
 
 use super::Event;
+use super::plot::ForecastPlot;
 
 /// Who is to read a line of log text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -22,6 +23,19 @@ pub struct RunInfo {
     pub total_epochs: Option<u64>,
     /// Losses are nats a token, so that exp(loss) is worth showing.
     pub perplexity: bool,
+    /// The devices by rank, as they were asked for.
+    pub devices: Vec<String>,
+}
+
+/// What a run has to show beside its events: too bulky for a line of JSON. Sinks that do not draw ignore it.
+#[derive(Clone, Copy, Debug)]
+pub enum Exhibit<'a> {
+    /// Held-out values beside their forecasts.
+    Forecast(&'a ForecastPlot),
+    /// What a language model says after so many steps.
+    Text { step: u64, text: &'a str },
+    /// All values of a tensor after so many steps, called `parameters/...` or `gradients/...`, or of a gate, called `gates/...`.
+    Values { step: u64, name: &'a str, values: &'a [f32] },
 }
 
 /// Something that takes events in.
@@ -36,6 +50,16 @@ pub trait Sink: Send {
 
     /// Takes one event. After an error the sink gets no more.
     fn event(&mut self, event: &Event) -> anyhow::Result<()>;
+
+    /// Takes an [`Event::Step`] between two that are reported, some ten a second, for who shows that the run moves on.
+    fn tick(&mut self, _step: &Event) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    /// Takes something to show.
+    fn show(&mut self, _exhibit: Exhibit<'_>) -> anyhow::Result<()> {
+        Ok(())
+    }
 
     /// Takes one line of log text, which is for people and no event. Most sinks ignore it.
     fn log(&mut self, _level: Level, _text: &str) -> anyhow::Result<()> {
@@ -73,6 +97,16 @@ impl Bus {
     /// Hands one event to all.
     pub fn send(&mut self, event: &Event) {
         self.each(|sink| sink.event(event));
+    }
+
+    /// Tells that the run moves on, between two reports.
+    pub fn tick(&mut self, step: &Event) {
+        self.each(|sink| sink.tick(step));
+    }
+
+    /// Has something shown.
+    pub fn show(&mut self, exhibit: Exhibit<'_>) {
+        self.each(|sink| sink.show(exhibit));
     }
 
     /// Sends [`Event::Warning`].

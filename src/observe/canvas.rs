@@ -1,9 +1,11 @@
-//! A page to draw on, in pixels with fractions, that becomes both an SVG and a PNG file. What is drawn is decided in `plot`.
+//! A page to draw on, in pixels with fractions, that becomes both an SVG and a PNG file, or a drawing within an HTML page. What is drawn is
+//! decided in `plot`.
 //!
 //! plotters does the drawing, through its backends alone: its charts would decide on ticks and legends by themselves. Its bitmap is drawn
 //! larger and averaged down, since thick lines and letters are not smoothed otherwise; its SVG is drawn larger too, as it knows whole numbers only.
 
 use std::ffi::OsString;
+use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -12,8 +14,8 @@ use plotters::backend::{BitMapBackend, DrawingBackend, SVGBackend};
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{Color, FontDesc, FontFamily, FontStyle, RGBColor, ShapeStyle, TextStyle, register_font};
 
-/// Width and height of a page in pixels.
-pub(super) const SIZE: (u32, u32) = (1200, 700);
+/// Width and height of a picture in pixels.
+const SIZE: (u32, u32) = (1200, 700);
 /// Bitmap pixels for one pixel of the page, each way.
 const RASTER_SCALE: u32 = 3;
 const SVG_SCALE: u32 = 8;
@@ -25,6 +27,73 @@ const LINE_HEIGHT: f64 = 1.362;
 const SVG_FONT: f64 = 1.24;
 const SVG_BASELINE: f64 = 0.76;
 
+/// What something is drawn for, which decides its colour. Curves have those of Okabe and Ito, which people with any colour vision can tell apart.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Ink {
+    /// Text that is to be read first.
+    Text,
+    Label,
+    Axis,
+    Grid,
+    /// Observed values.
+    Truth,
+    Curve(usize),
+    /// The noise behind a curve: the same hue, pale.
+    Faint(usize),
+}
+
+const CURVES: [RGBColor; 7] = [
+    RGBColor(0x00, 0x72, 0xB2),
+    RGBColor(0xD5, 0x5E, 0x00),
+    RGBColor(0x00, 0x9E, 0x73),
+    RGBColor(0xCC, 0x79, 0xA7),
+    RGBColor(0xE6, 0x9F, 0x00),
+    RGBColor(0x56, 0xB4, 0xE9),
+    RGBColor(0x00, 0x00, 0x00),
+];
+
+impl Ink {
+    /// On white paper.
+    fn color(self) -> RGBColor {
+        match self {
+            Self::Text => RGBColor(0x22, 0x22, 0x22),
+            Self::Label => RGBColor(0x59, 0x59, 0x59),
+            Self::Axis => RGBColor(0x8C, 0x8C, 0x8C),
+            Self::Grid => RGBColor(0xE8, 0xE8, 0xE8),
+            Self::Truth => RGBColor(0xA8, 0xA8, 0xA8),
+            Self::Curve(i) => CURVES[i % CURVES.len()],
+            // Mixed with white: unlike transparency it does not darken where a line crosses itself.
+            Self::Faint(i) => {
+                let mix = |channel: u8| (0.28 * f64::from(channel) + 0.72 * 255.0) as u8;
+                let RGBColor(r, g, b) = CURVES[i % CURVES.len()];
+                RGBColor(mix(r), mix(g), mix(b))
+            }
+        }
+    }
+
+    /// The variable that holds the colour in a style sheet, which has others in the dark.
+    fn variable(self) -> String {
+        match self {
+            Self::Text => "--text".into(),
+            Self::Label => "--label".into(),
+            Self::Axis => "--axis".into(),
+            Self::Grid => "--grid".into(),
+            Self::Truth => "--truth".into(),
+            Self::Curve(i) => format!("--curve{}", i % CURVES.len()),
+            Self::Faint(i) => format!("--faint{}", i % CURVES.len()),
+        }
+    }
+}
+
+/// The page's measures in pixels.
+#[derive(Clone, Copy)]
+pub(super) struct Sheet {
+    pub width: f64,
+    pub height: f64,
+    /// Room left free at each side.
+    pub margin: f64,
+}
+
 /// Which point of a text stands at its x.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Anchor {
@@ -35,12 +104,13 @@ pub(super) enum Anchor {
 
 /// What can be drawn. Coordinates count from the upper left corner.
 pub(super) trait Canvas {
+    fn sheet(&self) -> Sheet;
     /// Joins `points` by a line of that width.
-    fn line(&mut self, points: &[(f64, f64)], color: RGBColor, width: f64) -> anyhow::Result<()>;
+    fn line(&mut self, points: &[(f64, f64)], ink: Ink, width: f64) -> anyhow::Result<()>;
     /// A filled disc.
-    fn disc(&mut self, center: (f64, f64), radius: f64, color: RGBColor) -> anyhow::Result<()>;
+    fn disc(&mut self, center: (f64, f64), radius: f64, ink: Ink) -> anyhow::Result<()>;
     /// One line of text with its base line at `at.1`; `size` is the font's em.
-    fn text(&mut self, text: &str, at: (f64, f64), size: f64, color: RGBColor, anchor: Anchor) -> anyhow::Result<()>;
+    fn text(&mut self, text: &str, at: (f64, f64), size: f64, ink: Ink, anchor: Anchor) -> anyhow::Result<()>;
     /// The width of a text in pixels.
     fn text_width(&self, text: &str, size: f64) -> anyhow::Result<f64>;
 }
@@ -105,7 +175,12 @@ fn style_of(size: f64, color: RGBColor, anchor: Anchor) -> TextStyle<'static> {
 }
 
 impl<B: DrawingBackend> Canvas for Page<B> {
-    fn line(&mut self, points: &[(f64, f64)], color: RGBColor, width: f64) -> anyhow::Result<()> {
+    fn sheet(&self) -> Sheet {
+        Sheet { width: f64::from(SIZE.0), height: f64::from(SIZE.1), margin: 40.0 }
+    }
+
+    fn line(&mut self, points: &[(f64, f64)], ink: Ink, width: f64) -> anyhow::Result<()> {
+        let color = ink.color();
         let mut path: Vec<(i32, i32)> = points.iter().map(|&point| self.at(point)).collect();
         path.dedup();
         if path.len() < 2 {
@@ -126,7 +201,8 @@ impl<B: DrawingBackend> Canvas for Page<B> {
         Ok(())
     }
 
-    fn disc(&mut self, center: (f64, f64), radius: f64, color: RGBColor) -> anyhow::Result<()> {
+    fn disc(&mut self, center: (f64, f64), radius: f64, ink: Ink) -> anyhow::Result<()> {
+        let color = ink.color();
         if self.is_raster {
             let (x, y) = self.at(center);
             for (y, from, to) in stroke((x, y), (x, y), radius * self.scale) {
@@ -139,28 +215,117 @@ impl<B: DrawingBackend> Canvas for Page<B> {
         self.backend.draw_circle(center, radius, &ShapeStyle::from(&color).filled(), true).map_err(|error| anyhow!("{error}"))
     }
 
-    fn text(&mut self, text: &str, at: (f64, f64), size: f64, color: RGBColor, anchor: Anchor) -> anyhow::Result<()> {
+    fn text(&mut self, text: &str, at: (f64, f64), size: f64, ink: Ink, anchor: Anchor) -> anyhow::Result<()> {
         // Both backends are given the top of the text, and each has its own idea of how far the base line is from it.
         let (size, rise) =
             if self.is_raster { (size * LINE_HEIGHT, LINE_HEIGHT / 2.0 * size) } else { (size * SVG_FONT, SVG_BASELINE * size) };
-        let style = style_of(size * self.scale, color, anchor);
+        let style = style_of(size * self.scale, ink.color(), anchor);
         let at = self.at((at.0, at.1 - rise));
-        // Control characters are not allowed in SVG and have no glyph.
-        let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-        self.backend.draw_text(&text, &style, at).map_err(|error| anyhow!("{error}"))
+        self.backend.draw_text(&printable(text), &style, at).map_err(|error| anyhow!("{error}"))
     }
 
     fn text_width(&self, text: &str, size: f64) -> anyhow::Result<f64> {
-        // Measured large, since the answer is in whole pixels.
-        let style = style_of(size * LINE_HEIGHT * 16.0, RGBColor(0, 0, 0), Anchor::Start);
-        let (width, _) = self.backend.estimate_text_size(text, &style).map_err(|error| anyhow!("{error}"))?;
-        Ok(f64::from(width) / 16.0)
+        width_of(text, size)
     }
+}
+
+/// Control characters are not allowed in SVG and have no glyph.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+/// The width of a text in the built-in font, pixels.
+fn width_of(text: &str, size: f64) -> anyhow::Result<f64> {
+    // Measured large, since the answer is in whole pixels.
+    let font = FontDesc::new(FontFamily::SansSerif, size * LINE_HEIGHT * 16.0, FontStyle::Normal);
+    let (width, _) = font.box_size(text).map_err(|error| anyhow!("{error}"))?;
+    Ok(f64::from(width) / 16.0)
+}
+
+/// A drawing within an HTML page, whose style sheet has the colours.
+struct Markup {
+    sheet: Sheet,
+    text: String,
+}
+
+/// The shortest decimal of a tenth of a pixel.
+fn tenths(x: f64) -> String {
+    let text = format!("{x:.1}");
+    text.strip_suffix(".0").map(str::to_owned).unwrap_or(text)
+}
+
+/// A text as HTML and SVG hold it, also within quotes.
+pub(super) fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '"' => out.push_str("&quot;"),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+impl Canvas for Markup {
+    fn sheet(&self) -> Sheet {
+        self.sheet
+    }
+
+    fn line(&mut self, points: &[(f64, f64)], ink: Ink, width: f64) -> anyhow::Result<()> {
+        let mut places: Vec<String> = points.iter().map(|&(x, y)| format!("{},{}", tenths(x), tenths(y))).collect();
+        places.dedup();
+        if places.len() > 1 {
+            let (color, width, places) = (ink.variable(), tenths(width), places.join(" "));
+            writeln!(self.text, "<polyline style=\"stroke:var({color});stroke-width:{width}\" points=\"{places}\"/>")?;
+        }
+        Ok(())
+    }
+
+    fn disc(&mut self, (x, y): (f64, f64), radius: f64, ink: Ink) -> anyhow::Result<()> {
+        let (x, y, radius, color) = (tenths(x), tenths(y), tenths(radius), ink.variable());
+        Ok(writeln!(self.text, "<circle cx=\"{x}\" cy=\"{y}\" r=\"{radius}\" style=\"fill:var({color})\"/>")?)
+    }
+
+    fn text(&mut self, text: &str, (x, y): (f64, f64), size: f64, ink: Ink, anchor: Anchor) -> anyhow::Result<()> {
+        let anchor = match anchor {
+            Anchor::Start => "start",
+            Anchor::Middle => "middle",
+            Anchor::End => "end",
+        };
+        let (x, y, size, color, text) = (tenths(x), tenths(y), tenths(size), ink.variable(), escaped(&printable(text)));
+        Ok(writeln!(
+            self.text,
+            "<text x=\"{x}\" y=\"{y}\" font-size=\"{size}\" text-anchor=\"{anchor}\" style=\"fill:var({color})\">{text}</text>"
+        )?)
+    }
+
+    fn text_width(&self, text: &str, size: f64) -> anyhow::Result<f64> {
+        // The reader's font may be a little wider than ours.
+        Ok(1.06 * width_of(text, size)?)
+    }
+}
+
+/// Draws a page of that size as an `<svg>` element for an HTML page, whose style sheet gives the colours as variables (`--curve0`).
+pub(super) fn markup(width: u32, height: u32, label: &str, draw: &dyn Fn(&mut dyn Canvas) -> anyhow::Result<()>) -> anyhow::Result<String> {
+    register()?;
+    let sheet = Sheet { width: f64::from(width), height: f64::from(height), margin: 6.0 };
+    let mut page = Markup { sheet, text: String::new() };
+    draw(&mut page)?;
+    let (label, body) = (escaped(label), page.text);
+    Ok(format!("<svg viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{label}\">\n{body}</svg>"))
+}
+
+/// The font that texts are measured and bitmaps are lettered with.
+fn register() -> anyhow::Result<()> {
+    register_font(FontFamily::SansSerif.as_str(), FontStyle::Normal, FONT).map_err(|_| anyhow!("the built-in font is damaged"))
 }
 
 /// Draws a page twice and writes `STEM.svg` and `STEM.png`, each under a temporary name first.
 pub(super) fn write(stem: &Path, draw: &dyn Fn(&mut dyn Canvas) -> anyhow::Result<()>) -> anyhow::Result<()> {
-    register_font(FontFamily::SansSerif.as_str(), FontStyle::Normal, FONT).map_err(|_| anyhow!("the built-in font is damaged"))?;
+    register()?;
     let name = stem.file_name().with_context(|| format!("{} names no file to draw", stem.display()))?;
     // Dots in the stem are part of the name, so the extension is added, never replaced.
     let sibling = |before: &str, after: &str| -> PathBuf {

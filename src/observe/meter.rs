@@ -1,4 +1,4 @@
-//! How fast something goes on, over the last few seconds.
+//! How fast something goes on over the last few seconds, and whether a noisy number rises or falls.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -53,4 +53,58 @@ impl Throughput {
     pub fn seconds_for(&self, remaining: u64) -> Option<f64> {
         self.per_second().filter(|&rate| rate > 0.0).map(|rate| remaining as f64 / rate)
     }
+}
+
+/// Values that a trend is judged by.
+const N_TREND: usize = 40;
+/// Fewer than this tell no trend.
+const LEAST_TREND: usize = 8;
+
+/// Where a noisy number is heading, from its last values.
+#[derive(Clone, Debug, Default)]
+pub struct Trend {
+    /// The oldest first.
+    values: VecDeque<f64>,
+}
+
+impl Trend {
+    /// Takes the next value; one that is not finite makes everything before it void.
+    pub fn add(&mut self, value: f64) {
+        if !value.is_finite() {
+            self.values.clear();
+            return;
+        }
+        if self.values.len() == N_TREND {
+            self.values.pop_front();
+        }
+        self.values.push_back(value);
+    }
+
+    /// The mean of the newer half; NaN where there is nothing.
+    pub fn level(&self) -> f64 {
+        mean_and_error(self.values.iter().skip(self.values.len() / 2)).0
+    }
+
+    /// `↓`, `↑`, or `→` where the halves do not differ by more than twice what chance makes of their means; nothing where it is too early to tell.
+    pub fn arrow(&self) -> &'static str {
+        let half = self.values.len() / 2;
+        if self.values.len() < LEAST_TREND {
+            return "";
+        }
+        let (older, older_error) = mean_and_error(self.values.iter().take(half));
+        let (newer, newer_error) = mean_and_error(self.values.iter().skip(half));
+        match newer - older {
+            change if change.abs() <= 2.0 * older_error.hypot(newer_error) => "→",
+            change if change < 0.0 => "↓",
+            _ => "↑",
+        }
+    }
+}
+
+/// The mean and its standard error.
+fn mean_and_error<'a>(values: impl Iterator<Item = &'a f64> + Clone) -> (f64, f64) {
+    let n = values.clone().count() as f64;
+    let mean = values.clone().sum::<f64>() / n;
+    let variance = values.map(|value| (value - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
+    (mean, (variance / n).sqrt())
 }

@@ -1,7 +1,7 @@
 //! Progress, metrics and plots: what a run tells the outside.
 //!
 //! A run sends values of the closed [`Event`] to a [`Bus`], which hands each to every sink: the console, JSON lines on standard output,
-//! `metrics.jsonl` in the run folder. The table and the plots are made once, at the end. Not here: any decision about the run. An observer
+//! `metrics.jsonl`, the report and TensorBoard's files in the run folder. The table and the plots are made once, at the end. Not here: any decision about the run. An observer
 //! that fails is reported and dropped; it never stops training. Nothing here reaches a checkpoint.
 
 mod bus;
@@ -13,7 +13,7 @@ pub mod plot;
 pub mod sinks;
 mod table;
 
-pub use bus::{Bus, Level, RunInfo, Sink};
-pub use event::{CheckpointKind, Event};
-pub use meter::Throughput;
+pub use bus::{Bus, Exhibit, Level, RunInfo, Sink};
+pub use event::{CheckpointKind, Event, StartDevice};
+pub use meter::{Throughput, Trend};
 pub use table::Table;

@@ -1,13 +1,12 @@
-//! The plots of a run: loss curves, and a forecast beside the truth, each as SVG and PNG.
+//! The plots of a run: loss curves, and a forecast beside the truth, each as SVG and PNG, or as a drawing for an HTML page.
 //!
-//! Colours are those of Okabe and Ito, which people with any colour vision can tell apart. Values that are not finite are never drawn.
+//! Values that are not finite are never drawn.
 
 use std::path::Path;
 
 use jiff::civil::{Date, DateTime};
-use plotters::style::RGBColor;
 
-use super::canvas::{self, Anchor, Canvas, SIZE};
+use super::canvas::{self, Anchor, Canvas, Ink, Sheet};
 use super::format;
 
 /// One curve of [`loss_curve`]: `points` are (step, value).
@@ -43,21 +42,6 @@ pub struct ForecastPlot {
     pub baseline: Option<(String, Vec<f64>)>,
 }
 
-const PALETTE: [RGBColor; 7] = [
-    RGBColor(0x00, 0x72, 0xB2),
-    RGBColor(0xD5, 0x5E, 0x00),
-    RGBColor(0x00, 0x9E, 0x73),
-    RGBColor(0xCC, 0x79, 0xA7),
-    RGBColor(0xE6, 0x9F, 0x00),
-    RGBColor(0x56, 0xB4, 0xE9),
-    RGBColor(0x00, 0x00, 0x00),
-];
-const INK: RGBColor = RGBColor(0x22, 0x22, 0x22);
-const LABEL: RGBColor = RGBColor(0x59, 0x59, 0x59);
-const AXIS: RGBColor = RGBColor(0x8C, 0x8C, 0x8C);
-const GRID: RGBColor = RGBColor(0xE8, 0xE8, 0xE8);
-const TRUTH: RGBColor = RGBColor(0xA8, 0xA8, 0xA8);
-
 /// Above this ratio of the largest to the smallest value the vertical axis is logarithmic.
 const LOG_RATIO: f64 = 20.0;
 /// A curve of more points than this is noisy and gets a smoothed line over the faint points.
@@ -71,48 +55,87 @@ fn is_drawable(x: f64) -> bool {
     x.is_finite() && x.abs() < LARGEST
 }
 
+/// What the points of a curve are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trace {
+    /// Losses, noisy ones too: many points get a smoothed line over the faint points, few ones tell their lowest.
+    Loss,
+    /// Other measurements.
+    Noisy,
+    /// Settings and rates, which are drawn as they are, from zero on.
+    Exact,
+}
+
 /// Draws curves over steps into `STEM.svg` and `STEM.png`; the vertical axis is logarithmic where all values are positive and far apart.
 ///
 /// # Errors
 /// The files cannot be written.
 pub fn loss_curve(path_stem: &Path, series: &[Series], title: &str, y_label: &str) -> anyhow::Result<()> {
-    let series: Vec<Series> = series
-        .iter()
-        .map(|one| {
-            let mut points: Vec<_> = one.points.iter().copied().filter(|&(x, y)| is_drawable(x) && is_drawable(y)).collect();
-            points.sort_by(|a, b| a.0.total_cmp(&b.0));
-            Series { name: one.name.clone(), points }
-        })
-        .collect();
-    let all = || series.iter().flat_map(|one| one.points.iter().copied());
-    let x = Axis::steps(all().map(|(x, _)| x));
-    let y = Axis::values(all().map(|(_, y)| y));
-    let keys: Vec<Key> = series
-        .iter()
-        .enumerate()
-        .filter(|(_, one)| !one.points.is_empty())
-        .map(|(i, one)| Key { name: legend_of(one), color: PALETTE[i % PALETTE.len()], width: 2.5 })
-        .collect();
-    canvas::write(path_stem, &|canvas| {
-        let frame = Frame::draw(canvas, title, y_label, "step", &x, &y, &keys)?;
+    let curves = Curves::new(series, Trace::Loss);
+    canvas::write(path_stem, &|canvas| curves.draw(canvas, title, y_label))
+}
+
+/// The same as an `<svg>` element of that size for an HTML page; its colours are variables of the style sheet: `--text`, `--label`, `--axis`,
+/// `--grid`, `--truth`, `--curve0` to `--curve6`, `--faint0` to `--faint6`.
+///
+/// # Errors
+/// The font is damaged.
+pub fn curves_markup(size: (u32, u32), series: &[Series], trace: Trace, y_label: &str) -> anyhow::Result<String> {
+    let curves = Curves::new(series, trace);
+    canvas::markup(size.0, size.1, y_label, &|canvas| curves.draw(canvas, "", y_label))
+}
+
+/// Curves with their axes.
+struct Curves {
+    series: Vec<Series>,
+    trace: Trace,
+    x: Axis,
+    y: Axis,
+    keys: Vec<Key>,
+}
+
+impl Curves {
+    fn new(series: &[Series], trace: Trace) -> Self {
+        let series: Vec<Series> = series
+            .iter()
+            .map(|one| {
+                let mut points: Vec<_> = one.points.iter().copied().filter(|&(x, y)| is_drawable(x) && is_drawable(y)).collect();
+                points.sort_by(|a, b| a.0.total_cmp(&b.0));
+                Series { name: one.name.clone(), points }
+            })
+            .collect();
+        let all = || series.iter().flat_map(|one| one.points.iter().copied());
+        let x = Axis::steps(all().map(|(x, _)| x));
+        let y = match trace {
+            Trace::Loss | Trace::Noisy => Axis::values(all().map(|(_, y)| y)),
+            Trace::Exact => Axis::from_zero(all().map(|(_, y)| y)),
+        };
+        let keys = series.iter().enumerate().filter(|(_, one)| !one.points.is_empty());
+        let legend = |one: &Series| if trace == Trace::Loss { legend_of(one) } else { one.name.clone() };
+        let keys = keys.map(|(i, one)| Key { name: legend(one), ink: Ink::Curve(i), width: 2.5 }).collect();
+        Self { trace, x, y, keys, series }
+    }
+
+    fn draw(&self, canvas: &mut dyn Canvas, title: &str, y_label: &str) -> anyhow::Result<()> {
+        let frame = Frame::draw(canvas, title, y_label, "step", &self.x, &self.y, &self.keys)?;
+        let is_noise = |one: &Series| self.trace != Trace::Exact && one.points.len() > SMOOTH_FROM;
         // All faint points lie beneath all lines.
-        for (i, one) in series.iter().enumerate().filter(|(_, one)| one.points.len() > SMOOTH_FROM) {
-            canvas.line(&frame.place(&thin(&one.points)), faint(PALETTE[i % PALETTE.len()]), 1.0)?;
+        for (i, one) in self.series.iter().enumerate().filter(|(_, one)| is_noise(one)) {
+            canvas.line(&frame.place(&thin(&one.points)), Ink::Faint(i), 1.0)?;
         }
-        for (i, one) in series.iter().enumerate() {
-            let color = PALETTE[i % PALETTE.len()];
-            if one.points.len() > SMOOTH_FROM {
-                canvas.line(&frame.place(&thin(&smooth(&one.points, y.is_log))), color, 2.5)?;
-            } else {
-                let points = frame.place(&one.points);
-                canvas.line(&points, color, 2.5)?;
-                for point in points {
-                    canvas.disc(point, 4.0, color)?;
-                }
+        for (i, one) in self.series.iter().enumerate() {
+            if is_noise(one) {
+                canvas.line(&frame.place(&thin(&smooth(&one.points, self.y.is_log))), Ink::Curve(i), 2.5)?;
+                continue;
+            }
+            let points = frame.place(&thin(&one.points));
+            canvas.line(&points, Ink::Curve(i), 2.5)?;
+            if self.trace != Trace::Exact && one.points.len() <= SMOOTH_FROM {
+                points.into_iter().try_for_each(|point| canvas.disc(point, 4.0, Ink::Curve(i)))?;
             }
         }
         Ok(())
-    })
+    }
 }
 
 /// A series of few points is a judgement (a validation loss), whose lowest value is what one looks for.
@@ -131,37 +154,62 @@ fn legend_of(series: &Series) -> String {
 /// # Errors
 /// The files cannot be written.
 pub fn forecast(path_stem: &Path, plot: &ForecastPlot) -> anyhow::Result<()> {
-    let (times, x) = Axis::times(&plot.times);
-    let curve = |values: &[f64]| -> Vec<(f64, f64)> { times.iter().copied().zip(values.iter().copied()).collect() };
-    // From the lowest layer to the topmost: the truth is broad and pale, so that a forecast that hits it stays visible on it.
-    let mut curves = vec![("truth".to_owned(), curve(&plot.truth), TRUTH, 5.0)];
-    if let Some((name, values)) = &plot.baseline {
-        curves.push((name.clone(), curve(values), PALETTE[4], 1.6));
+    let drawing = Forecast::new(plot);
+    canvas::write(path_stem, &|canvas| drawing.draw(canvas, &plot.title))
+}
+
+/// The same as an `<svg>` element of that size, as [`curves_markup`] makes them; the title stays outside.
+///
+/// # Errors
+/// The font is damaged.
+pub fn forecast_markup(size: (u32, u32), plot: &ForecastPlot) -> anyhow::Result<String> {
+    let drawing = Forecast::new(plot);
+    canvas::markup(size.0, size.1, &plot.title, &|canvas| drawing.draw(canvas, ""))
+}
+
+/// A forecast with its axes.
+struct Forecast<'a> {
+    plot: &'a ForecastPlot,
+    /// From the lowest layer to the topmost: what its key says, the points, how they are drawn.
+    curves: Vec<(Key, Vec<(f64, f64)>)>,
+    x: Axis,
+    y: Axis,
+}
+
+fn is_shown(&(x, y): &(f64, f64)) -> bool {
+    is_drawable(x) && is_drawable(y)
+}
+
+impl<'a> Forecast<'a> {
+    fn new(plot: &'a ForecastPlot) -> Self {
+        let (times, x) = Axis::times(&plot.times);
+        let curve = |values: &[f64]| -> Vec<(f64, f64)> { times.iter().copied().zip(values.iter().copied()).collect() };
+        let key = |name: &str, ink: Ink, width: f64| Key { name: name.to_owned(), ink, width };
+        // The truth is broad and pale, so that a forecast that hits it stays visible on it.
+        let mut curves = vec![(key("truth", Ink::Truth, 5.0), curve(&plot.truth))];
+        if let Some((name, values)) = &plot.baseline {
+            curves.push((key(name, Ink::Curve(4), 1.6), curve(values)));
+        }
+        curves.push((key("forecast", Ink::Curve(0), 2.2), curve(&plot.forecast)));
+        curves.retain(|(_, points)| points.iter().any(is_shown));
+        let y = Axis::linear(curves.iter().flat_map(|(_, points)| points.iter().filter(|point| is_shown(point)).map(|point| point.1)));
+        Self { plot, curves, x, y }
     }
-    curves.push(("forecast".to_owned(), curve(&plot.forecast), PALETTE[0], 2.2));
-    let is_shown = |&(x, y): &(f64, f64)| is_drawable(x) && is_drawable(y);
-    curves.retain(|(_, points, ..)| points.iter().any(is_shown));
-    let y = Axis::linear(curves.iter().flat_map(|(_, points, ..)| points.iter().filter(|point| is_shown(point)).map(|point| point.1)));
-    let keys: Vec<Key> = curves.iter().map(|(name, _, color, width)| Key { name: name.clone(), color: *color, width: *width }).collect();
-    canvas::write(path_stem, &|canvas| {
-        let frame = Frame::draw(canvas, &plot.title, &plot.unit, "", &x, &y, &keys)?;
-        for (_, points, color, width) in &curves {
+
+    fn draw(&self, canvas: &mut dyn Canvas, title: &str) -> anyhow::Result<()> {
+        let keys: Vec<Key> = self.curves.iter().map(|(key, _)| key.clone()).collect();
+        let frame = Frame::draw(canvas, title, &self.plot.unit, "", &self.x, &self.y, &keys)?;
+        for (key, points) in &self.curves {
             for piece in points.split(|point| !is_shown(point)) {
                 match piece {
                     [] => {}
-                    [alone] => canvas.disc(frame.place(&[*alone])[0], width.max(3.0), *color)?,
-                    _ => canvas.line(&frame.place(&thin(piece)), *color, *width)?,
+                    [alone] => canvas.disc(frame.place(&[*alone])[0], key.width.max(3.0), key.ink)?,
+                    _ => canvas.line(&frame.place(&thin(piece)), key.ink, key.width)?,
                 }
             }
         }
         Ok(())
-    })
-}
-
-/// A colour mixed with white: unlike transparency it does not darken where a line crosses itself.
-fn faint(color: RGBColor) -> RGBColor {
-    let mix = |channel: u8| (0.28 * f64::from(channel) + 0.72 * 255.0) as u8;
-    RGBColor(mix(color.0), mix(color.1), mix(color.2))
+    }
 }
 
 /// At most about [`N_DRAWN`] points with the same outline: of each stretch the lowest and the highest, in their order.
@@ -225,6 +273,18 @@ impl Axis {
         let (min, max) = padded(range(values), 0.04);
         let ticks = linear_ticks(min, max, 7);
         Self { min, max, is_log: false, ticks }
+    }
+
+    /// Linear, and from zero on where nothing lies below.
+    fn from_zero(values: impl Iterator<Item = f64>) -> Self {
+        let values: Vec<f64> = values.chain([0.0]).collect();
+        let is_above = values.iter().all(|value| *value >= 0.0);
+        let mut axis = Self::linear(values.into_iter());
+        if is_above {
+            axis.min = 0.0;
+            axis.ticks.retain(|(at, _)| *at >= 0.0);
+        }
+        axis
     }
 
     /// Logarithmic where that shows more.
@@ -457,14 +517,13 @@ fn date_ticks(min: f64, max: f64) -> Vec<(f64, String)> {
 }
 
 /// One entry of the legend.
+#[derive(Clone)]
 struct Key {
     name: String,
-    color: RGBColor,
+    ink: Ink,
     width: f64,
 }
 
-const LEFT: f64 = 40.0;
-const RIGHT: f64 = 40.0;
 const TITLE_SIZE: f64 = 23.0;
 const TEXT_SIZE: f64 = 15.0;
 const ROW: f64 = 25.0;
@@ -492,58 +551,67 @@ impl<'a> Frame<'a> {
         y: &'a Axis,
         keys: &[Key],
     ) -> anyhow::Result<Self> {
-        let (width, height) = (f64::from(SIZE.0), f64::from(SIZE.1));
-        let page = width - LEFT - RIGHT;
-        canvas.text(&shortened(canvas, title, TITLE_SIZE, page)?, (LEFT, 48.0), TITLE_SIZE, INK, Anchor::Start)?;
+        let Sheet { width, height, margin } = canvas.sheet();
+        let page = width - 2.0 * margin;
+        if !title.is_empty() {
+            canvas.text(&shortened(canvas, title, TITLE_SIZE, page)?, (margin, 48.0), TITLE_SIZE, Ink::Text, Anchor::Start)?;
+        }
 
         // The legend flows in rows beneath the title; what the vertical axis means stands below it, at the axis.
-        let mut row = 80.0;
-        let mut at = LEFT;
+        let mut row = if title.is_empty() { 18.0 } else { 80.0 };
+        let mut at = margin;
         for key in keys {
             let name = shortened(canvas, &key.name, TEXT_SIZE, page - SWATCH - 10.0)?;
             let needed = SWATCH + 10.0 + canvas.text_width(&name, TEXT_SIZE)?;
-            if at > LEFT && at + needed > width - RIGHT {
-                at = LEFT;
+            if at > margin && at + needed > width - margin {
+                at = margin;
                 row += ROW;
             }
-            canvas.line(&[(at, row - 5.0), (at + SWATCH, row - 5.0)], key.color, key.width.max(2.5))?;
-            canvas.text(&name, (at + SWATCH + 10.0, row), TEXT_SIZE, INK, Anchor::Start)?;
+            canvas.line(&[(at, row - 5.0), (at + SWATCH, row - 5.0)], key.ink, key.width.max(2.5))?;
+            canvas.text(&name, (at + SWATCH + 10.0, row), TEXT_SIZE, Ink::Text, Anchor::Start)?;
             at += needed + GAP;
         }
-        let label_row = if keys.is_empty() { row } else { row + ROW + 6.0 };
-        canvas.text(&shortened(canvas, y_label, TEXT_SIZE, page)?, (LEFT, label_row), TEXT_SIZE, LABEL, Anchor::Start)?;
+        let label_row = if keys.is_empty() || y_label.is_empty() { row } else { row + ROW + 6.0 };
+        canvas.text(&shortened(canvas, y_label, TEXT_SIZE, page)?, (margin, label_row), TEXT_SIZE, Ink::Label, Anchor::Start)?;
 
         let mut tick_width = 0.0;
         for (_, label) in &y.ticks {
             tick_width = f64::max(tick_width, canvas.text_width(label, TEXT_SIZE)?);
         }
-        let left = LEFT + tick_width + 12.0;
-        let bottom = height - if x_label.is_empty() { 52.0 } else { 76.0 };
-        let frame = Self { left, right: width - RIGHT, top: label_row + 18.0, bottom, x, y };
+        let left = margin + tick_width + 12.0;
+        let below = if title.is_empty() { 16.0 } else { 0.0 };
+        let bottom = height + below - if x_label.is_empty() { 52.0 } else { 76.0 };
+        let frame = Self { left, right: width - margin, top: label_row + 18.0, bottom, x, y };
 
         for (value, label) in &y.ticks {
             let (_, at) = frame.at(x.min, *value);
-            canvas.line(&[(frame.left, at), (frame.right, at)], GRID, 1.0)?;
-            canvas.text(label, (frame.left - 12.0, at + 5.0), TEXT_SIZE, LABEL, Anchor::End)?;
+            canvas.line(&[(frame.left, at), (frame.right, at)], Ink::Grid, 1.0)?;
+            canvas.text(label, (frame.left - 12.0, at + 5.0), TEXT_SIZE, Ink::Label, Anchor::End)?;
         }
         let mut free_from = f64::NEG_INFINITY;
         for (value, label) in &x.ticks {
             let (at, _) = frame.at(*value, y.min);
-            canvas.line(&[(at, frame.top), (at, frame.bottom)], GRID, 1.0)?;
-            canvas.line(&[(at, frame.bottom), (at, frame.bottom + 6.0)], AXIS, 1.0)?;
+            canvas.line(&[(at, frame.top), (at, frame.bottom)], Ink::Grid, 1.0)?;
+            canvas.line(&[(at, frame.bottom), (at, frame.bottom + 6.0)], Ink::Axis, 1.0)?;
             // Pushed in at the edges of the page, and left out where it would touch the one before.
             let half = canvas.text_width(label, TEXT_SIZE)? / 2.0;
             let middle = at.min(width - 8.0 - half).max(8.0 + half);
             if middle - half > free_from {
-                canvas.text(label, (middle, frame.bottom + 25.0), TEXT_SIZE, LABEL, Anchor::Middle)?;
+                canvas.text(label, (middle, frame.bottom + 25.0), TEXT_SIZE, Ink::Label, Anchor::Middle)?;
                 free_from = middle + half + 10.0;
             }
         }
-        canvas.line(&[(frame.left, frame.bottom), (frame.right, frame.bottom)], AXIS, 1.5)?;
-        canvas.text(x_label, (f64::midpoint(frame.left, frame.right), height - 24.0), TEXT_SIZE, LABEL, Anchor::Middle)?;
+        canvas.line(&[(frame.left, frame.bottom), (frame.right, frame.bottom)], Ink::Axis, 1.5)?;
+        canvas.text(
+            x_label,
+            (f64::midpoint(frame.left, frame.right), height + below / 1.3 - 24.0),
+            TEXT_SIZE,
+            Ink::Label,
+            Anchor::Middle,
+        )?;
         if keys.is_empty() {
             let middle = (f64::midpoint(frame.left, frame.right), f64::midpoint(frame.top, frame.bottom));
-            canvas.text("no data", middle, TITLE_SIZE, AXIS, Anchor::Middle)?;
+            canvas.text("no data", middle, TITLE_SIZE, Ink::Axis, Anchor::Middle)?;
         }
         Ok(frame)
     }

@@ -48,7 +48,8 @@ pub enum LossReduction {
     SumOverTime,
 }
 
-/// Everything a run depends on. Only devices, balance, epochs, max_steps, log_every, eval_every and checkpoint_every may differ on resume.
+/// Everything a run depends on. Only devices, balance, epochs, max_steps, log_every, eval_every,
+/// checkpoint_every and tensorboard may differ on resume.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunConfig {
@@ -122,6 +123,9 @@ pub struct RunConfig {
     /// Steps between checkpoints; 0: once an epoch.
     pub checkpoint_every: u64,
     pub keep: usize,
+    /// Event files for TensorBoard are written too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tensorboard: bool,
     /// Steps between comparisons of the replicas' hashes.
     pub hash_every: u64,
 }

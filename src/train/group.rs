@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use super::commit::{Decision, StepCommit};
 use super::devices::{DeviceKind, Resolved};
 use super::ring::{Ring, Update};
-use super::worker::{Answer, Command, EvaluateAnswer, EvaluateWork, StepAnswer, StepWork, WorkerSpec, serve};
+use super::worker::{Answer, Command, EvaluateAnswer, EvaluateWork, Gates, StepAnswer, StepWork, WorkerSpec, serve};
 use crate::backend::{Backend, DeviceInfo, open};
 use crate::comm;
 use crate::comm::plan::owned_segment;
@@ -49,6 +49,8 @@ pub struct Group {
     table: ParamTable,
     members: Vec<Member>,
     update: Update,
+    /// The next step hands its gradients out.
+    wants_gradients: bool,
 }
 
 /// One committed step.
@@ -58,6 +60,8 @@ pub struct Stepped {
     pub norm: f64,
     /// By rank.
     pub ranks: Vec<RankStep>,
+    /// Of the mean loss over the global batch, before clipping; empty where [`Group::want_gradients`] did not ask for it.
+    pub gradients: Tensors,
 }
 
 /// One rank's part of a step.
@@ -152,7 +156,7 @@ impl Group {
         for member in &mut members {
             let Answer::Ready = member.answer()? else { bail!("{} answered out of order", member.name) };
         }
-        Ok(Self { spec, table, members, update })
+        Ok(Self { spec, table, members, update, wants_gradients: false })
     }
 
     pub fn world(&self) -> usize {
@@ -211,13 +215,17 @@ impl Group {
     ) -> Result<Stepped> {
         let scale = (1.0 / numbers.divisor) as f32;
         let generation = 0;
-        for (member, rows) in self.members.iter_mut().zip(shares) {
+        // Owners have sums of their own segments only, others all of them.
+        let wants_gradients = std::mem::take(&mut self.wants_gradients);
+        let n_askable = if self.update == Update::ByOwner { self.world() } else { 1 };
+        for (rank, (member, rows)) in self.members.iter_mut().zip(shares).enumerate() {
             member.tell(Command::Step(StepWork {
                 batch: Arc::clone(batch),
                 rows: rows.clone(),
                 // Where the text begins, the model has its own initial state.
                 state: carried.as_ref().filter(|_| !batch.resets).map(|c| c.rows(rows.clone())),
                 wants_state: carried.is_some(),
+                wants_gradients: wants_gradients && rank < n_askable,
                 scale,
                 key: numbers.key,
                 step: numbers.step,
@@ -225,7 +233,7 @@ impl Group {
             }))?;
         }
         let mut commit = StepCommit::new(self.world(), generation);
-        let answers = self.gather(|answer| match answer {
+        let mut answers = self.gather(|answer| match answer {
             Answer::Step(step) => Some(step),
             _ => None,
         })?;
@@ -248,7 +256,33 @@ impl Group {
             .iter()
             .map(|a| RankStep { loss: a.loss, compute: a.compute, waited: a.waited, ring_time: a.ring_time, bytes_sent: a.bytes_sent })
             .collect();
-        Ok(Stepped { loss: ranks.iter().map(|r| r.loss).sum(), norm: answers[0].norm, ranks })
+        let gradients = answers[..n_askable].iter_mut().map(|a| std::mem::take(&mut a.gradients)).collect();
+        let gradients = if wants_gradients { self.joined(gradients)? } else { Tensors::new() };
+        Ok(Stepped { loss: ranks.iter().map(|r| r.loss).sum(), norm: answers[0].norm, ranks, gradients })
+    }
+
+    /// Has the next step hand out its gradients.
+    pub fn want_gradients(&mut self) {
+        self.wants_gradients = true;
+    }
+
+    /// Puts tensors together of which each rank has the segments that it owns; those of one rank are whole.
+    fn joined(&self, of_ranks: Vec<Tensors>) -> Result<Tensors> {
+        let n_ranks = of_ranks.len();
+        let mut of_ranks = of_ranks.into_iter();
+        let mut whole = of_ranks.next().context("one rank was asked")?;
+        for (rank, tensors) in (1..n_ranks).zip(of_ranks) {
+            for (idx, tensor) in self.table.tensors().iter().enumerate() {
+                let bucket = &self.table.buckets()[tensor.bucket];
+                let owned = owned_segment(self.world(), rank, bucket.range.len());
+                tensor.layout.for_each(|torch, packed| {
+                    if owned.contains(&(tensor.offset + packed)) {
+                        whole[idx][torch] = tensors[idx][torch];
+                    }
+                });
+            }
+        }
+        Ok(whole)
     }
 
     fn non_finite(&self, step: u64, answers: &[StepAnswer]) -> NonFinite {
@@ -336,6 +370,19 @@ impl Group {
         }
     }
 
+    /// The gates of one rank over the last batch that it evaluated; none where it has trained since, or had no rows.
+    ///
+    /// # Errors
+    /// The worker's.
+    pub fn gates_of(&mut self, rank: usize) -> Result<Gates> {
+        let member = &mut self.members[rank];
+        member.tell(Command::ReadGates)?;
+        match member.answer()? {
+            Answer::Gates(gates) => Ok(gates),
+            _ => bail!("{} answered out of order", member.name),
+        }
+    }
+
     /// The optimizer's state, put together from the owners of its segments where owners update.
     ///
     /// # Errors
@@ -352,25 +399,8 @@ impl Group {
                 _ => bail!("{} answered out of order", member.name),
             }
         }
-        if n_ranks == 1 {
-            return of_ranks.pop().context("one rank was asked");
-        }
-        let mut whole = of_ranks[0].clone();
-        for (rank, states) in of_ranks.iter().enumerate() {
-            for (bucket, b) in self.table.buckets().iter().enumerate() {
-                let owned = owned_segment(self.world(), rank, b.range.len());
-                for idx in b.tensors.clone() {
-                    let tensor = &self.table.tensors()[idx];
-                    debug_assert_eq!(tensor.bucket, bucket);
-                    tensor.layout.for_each(|torch, packed| {
-                        if owned.contains(&(tensor.offset + packed)) {
-                            whole.iter_mut().zip(states).for_each(|(to, from)| to[idx][torch] = from[idx][torch]);
-                        }
-                    });
-                }
-            }
-        }
-        Ok(whole)
+        let n_states = of_ranks.first().map_or(0, Vec::len);
+        (0..n_states).map(|state| self.joined(of_ranks.iter_mut().map(|states| std::mem::take(&mut states[state])).collect())).collect()
     }
 
     /// Compares the replicas' parameters.

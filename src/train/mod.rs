@@ -6,10 +6,12 @@
 pub mod balance;
 pub mod commit;
 pub mod devices;
+pub mod dry_run;
 pub mod group;
 pub mod profile;
 pub mod ring;
 pub mod run;
+pub mod watched;
 pub mod worker;
 
 pub use run::{Outcome, RunOptions, run};

@@ -1,7 +1,6 @@
 //! `profile step`: what a training step costs, on synthetic data of the size that was asked for.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -12,12 +11,12 @@ use super::balance::Balance;
 use super::devices::Resolved;
 use super::group::{Group, GroupSpec, StepNumbers, Wrap};
 use super::run::settle;
-use crate::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan};
+use super::watched::{Notes, Watched, noted};
+use crate::backend::Backend;
 use crate::data::grouping::{Grouping, POOL};
 use crate::data::series::Order;
 use crate::data::{Batch, Input, Target};
 use crate::infer::session::DEADLINE;
-use crate::kernels::Kernel;
 use crate::kernels::elementwise::Scale;
 use crate::kernels::gemm::{Gemm, Matrix};
 use crate::model::config::{self, ModelConfig};
@@ -317,9 +316,9 @@ fn time_of(backend: &mut dyn Backend, launch: &mut dyn FnMut(&mut dyn Backend) -
 /// the step's time, and short kernels carry the cost of the wait).
 fn kernels(workload: &Workload, devices: &[Resolved], accumulate: usize) -> Result<Value> {
     const STEPS: u32 = 2;
-    let times: Arc<Mutex<Times>> = Arc::default();
-    let of_rank_0 = Arc::clone(&times);
-    let wrap: Wrap = Arc::new(move |rank, inner| if rank == 0 { Box::new(Timed { inner, times: Arc::clone(&of_rank_0) }) } else { inner });
+    let notes = Notes::shared();
+    let of_rank_0 = Arc::clone(&notes);
+    let wrap: Wrap = Arc::new(move |rank, inner| if rank == 0 { Watched::timing(inner, &of_rank_0) } else { inner });
     let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate };
     let mut group = Group::start(spec, devices, Some(&wrap))?;
     let params = initial(&workload.model, group.table(), Init::Uniform(0.1), None, 1);
@@ -331,82 +330,22 @@ fn kernels(workload: &Workload, devices: &[Resolved], accumulate: usize) -> Resu
         if step == 1 {
             // The first step built pipelines; its update counts as its own only when it is done.
             group.params_of(0)?;
-            times.lock().unwrap_or_else(PoisonError::into_inner).clear();
+            noted(&notes).kernels.clear();
         }
         let numbers = StepNumbers { step: u64::from(step) + 1, lr: workload.optimizer.lr, key: StepKey::new(1, 0), divisor: batch.weight };
         group.step(&batch, &shares, None, numbers)?;
     }
     // Ends the workers, so that the last update is counted.
     drop(group);
-    let times = times.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut rows: Vec<_> = times.iter().collect();
+    let notes = noted(&notes);
+    let mut rows: Vec<_> = notes.kernels.iter().collect();
     rows.sort_by_key(|row| std::cmp::Reverse(row.1.1));
     let row = |(name, (n, time)): (&&'static str, &(u32, Duration))| json!({ "kernel": name, "launches": n / STEPS, "ms": time.as_secs_f64() * 1e3 / f64::from(STEPS) });
     Ok(rows.into_iter().map(row).collect())
 }
 
-/// Launches and time by kernel.
-type Times = BTreeMap<&'static str, (u32, Duration)>;
-
-/// A backend that waits after every launch and notes the time.
-struct Timed {
-    inner: Box<dyn Backend>,
-    times: Arc<Mutex<Times>>,
-}
-
-impl Backend for Timed {
-    fn info(&self) -> &DeviceInfo {
-        self.inner.info()
-    }
-    fn limits(&self) -> Limits {
-        self.inner.limits()
-    }
-    fn alloc(&mut self, label: &str, len: usize) -> Result<BufferId> {
-        self.inner.alloc(label, len)
-    }
-    fn free(&mut self, buffer: BufferId) {
-        self.inner.free(buffer);
-    }
-    fn len(&self, buffer: BufferId) -> usize {
-        self.inner.len(buffer)
-    }
-    fn write(&mut self, to: Span, words: &[f32]) -> Result<()> {
-        self.inner.write(to, words)
-    }
-    fn copy(&mut self, from: Span, to: Span) -> Result<()> {
-        self.inner.copy(from, to)
-    }
-    fn clear(&mut self, span: Span) -> Result<()> {
-        self.inner.clear(span)
-    }
-    fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> Result<()> {
-        self.inner.wait(DEADLINE)?;
-        let start = Instant::now();
-        self.inner.launch(kernel, operands)?;
-        self.inner.submit()?;
-        self.inner.wait(DEADLINE)?;
-        let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
-        let (n, time) = times.entry(kernel.name()).or_default();
-        *n += 1;
-        *time += start.elapsed();
-        Ok(())
-    }
-    fn plan(&self) -> SweepPlan {
-        self.inner.plan()
-    }
-    fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>> {
-        self.inner.read(spans, memory)
-    }
-    fn submit(&mut self) -> Result<()> {
-        self.inner.submit()
-    }
-    fn wait(&mut self, deadline: Duration) -> Result<()> {
-        self.inner.wait(deadline)
-    }
-}
-
 /// The process's largest resident memory so far, where the system tells it.
-fn peak_rss_bytes() -> Option<u64> {
+pub(super) fn peak_rss_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)

@@ -14,24 +14,36 @@ use super::balance::Balance;
 use super::devices::{self, Resolved};
 use super::group::{Group, GroupSpec, NonFinite, RankStep, StepNumbers, Tensors, Wrap};
 use super::ring::Update;
+use crate::backend::{DeviceInfo, open};
 use crate::data::Batch;
 use crate::data::baselines::at_end;
 use crate::data::prefetch::Prefetch;
 use crate::data::series::Part;
 use crate::infer::evaluate::{Evaluation, Forward, evaluate, truth_at_end};
-use crate::infer::session::{read_config, read_data};
+use crate::infer::generate::{GenerateOptions, generate};
+use crate::infer::session::{Session, read_config, read_data};
 use crate::infer::task::{Corpus, DATA_FILE, DataRecord, EvalSet, model_config};
 use crate::model::init::initial;
 use crate::model::state::Carried;
 use crate::observe::plot::{self, ForecastPlot, Series as Curve, Times};
-use crate::observe::sinks::{Metrics, losses, up_to};
-use crate::observe::{Bus, CheckpointKind, Event, Level, RunInfo, Table, format};
+use crate::observe::sinks::{Metrics, Report, ReportFiles, TensorBoard, history, up_to};
+use crate::observe::{Bus, CheckpointKind, Event, Exhibit, Level, RunInfo, StartDevice, Table, Throughput, format};
 use crate::optim::schedule::{Plateau, Schedule, ScheduleKind};
 use crate::rng::StepKey;
 use crate::store::checkpoint::{Checkpoint, NamedTensor};
 use crate::store::config::{LossReduction, RunConfig, Task};
 use crate::store::run_folder::{CONFIG, Entry, METRICS, RunFolder, SUMMARY, Select, Which};
 use crate::usage::UsageError;
+
+/// The page that tells how the run went.
+pub const REPORT: &str = "report.html";
+/// The folder within the run folder that TensorBoard's files go to.
+pub const TENSORBOARD: &str = "tensorboard";
+/// A sample of text: its tokens, and what it may cost in all, in parameters times tokens.
+const SAMPLE_TOKENS: usize = 300;
+const SAMPLE_WORK: usize = 10_000_000_000;
+/// Fewer tokens say nothing.
+const SAMPLE_LEAST: usize = 20;
 
 /// What is not part of a run's configuration.
 pub struct RunOptions {
@@ -221,8 +233,16 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
         bus.warn(warning);
     }
     bus.add(Box::new(Metrics::open(&folder.file_path(METRICS)?)?));
+    let files = ReportFiles { page: folder.file_path(REPORT)?, config: folder.file_path(CONFIG)?, metrics: folder.file_path(METRICS)? };
+    bus.add(Box::new(Report::new(files)));
+    if config.tensorboard {
+        bus.add(Box::new(TensorBoard::create(&folder.file_path(TENSORBOARD)?)?));
+    }
     let perplexity = config.task == Task::Lm;
-    bus.begin(&RunInfo { first_step: position.step, total_steps: total, total_epochs: config.epochs, perplexity });
+    let names = position.devices.clone();
+    bus.begin(&RunInfo { first_step: position.step, total_steps: total, total_epochs: config.epochs, perplexity, devices: names });
+    bus.send(&start_event(&group, position.step));
+    let world = group.world();
     let mut trainer = Trainer {
         config: &config,
         folder,
@@ -235,14 +255,31 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
         end,
         start: Instant::now(),
         tokens_before: 0,
-        meter: Meter::new(),
+        meter: Meter::new(world),
         ranks: Vec::new(),
         last: None,
         data_wait: Duration::ZERO,
     };
     trainer.tokens_before = trainer.position.tokens;
-    let interrupted = trainer.train(batches, stop).map_err(|e| trainer.explain(e))?;
+    let interrupted = trainer.train(batches, &corpus, stop).map_err(|e| trainer.explain(e))?;
     trainer.finish(&corpus, interrupted)
+}
+
+/// What runs from `step` on, and where.
+fn start_event(group: &Group, step: u64) -> Event {
+    let device = |(device, info): (&str, &DeviceInfo)| StartDevice {
+        device: device.to_owned(),
+        name: info.name.clone(),
+        driver: info.driver.clone(),
+    };
+    let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Event::Start {
+        step,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        system: format!("{} {}, {n_cores} cores", std::env::consts::OS, std::env::consts::ARCH),
+        parameters: group.table().n_parameters() as u64,
+        devices: group.devices().map(device).collect(),
+    }
 }
 
 /// `cpu:2 (AMD EPYC)`, ...
@@ -256,6 +293,7 @@ fn continued(asked: RunConfig, recorded: RunConfig) -> Result<RunConfig> {
     (kept.devices, kept.balance) = (asked.devices.clone(), asked.balance.clone());
     (kept.epochs, kept.max_steps) = (asked.epochs, asked.max_steps);
     (kept.log_every, kept.eval_every, kept.checkpoint_every) = (asked.log_every, asked.eval_every, asked.checkpoint_every);
+    kept.tensorboard = asked.tensorboard;
     let (typed, recorded) = (serde_json::to_value(&asked)?, serde_json::to_value(&kept)?);
     let differing: Vec<String> = typed
         .as_object()
@@ -275,13 +313,14 @@ fn continued(asked: RunConfig, recorded: RunConfig) -> Result<RunConfig> {
 
 /// When a run is over.
 #[derive(Clone, Copy, Debug)]
-struct End {
-    epochs: Option<u64>,
-    steps: Option<u64>,
+pub(super) struct End {
+    pub epochs: Option<u64>,
+    pub steps: Option<u64>,
 }
 
 impl End {
-    fn total_steps(self, n_batches: u64) -> Option<u64> {
+    /// Steps in all, where that is limited.
+    pub fn total_steps(self, n_batches: u64) -> Option<u64> {
         let by_epochs = self.epochs.map(|e| e * n_batches);
         match (by_epochs, self.steps) {
             (Some(a), Some(b)) => Some(a.min(b)),
@@ -398,25 +437,51 @@ fn restore(
     Ok((params, states))
 }
 
-/// Tokens a second over the last seconds.
+/// Tokens a second over the last seconds of training, of all ranks and of each; evaluations are left out.
 struct Meter {
-    since: Instant,
-    tokens: u64,
-    last: f64,
+    start: Instant,
+    paused: Duration,
+    all: Throughput,
+    ranks: Vec<Throughput>,
+    last_tick: Instant,
 }
 
+/// How far back speed is measured.
+const RATE_WINDOW: Duration = Duration::from_secs(10);
+/// Time between two signs of life.
+const TICK_EVERY: Duration = Duration::from_millis(100);
+
 impl Meter {
-    fn new() -> Self {
-        Self { since: Instant::now(), tokens: 0, last: 0.0 }
+    fn new(world: usize) -> Self {
+        let start = Instant::now();
+        let meter = Throughput::new(RATE_WINDOW, start);
+        Self { start, paused: Duration::ZERO, ranks: vec![meter.clone(); world], all: meter, last_tick: start }
     }
 
-    fn rate(&mut self) -> f64 {
-        let seconds = self.since.elapsed().as_secs_f64();
-        if self.tokens > 0 && seconds > 0.0 {
-            self.last = self.tokens as f64 / seconds;
-            (self.since, self.tokens) = (Instant::now(), 0);
+    fn add(&mut self, n_tokens: u64, shares: &[Range<usize>]) {
+        let now = self.start + self.start.elapsed().saturating_sub(self.paused);
+        self.all.add(now, n_tokens);
+        let n_rows: usize = shares.iter().map(Range::len).sum();
+        for (rank, rows) in self.ranks.iter_mut().zip(shares) {
+            rank.add(now, n_tokens * rows.len() as u64 / n_rows.max(1) as u64);
         }
-        self.last
+    }
+
+    fn rate(&self) -> f64 {
+        self.all.per_second().unwrap_or(0.0)
+    }
+
+    fn by_rank(&self) -> Vec<f64> {
+        self.ranks.iter().map(|rank| rank.per_second().unwrap_or(0.0)).collect()
+    }
+
+    /// Whether a sign of life is due.
+    fn tick(&mut self) -> bool {
+        let due = self.last_tick.elapsed() >= TICK_EVERY;
+        if due {
+            self.last_tick = Instant::now();
+        }
+        due
     }
 }
 
@@ -451,7 +516,7 @@ struct RankTotal {
 
 impl Trainer<'_> {
     /// Steps until the end or a signal; true after a signal.
-    fn train(&mut self, batches: Arc<dyn crate::data::Batches>, stop: &AtomicBool) -> Result<bool> {
+    fn train(&mut self, batches: Arc<dyn crate::data::Batches>, corpus: &Corpus, stop: &AtomicBool) -> Result<bool> {
         if self.end.reached(&self.position) {
             return Ok(false);
         }
@@ -465,7 +530,7 @@ impl Trainer<'_> {
             let Some(next) = prefetch.next() else { break };
             let (epoch, idx, batch) = next?;
             ensure!((epoch, idx) == (self.position.epoch, self.position.batch), "the data came out of order: {epoch}/{idx}");
-            self.step(Arc::new(batch))?;
+            self.step(Arc::new(batch), corpus)?;
         }
         self.data_wait = prefetch.waited();
         Ok(false)
@@ -486,7 +551,14 @@ impl Trainer<'_> {
         })
     }
 
-    fn step(&mut self, batch: Arc<Batch>) -> Result<()> {
+    /// Whether the run is looked at closely once the step about to be taken is done: as an epoch ends, at evaluations, and at the end.
+    fn is_judged_after(&self, step: u64) -> bool {
+        let at_epoch_end = self.position.batch + 1 == self.n_batches;
+        let every = self.config.eval_every;
+        at_epoch_end || (every > 0 && step.is_multiple_of(every)) || self.end.steps.is_some_and(|last| step >= last)
+    }
+
+    fn step(&mut self, batch: Arc<Batch>, corpus: &Corpus) -> Result<()> {
         if let Some(state) = self.state.as_mut().filter(|_| batch.resets) {
             state.reset();
         }
@@ -497,6 +569,9 @@ impl Trainer<'_> {
             LossReduction::Mean => batch.weight.max(1.0),
             LossReduction::SumOverTime => batch.n_rows as f64,
         };
+        if self.config.tensorboard && self.is_judged_after(position.step + 1) {
+            self.group.want_gradients();
+        }
         let numbers = StepNumbers { step: position.step + 1, lr, key: StepKey::new(self.config.seed, position.step + 1), divisor };
         let stepped = self.group.step(&batch, &shares, self.state.as_mut(), numbers)?;
         let loss = stepped.loss / batch.weight.max(1.0);
@@ -507,7 +582,7 @@ impl Trainer<'_> {
         position.epoch_loss += stepped.loss;
         position.epoch_weight += batch.weight;
         position.last_loss = Some(loss);
-        self.meter.tokens += batch.n_tokens;
+        self.meter.add(batch.n_tokens, &shares);
         let times: Vec<Duration> = stepped.ranks.iter().map(|r| r.compute).collect();
         self.ranks.resize(stepped.ranks.len(), RankTotal::default());
         for ((total, rank), rows) in self.ranks.iter_mut().zip(&stepped.ranks).zip(&shares) {
@@ -526,9 +601,12 @@ impl Trainer<'_> {
         let (step, epoch) = (position.step, position.epoch);
         let over = position.batch == self.n_batches;
         let is_last = self.end.steps.is_some_and(|n| step >= n) || (over && self.end.epochs.is_some_and(|n| epoch + 1 >= n));
-        if step % self.config.log_every.max(1) == 0 || step == 1 || is_last {
-            let tokens_per_second = self.meter.rate();
-            self.bus.send(&Event::Step { step, epoch: epoch + 1, loss, lr, tokens_per_second, grad_norm: stepped.norm });
+        let is_reported = step % self.config.log_every.max(1) == 0 || step == 1 || is_last;
+        if self.meter.tick() || is_reported {
+            let (tokens_per_second, device_tokens_per_second) = (self.meter.rate(), self.meter.by_rank());
+            let grad_norm = stepped.norm;
+            let event = Event::Step { step, epoch: epoch + 1, loss, lr, tokens_per_second, grad_norm, device_tokens_per_second };
+            if is_reported { self.bus.send(&event) } else { self.bus.tick(&event) }
         }
         if over {
             position.train_loss = Some(position.epoch_loss / position.epoch_weight.max(1.0));
@@ -541,6 +619,9 @@ impl Trainer<'_> {
             self.group.compare_replicas(step)?;
         }
         let evaluated = if every(self.config.eval_every) || over || done { self.evaluate_valid()? } else { None };
+        if !stepped.gradients.is_empty() {
+            self.show_tensors(corpus, &stepped.gradients)?;
+        }
         if over {
             let train_loss = self.position.train_loss.unwrap_or(f64::NAN);
             let seconds = self.start.elapsed().as_secs_f64();
@@ -563,6 +644,7 @@ impl Trainer<'_> {
 
     fn evaluate_valid(&mut self) -> Result<Option<f64>> {
         let Some(valid) = &self.valid else { return Ok(None) };
+        let began = Instant::now();
         let mut together = Together { group: &mut self.group, balance: &self.position.balance };
         let loss = evaluate(valid, &mut together)?.loss;
         self.position.valid_loss = Some(loss);
@@ -570,8 +652,7 @@ impl Trainer<'_> {
             self.position.plateau.observe(loss, &self.position.schedule);
         }
         // Evaluation is not training's speed.
-        self.meter.since = Instant::now();
-        self.meter.tokens = 0;
+        self.meter.paused += began.elapsed();
         Ok(Some(loss))
     }
 
@@ -667,6 +748,10 @@ impl Trainer<'_> {
             self.bus.warn(format!("the summary was not kept: {e}"));
         }
         self.device_events(rate);
+        let of = if interrupted { position.step } else { selected.map_or(position.step, |entry| entry.step) };
+        if let Err(e) = self.show_text(corpus, of) {
+            self.bus.warn(format!("no sample of text was made: {e:#}"));
+        }
         let plots = self.plots(corpus, evaluation.as_ref());
         let table = self.table(&summary, evaluation.as_ref(), seconds, &plots);
         Ok(Outcome { interrupted, summary, tables: vec![table] })
@@ -699,13 +784,52 @@ impl Trainer<'_> {
         }
     }
 
+    /// Lets the model, as it stands on the devices after `step`, write a little.
+    fn show_text(&mut self, corpus: &Corpus, step: u64) -> Result<()> {
+        let n_parameters = self.group.table().n_parameters();
+        let length = (SAMPLE_WORK / n_parameters.max(1)).min(SAMPLE_TOKENS);
+        if self.config.task != Task::Lm || length < SAMPLE_LEAST {
+            return Ok(());
+        }
+        let params = self.group.params_of(0)?;
+        let mut session = Session::with(self.config.clone(), corpus.spec(), step, &params, open::cpu(1)?)?;
+        let options = GenerateOptions { prompt: String::new(), length, temperature: 0.8, top_k: None, seed: self.config.seed };
+        let said = generate(&mut session, &options, &mut |_| ())?;
+        self.bus.show(Exhibit::Text { step, text: said.get("text").and_then(Value::as_str).unwrap_or_default() });
+        Ok(())
+    }
+
+    /// Shows parameters and gradients by tensor, the gates over the end of the validation part, and what a language model says now.
+    fn show_tensors(&mut self, corpus: &Corpus, gradients: &Tensors) -> Result<()> {
+        let began = Instant::now();
+        let step = self.position.step;
+        let params = self.group.params_of(0)?;
+        for (kind, tensors) in [("parameters", &params), ("gradients", gradients)] {
+            for (tensor, values) in self.group.table().tensors().iter().zip(tensors) {
+                self.bus.show(Exhibit::Values { step, name: &format!("{kind}/{}", tensor.name), values });
+            }
+        }
+        let n_directions = self.group.spec().model.n_directions();
+        for (lane, gates) in self.group.gates_of(0)?.iter().enumerate() {
+            let reverse = if lane % n_directions == 1 { "_reverse" } else { "" };
+            for (gate, values) in ["input", "forget", "cell", "output"].into_iter().zip(gates) {
+                self.bus.show(Exhibit::Values { step, name: &format!("gates/l{}{reverse}/{gate}", lane / n_directions), values });
+            }
+        }
+        if let Err(e) = self.show_text(corpus, step) {
+            self.bus.warn(format!("no sample of text was made: {e:#}"));
+        }
+        self.meter.paused += began.elapsed();
+        Ok(())
+    }
+
     /// Draws what there is to draw; a picture that cannot be written is a warning.
     fn plots(&mut self, corpus: &Corpus, evaluation: Option<&Evaluation>) -> Vec<String> {
         let mut drawn = Vec::new();
         let dir = self.folder.path().to_owned();
-        let curve = losses(&dir.join(METRICS)).and_then(|losses| {
+        let curve = history(&dir.join(METRICS)).and_then(|history| {
             let series =
-                [Curve { name: "training".into(), points: losses.train }, Curve { name: "validation".into(), points: losses.valid }];
+                [Curve { name: "training".into(), points: history.train }, Curve { name: "validation".into(), points: history.valid }];
             let label = match self.config.task {
                 Task::Lm => "loss, nats a token",
                 Task::Classify => "loss, nats a sequence",
@@ -737,6 +861,7 @@ impl Trainer<'_> {
                     (name, values)
                 }),
             };
+            self.bus.show(Exhibit::Forecast(&plot));
             match plot::forecast(&dir.join("forecast"), &plot) {
                 Ok(()) => drawn.push("forecast.png".to_owned()),
                 Err(e) => self.bus.warn(format!("the forecast was not drawn: {e:#}")),
@@ -786,6 +911,7 @@ impl Trainer<'_> {
         if !plots.is_empty() {
             last.push(("pictures", plots.join(", ")));
         }
+        last.push(("report", REPORT.to_owned()));
         table.pairs("Run", last)
     }
 }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use crossbeam::channel::{Receiver, Sender};
 
 use super::ring::{Returned, Ring, Sums, Update, norm_of};
-use crate::backend::{Backend, BufferId, DeviceInfo, Span};
+use crate::backend::{Backend, BufferId, DeviceInfo, Span, read_now};
 use crate::comm::Shared;
 use crate::comm::plan::owned_segment;
 use crate::data::Batch;
@@ -19,10 +19,10 @@ use crate::infer::session::{pass_forward, share_of};
 use crate::kernels::reduce::BlockSquares;
 use crate::model::config::ModelConfig;
 use crate::model::state::Carried;
-use crate::model::{MAX_PARTS, Model, Pass, read_buckets, write_buckets};
+use crate::model::{MAX_PARTS, Model, Pass, read_buckets, unpacked, write_buckets};
 use crate::optim::OptimizerConfig;
 use crate::rng::StepKey;
-use crate::shape::{ALIGN, BLOCK, round_up, split_even};
+use crate::shape::{ALIGN, BLOCK, GATES, round_up, split_even};
 use crate::usage::UsageError;
 
 /// What the coordinator asks of a worker. Every command but [`Command::Commit`] and [`Command::Abort`] is answered.
@@ -41,9 +41,14 @@ pub enum Command {
     Evaluate(EvaluateWork),
     /// Read parameters back.
     ReadParams,
+    /// Read back the gates of the last evaluation's last pass.
+    ReadGates,
     /// Read optimizer state back, whole buckets; only the own segments count where owners update.
     ReadStates,
 }
+
+/// Activated gates by lane, by gate in the order i, f, g, o: `[T, B, H]`.
+pub type Gates = Vec<[Vec<f32>; GATES]>;
 
 /// A rank's part of a training step.
 pub struct StepWork {
@@ -53,6 +58,8 @@ pub struct StepWork {
     /// Their carried state; none: zero.
     pub state: Option<Vec<f32>>,
     pub wants_state: bool,
+    /// The summed gradient comes back with the answer.
+    pub wants_gradients: bool,
     /// Multiplies the gradient: 1 over the global weight.
     pub scale: f32,
     /// Dropout's key.
@@ -83,6 +90,8 @@ pub enum Answer {
     Step(StepAnswer),
     Evaluated(EvaluateAnswer),
     Params(Vec<Vec<f32>>),
+    /// Empty where the last pass was none of an evaluation.
+    Gates(Gates),
     /// By state, by tensor of the table, in PyTorch's order, each with the ranges that this rank owns.
     States(Vec<Vec<Vec<f32>>>),
 }
@@ -96,6 +105,8 @@ pub struct StepAnswer {
     /// Of the summed gradient, before clipping; the same on all ranks.
     pub norm: f64,
     pub state: Vec<f32>,
+    /// Of all ranks, by tensor of the table, each in PyTorch's order, where they were wanted; only the own segments where owners update.
+    pub gradients: Vec<Vec<f32>>,
     /// Time until the rank's own gradients were under way.
     pub compute: Duration,
     /// Time that the rank waited for the ring, and that its ring took.
@@ -160,6 +171,10 @@ struct Worker {
     /// By bucket: what it last came back from the ring in.
     messages: Vec<Option<Shared>>,
     tail: Vec<f32>,
+    /// Of the step at hand, where they are wanted and owners update.
+    gradients: Vec<Vec<f32>>,
+    /// Steps and rows of an evaluation's last pass, as long as its gates are there.
+    evaluated: Option<[usize; 2]>,
 }
 
 /// Runs a worker until its commands end. The first answer is [`Answer::Ready`]; an error ends the worker after it is told.
@@ -236,6 +251,8 @@ impl Worker {
             memory: Vec::new(),
             messages: Vec::new(),
             tail: Vec::new(),
+            gradients: Vec::new(),
+            evaluated: None,
         })
     }
 
@@ -267,6 +284,10 @@ impl Worker {
             }
             Command::Evaluate(work) => Some(Answer::Evaluated(self.evaluate(&work)?)),
             Command::ReadParams => Some(Answer::Params(self.model.read_params(self.backend.as_mut(), deadline)?)),
+            Command::ReadGates => Some(Answer::Gates(match self.evaluated {
+                Some([n_steps, n_rows]) => self.model.read_gates(self.backend.as_mut(), n_steps, n_rows, deadline)?,
+                None => Gates::new(),
+            })),
             Command::ReadStates => {
                 let (table, backend) = (self.model.table(), self.backend.as_mut());
                 let states = self.states.iter().map(|buckets| read_buckets(table, &mut *backend, buckets, deadline));
@@ -277,6 +298,7 @@ impl Worker {
 
     fn step(&mut self, work: &StepWork) -> Result<StepAnswer> {
         ensure!(self.pending.is_none(), "a step was begun before the one before was committed");
+        self.evaluated = None;
         let start = Instant::now();
         let parts = split_even(work.rows.len(), self.spec.accumulate);
         let parts: Vec<Range<usize>> = parts.into_iter().filter(|p| !p.is_empty()).collect();
@@ -355,7 +377,11 @@ impl Worker {
         if non_finite {
             self.pending = None;
         }
-        Ok(StepAnswer { loss, non_finite, norm, state, compute, waited, ring_time, bytes_sent })
+        let mut gradients = std::mem::take(&mut self.gradients);
+        if work.wants_gradients && matches!(self.pending, Some(Pending::Sums { .. })) {
+            gradients = read_buckets(self.model.table(), self.backend.as_mut(), self.model.grads(), self.spec.deadline)?;
+        }
+        Ok(StepAnswer { loss, non_finite, norm, state, gradients, compute, waited, ring_time, bytes_sent })
     }
 
     /// Puts what came from the ring where the update will find it.
@@ -381,6 +407,9 @@ impl Worker {
             return Ok(());
         }
         let n_buckets = sums.buckets.len();
+        // New parameters take the place of the sums, so these are kept here.
+        let lengths = self.model.table().buckets().iter().map(|bucket| if work.wants_gradients { bucket.range.len() } else { 0 });
+        let mut kept: Vec<Vec<f32>> = lengths.map(|len| vec![0.0; len]).collect();
         for returned in sums.buckets {
             let (bucket, segment) = (returned.bucket, &self.segments[returned.bucket]);
             let len = segment.range.len();
@@ -390,6 +419,10 @@ impl Worker {
                 let (param, grad) = (of(self.model.params()[bucket]), of(self.model.grads()[bucket]));
                 let sums = returned.message.get(segment.range.clone()).context("the own segment comes in one part")?;
                 backend.write(grad, sums)?;
+                if work.wants_gradients {
+                    let words = read_now(backend, grad, self.spec.deadline)?;
+                    kept[bucket][segment.range.clone()].copy_from_slice(&words);
+                }
                 backend.copy(param, new)?;
                 let mut states = Vec::with_capacity(2);
                 for (state, &second) in self.states.iter().zip(&segment.states) {
@@ -406,6 +439,9 @@ impl Worker {
             let returned = ring.spread_bucket()?;
             write_parts(backend, self.model.grads()[returned.bucket], &returned.message)?;
             keep(returned);
+        }
+        if work.wants_gradients {
+            self.gradients = unpacked(self.model.table(), &kept);
         }
         self.pending = Some(Pending::NewParams);
         Ok(())
@@ -451,6 +487,7 @@ impl Worker {
             let batch = work.batch.rows(work.rows.start + part.start..work.rows.start + part.end);
             let state = given.as_ref().map(|given| given.rows(part.clone()));
             let passed = pass_forward(backend, &mut self.model, &batch, state.as_deref(), [work.wants_state, work.wants_outputs])?;
+            self.evaluated = Some([batch.n_steps, batch.n_rows]);
             answer.loss += passed.loss;
             answer.non_finite |= passed.non_finite;
             if work.wants_state {

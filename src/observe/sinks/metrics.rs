@@ -5,7 +5,7 @@ use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::observe::{Event, Sink};
 
@@ -78,40 +78,75 @@ pub fn up_to(step: u64) -> impl FnMut(&str) -> bool {
     }
 }
 
-/// What a metrics file says of losses, as points (step, loss).
+/// Points (step, value).
+pub type Points = Vec<(f64, f64)>;
+
+/// What a metrics file says of a run, through all its starts. Null numbers are left out.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Losses {
-    /// Of single training steps.
-    pub train: Vec<(f64, f64)>,
-    /// On the validation part, at the ends of epochs and between.
-    pub valid: Vec<(f64, f64)>,
+pub struct History {
+    /// Losses of single training steps.
+    pub train: Points,
+    /// Losses on the validation part, at the ends of epochs and between.
+    pub valid: Points,
+    pub lr: Points,
+    pub grad_norm: Points,
+    pub tokens_per_second: Points,
+    /// The same by rank.
+    pub device_tokens_per_second: Vec<Points>,
+    /// The events of the run's starts, in order.
+    pub starts: Vec<Map<String, Value>>,
+    /// The events of devices of the last start that told them, by rank.
+    pub devices: Vec<Map<String, Value>>,
+    pub warnings: Vec<String>,
 }
 
-/// Reads the losses of a metrics file, for the curve of the whole run through all its starts. Null losses are left out.
+/// Reads a metrics file.
 ///
 /// # Errors
 /// The file cannot be read.
-pub fn losses(path: &Path) -> anyhow::Result<Losses> {
-    let mut losses = Losses::default();
-    let read = File::open(path).and_then(|file| {
-        for_each_object(file, |object| {
-            let number = |field: &str| object.get(field).and_then(Value::as_f64);
-            let (points, field) = match object.get("event").and_then(Value::as_str) {
-                Some("step") => (&mut losses.train, "loss"),
-                Some("epoch" | "eval") => (&mut losses.valid, "valid_loss"),
-                _ => return,
-            };
-            if let (Some(step), Some(loss)) = (number("step"), number(field)) {
-                points.push((step, loss));
-            }
-        })
-    });
+pub fn history(path: &Path) -> anyhow::Result<History> {
+    let mut history = History::default();
+    let read = File::open(path).and_then(|file| for_each_object(file, |object| history.take(object)));
     read.with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(losses)
+    Ok(history)
+}
+
+impl History {
+    fn take(&mut self, object: &Map<String, Value>) {
+        let number = |field: &str| object.get(field).and_then(Value::as_f64);
+        let step = number("step");
+        let add = |points: &mut Points, value: Option<f64>| points.extend(step.zip(value));
+        match object.get("event").and_then(Value::as_str) {
+            Some("step") => {
+                add(&mut self.train, number("loss"));
+                add(&mut self.lr, number("lr"));
+                add(&mut self.grad_norm, number("grad_norm"));
+                add(&mut self.tokens_per_second, number("tokens_per_second"));
+                let by_rank = object.get("device_tokens_per_second").and_then(Value::as_array);
+                for (rank, value) in by_rank.into_iter().flatten().enumerate() {
+                    if self.device_tokens_per_second.len() <= rank {
+                        self.device_tokens_per_second.push(Points::new());
+                    }
+                    add(&mut self.device_tokens_per_second[rank], value.as_f64());
+                }
+            }
+            Some("epoch" | "eval") => add(&mut self.valid, number("valid_loss")),
+            Some("start") => self.starts.push(object.clone()),
+            Some("device") => {
+                // Ranks come in order: the first one begins another list.
+                if object.get("rank").and_then(Value::as_u64) == Some(0) {
+                    self.devices.clear();
+                }
+                self.devices.push(object.clone());
+            }
+            Some("warning") => self.warnings.extend(object.get("message").and_then(Value::as_str).map(str::to_owned)),
+            _ => {}
+        }
+    }
 }
 
 /// Calls `take` with every line that is a JSON object, without its end of line. Bytes, since a torn line may end within a character.
-fn for_each_object(file: File, mut take: impl FnMut(&serde_json::Map<String, Value>)) -> io::Result<()> {
+fn for_each_object(file: File, mut take: impl FnMut(&Map<String, Value>)) -> io::Result<()> {
     let mut reader = BufReader::new(file);
     let mut line = Vec::new();
     while reader.read_until(b'\n', &mut line)? > 0 {
