@@ -568,9 +568,8 @@ fn lstm_norm_backward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
         let place = |at: u32| at as usize + b * 4 * hidden;
         let dc_at = k.carry as usize + rows * width + b * hidden;
         let sums_at = k.carry as usize + rows * (width + hidden) + b * sums_width;
-        for at in sums_at..sums_at + sums_width {
-            carry[at] = if k.last == 1 { 0.0 } else { x.f(CARRY, at) };
-        }
+        let before = |i: usize| if k.last == 1 { 0.0 } else { x.f(CARRY, sums_at + i) };
+        carry[sums_at..sums_at + sums_width].iter_mut().enumerate().for_each(|(i, sum)| *sum = before(i));
         if ended {
             for at in [k.gates, k.x, k.y] {
                 gates[place(at)..place(at) + 4 * hidden].fill(0.0);

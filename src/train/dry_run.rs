@@ -49,8 +49,8 @@ pub fn dry_run(config: &RunConfig, out: Option<&Path>, bus: &mut Bus) -> Result<
     let wrap: Wrap = Arc::new(move |rank, inner| Watched::memory(inner, &of_ranks[rank]));
     let spec = GroupSpec { model: model.clone(), optimizer: config.optimizer, accumulate: config.accumulate };
     let mut group = Group::start(spec, &devices, Some(&wrap))?;
-    let first = batches.batch(0, 0);
-    group.reserve(first.n_steps, &balance.shares(first.n_rows))?;
+    let (n_steps, n_rows) = batches.largest();
+    group.reserve(n_steps, &balance.shares(n_rows))?;
     let params = initial(&model, group.table(), config.init, config.gate_bias, config.seed);
     let zeros: Vec<Vec<f32>> = params.iter().map(|values| vec![0.0; values.len()]).collect();
     group.load(params, vec![zeros; config.optimizer.states().len()])?;

@@ -2,7 +2,7 @@
 //!
 //! Weights are packed once a sweep. A step forward is one product over [x; h], the gates, and with a projection one more product; a step back is
 //! one product with the transposed recurrent weights, the gates' derivatives, and the gradient of the input while dz is near. Weight gradients
-//! follow as products over all steps. The mathematics of a row is in [`super::rows`]. Behind the last row that has not ended no product is computed,
+//! follow as products over all steps. The mathematics of a row is in `rows.rs`. Behind the last row that has not ended no product is computed,
 //! so that a batch sorted by falling length costs what it holds.
 
 use std::ops::Range;
