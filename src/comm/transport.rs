@@ -17,8 +17,9 @@ use super::plan::Algorithm;
 const IN_FLIGHT: usize = 8;
 /// How often a rank looks for a message before it lets other threads run, where every rank may have a core of its own.
 const SPINS: u32 = 50;
-/// How long it then goes on looking, other threads running in between, before it goes to sleep: waking up takes about as long.
-const LOOK: Duration = Duration::from_micros(50);
+/// How long it then goes on looking, other threads running in between, before it goes to sleep. Waking up takes 50 us and more; a rank that
+/// slept sooner would keep its peers waiting until they sleep too, and all would be woken at every step from then on.
+const LOOK: Duration = Duration::from_micros(300);
 
 /// What holds for all ranks of a group.
 #[derive(Clone, Debug)]
