@@ -306,7 +306,11 @@ fn fill(typed: &Typed) -> RunConfig {
         (Task::Classify | Task::Regress, _) => SEQUENCES,
     };
     let size = |given: Option<Size>, default: usize| given.map_or(default, |size| size.0);
-    let hidden = typed.hidden.clone().unwrap_or(Hidden::All(defaults.hidden));
+    let hidden = match typed.hidden.as_ref().map(|units| &units.0[..]) {
+        None => Hidden::All(defaults.hidden),
+        Some([all]) => Hidden::All(all.0),
+        Some(each) => Hidden::Each(each.iter().map(|units| units.0).collect()),
+    };
     let n_layers = size(typed.layers, hidden.n_layers().unwrap_or(defaults.layers));
     // Tied, the embedding is as wide as what the last layer hands up.
     let tied_to = match (typed.proj_size.unwrap_or(0), &hidden) {

@@ -13,6 +13,7 @@ use super::typed::{Size, Typed};
 use super::{is_usage, message};
 use crate::data::split::Split;
 use crate::data::vocab::Level;
+use crate::model::config::Hidden;
 use crate::model::init::Init;
 use crate::optim::Rule;
 use crate::optim::schedule::ScheduleKind;
@@ -118,6 +119,14 @@ fn a_flag_goes_before_the_file_and_the_file_before_the_default() {
     assert_eq!((config.split.to_string().as_str(), config.gate_bias), ("0.5,0.25,0.25", Some([0.0, 1.0, 0.0, 0.0])));
     assert!(!with_file(text, &["--tied=false"]).unwrap().tied);
     assert_eq!(with_file(text, &[]).unwrap().embedding, 1024);
+    let units = |text: &str, flags: &[&str]| {
+        with_file(&format!("data = 'a.txt'\nhidden = {text}\n"), flags).map(|config| (config.layers, config.hidden))
+    };
+    assert_eq!(units("[64, '1K']", &[]).unwrap(), (2, Hidden::Each(vec![64, 1024])));
+    assert_eq!(units("64", &["--hidden", "8,1K,4"]).unwrap(), (3, Hidden::Each(vec![8, 1024, 4])));
+    assert!(units("[64, 32]", &["--layers", "3"]).unwrap_err().to_string().contains("--layers 3"));
+    assert!(units("64", &["--proj-size", "64"]).unwrap_err().to_string().contains("--proj-size is 64"));
+    assert!(units("64", &["--cell", "gru"]).unwrap_err().to_string().contains("take lstm"));
     let lists = with_file("data = ['a.csv', 'b.csv']\ntarget = 'x, y'\nfeatures = ['z']\n", &[]).unwrap();
     assert_eq!((lists.data.len(), lists.target, lists.features), (2, vec!["x".to_owned(), "y".to_owned()], vec!["z".to_owned()]));
 }

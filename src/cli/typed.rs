@@ -7,13 +7,13 @@ use std::str::FromStr;
 use clap::builder::{PossibleValuesParser, TypedValueParser, ValueParser};
 use serde::de::value::{Error as NameError, StrDeserializer};
 use serde::de::{self, DeserializeOwned, Deserializer, IntoDeserializer, SeqAccess, Visitor};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
 use crate::data::text::Encoding;
 use crate::data::vocab::Level;
-use crate::model::config::{Hidden, Pooling};
+use crate::model::config::Pooling;
 use crate::model::init::Init;
 use crate::optim::Rule;
 use crate::optim::schedule::ScheduleKind;
@@ -100,7 +100,7 @@ pub struct Typed {
     /// Hidden units of each layer: of all, or one after another (256,128)
     #[arg(long, value_name = "N,...", help_heading = MODEL)]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub hidden: Option<Hidden>,
+    pub hidden: Option<Units>,
     /// Columns of the embedding of tokens; by default as many as --hidden
     #[arg(long, value_name = "N", help_heading = MODEL)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -420,6 +420,42 @@ impl<'de> Deserialize<'de> for Size {
         }
 
         deserializer.deserialize_any(Sized)
+    }
+}
+
+/// Units of all layers, or of one after another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Units(pub Vec<Size>);
+
+impl FromStr for Units {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.split(',').map(|part| part.trim().parse()).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+impl Serialize for Units {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match &self.0[..] {
+            [one] => one.serialize(serializer),
+            each => each.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Units {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged, expecting = "a whole number, one with K, M, G in quotes, or a list of such")]
+        enum Given {
+            All(Size),
+            Each(Vec<Size>),
+        }
+        Ok(Self(match Given::deserialize(deserializer)? {
+            Given::All(one) => vec![one],
+            Given::Each(each) => each,
+        }))
     }
 }
 

@@ -92,16 +92,6 @@ impl std::fmt::Display for Hidden {
     }
 }
 
-impl std::str::FromStr for Hidden {
-    type Err = String;
-
-    /// `256`, or `256,128` for two layers.
-    fn from_str(text: &str) -> Result<Self, String> {
-        let unit = |part: &str| part.trim().parse().map_err(|_| format!("'{}' is no number of hidden units", part.trim()));
-        if text.contains(',') { text.split(',').map(unit).collect::<Result<_, _>>().map(Self::Each) } else { unit(text).map(Self::All) }
-    }
-}
-
 /// What a layer is made of beyond its size. All of it off is the LSTM of PyTorch; the papers stand in `kernels::lstm`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
