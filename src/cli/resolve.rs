@@ -84,7 +84,9 @@ const BUILTIN: Defaults = Defaults {
     split: Split { train: 0.72, valid: 0.08, test: 0.2 },
     seq_len: 104,
     horizon: 26,
-    epochs: 40,
+    epochs: 80,
+    // At 5e-3 the first hundred steps are chaotic: what rounding does to them decides between 0.7 and 1.1 ppm.
+    lr: 3e-3,
     select: Select::Last,
     ..SERIES
 };

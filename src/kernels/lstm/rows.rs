@@ -65,6 +65,9 @@ type Lanes = [f32; PANEL_UNITS];
 /// 1 for the units of a panel that exist, 0 for padding.
 #[inline(always)]
 fn existing(panel: usize, units: usize) -> Lanes {
+    if (panel + 1) * PANEL_UNITS <= units {
+        return [1.0; PANEL_UNITS];
+    }
     let mut lanes = [0.0; PANEL_UNITS];
     lanes.iter_mut().enumerate().for_each(|(u, lane)| *lane = f32::from(u8::from(panel * PANEL_UNITS + u < units)));
     lanes
@@ -133,9 +136,8 @@ pub(super) fn norm_input(x: &mut [f32], units: usize, factor: &mut f32) {
 #[inline(always)]
 pub(super) fn norm_gates(norm: NormRow<'_>, z: &mut [f32], x: &[f32], y: &mut [f32], bias: &[f32], factor: &mut f32) {
     *factor = normalise(y, GATES, norm.units);
-    for (j, z) in z.iter_mut().enumerate() {
-        *z = norm.ih[j] * x[j] + norm.hh[j] * y[j];
-    }
+    let products = norm.ih.iter().zip(x).zip(norm.hh.iter().zip(&*y));
+    z.iter_mut().zip(products).for_each(|(z, ((of_x, x), (of_y, y)))| *z = of_x * x + of_y * y);
     z.iter_mut().zip(bias).for_each(|(z, b)| *z += b);
 }
 
@@ -185,8 +187,12 @@ pub(super) fn cell_forward(
         for u in 0..PANEL_UNITS {
             let o = activations::sigmoid(zo[u]);
             zo[u] = o;
-            m[u] = if row.norm.is_some() { new[u] } else { o * activations::tanh(new[u]) };
             c[u] = new[u];
+        }
+        if row.norm.is_some() {
+            m.copy_from_slice(&new);
+        } else {
+            (0..PANEL_UNITS).for_each(|u| m[u] = zo[u] * activations::tanh(new[u]));
         }
         if cell.zoneout_c > 0.0 {
             let keep = cell.kept(Purpose::ZoneoutC, cell.zoneout_c, stream, row.t, p);
@@ -315,17 +321,22 @@ pub(super) fn cell_backward(
         let (zg, zo) = rest.split_at_mut(PANEL_UNITS);
         let [pi, pf, po] = [0, 1, 2].map(|gate| row.peephole(gate, p, hidden));
         let keep_c = cell.kept(Purpose::ZoneoutC, cell.zoneout_c, stream, row.t, p);
+        // dz of o in o's place, and the gradient of the new cell state through h; with a norm both are done already.
+        let mut through_h = [0.0; PANEL_UNITS];
+        if row.norm.is_some() {
+            through_h.copy_from_slice(dh);
+        } else {
+            for u in 0..PANEL_UNITS {
+                let (o, tanh_c) = (zo[u], activations::tanh(clip(zf[u] * c_prev[u] + zi[u] * zg[u], limit)));
+                zo[u] = clip(dh[u] * tanh_c * o * (1.0 - o), dz_limit);
+                through_h[u] = dh[u] * o * (1.0 - tanh_c * tanh_c);
+            }
+        }
         for u in 0..PANEL_UNITS {
             let (i, f, g, o) = (zi[u], zf[u], zg[u], zo[u]);
             let raw = f * c_prev[u] + i * g;
             new[u] = clip(raw, limit);
-            let tanh_c = activations::tanh(new[u]);
-            // With a norm both are done already.
-            let (dz_o, through_h) = if row.norm.is_some() {
-                (o, dh[u])
-            } else {
-                (clip(dh[u] * tanh_c * o * (1.0 - o), dz_limit), dh[u] * o * (1.0 - tanh_c * tanh_c))
-            };
+            let (dz_o, through_h) = (o, through_h[u]);
             let mut d = (1.0 - keep_c[u]) * dc[u] + through_h + dz_o * po[u];
             if raw > limit || raw < -limit {
                 d = 0.0;
