@@ -8,7 +8,7 @@ use std::ops::Range;
 use carrousel::backend::{Backend, Span};
 use carrousel::kernels::Tolerance;
 use carrousel::kernels::lstm::{
-    Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneTensors, LaneVectors, NONE, SweepArgs,
+    Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneTensors, LaneVectors, NONE, SweepArgs, sweep_plan,
 };
 use carrousel::rng::{Purpose, StepKey, Stream};
 use carrousel::shape::{ALIGN, pad_inner, pad_units, round_up};
@@ -1009,8 +1009,8 @@ fn the_same_sweep_twice_gives_the_same_bits() {
 }
 
 #[test]
-fn more_than_seventy_thousand_rows_and_steps_are_swept() {
-    for sizes in [[710, 100, 1, 1], [1, 70_001, 1, 1]] {
+fn more_than_two_to_the_seventeenth_rows_and_steps_are_swept() {
+    for sizes in [[1320, 100, 1, 1], [1, 70_001, 1, 1]] {
         let p = Problem::new(90, sizes);
         judge("large", &p, &Manner::whole(&p));
     }
@@ -1103,6 +1103,42 @@ fn projections_and_norms_match_the_oracle_at_odd_sizes() {
             judge("odd", &p, &Manner::whole(&p));
         }
     }
+}
+
+/// Launches of the default plan, forward and backward.
+fn launches(p: &Problem) -> [usize; 2] {
+    let device = Device::Cpu(1);
+    let mut backend = device.open();
+    let placed = Placed::new(&mut *backend, device, p, &Manner::whole(p));
+    [false, true].map(|gradients| {
+        let lanes = [placed.lane(0..p.n_steps as u32, false, gradients)];
+        let args = SweepArgs { n_rows: p.n_rows as u32, lanes: &lanes, flags: placed.flags.span, gradients };
+        let mut n = 0;
+        let count = &mut |_: &dyn carrousel::kernels::Kernel, _: &[Span]| {
+            n += 1;
+            Ok(())
+        };
+        sweep_plan(&args, count).expect("a plan");
+        n
+    })
+}
+
+#[test]
+fn only_sums_over_the_hidden_units_cost_a_step_more_launches() {
+    let problem = |n_steps| Problem::new(99, [n_steps, 3, 5, 17]);
+    // Of one more step: a launch forward and one backward, and one more for each sum. The norm of the recurrent product and that of the cell state
+    // share theirs, a workgroup a row.
+    let per_step = |make: &dyn Fn(Problem) -> Problem| {
+        let [[f0, b0], [f1, b1]] = [4, 5].map(|n_steps| launches(&make(problem(n_steps))));
+        [f1 - f0, b1 - b0]
+    };
+    assert_eq!(per_step(&|p| p), [1, 1]);
+    for (name, cell) in cells() {
+        assert_eq!(per_step(&|p: Problem| p.with_cell(cell).with_peepholes()), [1, 1], "{name}");
+    }
+    assert_eq!(per_step(&|p: Problem| p.projected(5)), [2, 2]);
+    assert_eq!(per_step(&Problem::normed), [2, 2]);
+    assert_eq!(per_step(&|p: Problem| p.projected(5).normed()), [3, 3]);
 }
 
 #[test]
