@@ -1,7 +1,7 @@
 // One step backward with layer normalisation, from the gradient of o tanh(..): gates become dz, both normalised products their gradients,
 // dc moves one step back, the gradients of gains, biases and peepholes are gathered row by row.
 //
-// A workgroup a row, folded into x and y; every invocation reads only what it wrote itself. Loop trips: 13 H / 256 + 28.
+// A workgroup a row, folded into x and y; every invocation reads only what it wrote itself. Loop trips: 13 H / 256 + 30.
 
 struct Params {
     cell: Cell,

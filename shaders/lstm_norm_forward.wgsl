@@ -1,7 +1,7 @@
 // One step forward with layer normalisation, after the recurrent product: normalises it, applies the gates, normalises the cell state, writes h and c.
 //
 // z = gain_ih n(x) + gain_hh n(y) + biases; h = o tanh(gain_c n(c) + bias_c). A workgroup a row, folded into x and y: every sum over the hidden
-// units stays within it, and every invocation reads only what it wrote itself. Loop trips: 14 H / 256 + 24.
+// units stays within it, and every invocation reads only what it wrote itself. Loop trips: 13 H / 256 + 24.
 
 struct Params {
     cell: Cell,

@@ -1,6 +1,6 @@
 // The input's products of all steps, normalised in place: (x - mean) / sqrt(variance + eps) over all gates of the units that exist; padding becomes 0.
 //
-// A workgroup a row, folded into x and y. Loop trips: 12 H / 256 + 12.
+// A workgroup a row, folded into x and y. Loop trips: 11 H / 256 + 12.
 
 struct Params {
     n_rows: u32,  // T x B

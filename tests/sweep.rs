@@ -912,10 +912,15 @@ fn chunks_of_time_carry_rows_that_have_ended() {
     judge("chunks and lengths", &p, &Manner { chunks: vec![0..4, 4..6, 6..9], ..Manner::whole(&p) });
 }
 
+/// A problem as it is, and with a projection and norms, on every device.
+fn each_kind(p: Problem) -> impl Iterator<Item = (Problem, Device)> {
+    let kinds = [p.clone(), p.clone().projected(5), p.clone().normed(), p.projected(5).normed()];
+    kinds.into_iter().flat_map(|p| devices().into_iter().map(move |device| (p.clone(), device)))
+}
+
 #[test]
 fn two_windows_with_the_state_carried_over_are_one_long_window() {
-    let p = Problem::new(60, [8, 3, 5, 17]);
-    for device in devices() {
+    for (p, device) in each_kind(Problem::new(60, [8, 3, 5, 17])) {
         let mut backend = device.open();
         let long = run(&mut *backend, device, &p, &Manner::whole(&p));
         let first = p.window(0..5, p.h0.clone(), p.c0.clone());
@@ -930,8 +935,7 @@ fn two_windows_with_the_state_carried_over_are_one_long_window() {
 
 #[test]
 fn a_batch_equals_its_rows_one_by_one() {
-    let p = Problem::new(70, [5, 7, 3, 17]).with_lengths(&[5, 2, 5, 3, 1, 4, 5]);
-    for device in devices() {
+    for (p, device) in each_kind(Problem::new(70, [5, 7, 3, 17]).with_lengths(&[5, 2, 5, 3, 1, 4, 5])) {
         let mut backend = device.open();
         let batch = run(&mut *backend, device, &p, &Manner::whole(&p));
         let mut sums = vec![0.0; batch.dweight_hh.len()];
@@ -942,10 +946,10 @@ fn a_batch_equals_its_rows_one_by_one() {
                 values.chunks_exact(width).skip(b).step_by(p.n_rows).flatten().copied().collect()
             };
             let picked = [
-                ("outputs", of_row(&batch.outputs, p.hidden), row.outputs),
+                ("outputs", of_row(&batch.outputs, p.width()), row.outputs),
                 ("final c", of_row(&batch.c_last, p.hidden), row.c_last),
                 ("dx", of_row(&batch.dx, p.n_inputs), row.dx),
-                ("gradient of the initial h", of_row(&batch.dh0, p.hidden), row.dh0),
+                ("gradient of the initial h", of_row(&batch.dh0, p.width()), row.dh0),
             ];
             for (name, in_batch, alone) in picked {
                 near(&format!("{name} of row {b} on {device}"), &in_batch, &alone);
@@ -958,21 +962,20 @@ fn a_batch_equals_its_rows_one_by_one() {
 
 #[test]
 fn what_lies_behind_the_end_of_a_row_never_changes_a_result() {
-    let p = Problem::new(80, [6, 4, 3, 5]).with_lengths(&[6, 2, 3, 1]);
-    let mut filled = p.clone();
-    for (place, row) in filled.x.chunks_exact_mut(3).enumerate() {
-        if (place / 4) as u32 >= [6, 2, 3, 1][place % 4] {
-            row.fill(1000.0);
+    for (p, device) in each_kind(Problem::new(80, [6, 4, 3, 7]).with_lengths(&[6, 2, 3, 1])) {
+        let mut filled = p.clone();
+        for (place, row) in filled.x.chunks_exact_mut(3).enumerate() {
+            if (place / 4) as u32 >= [6, 2, 3, 1][place % 4] {
+                row.fill(1000.0);
+            }
         }
-    }
-    let mut dh_out = filled.dh_out.take().expect("drawn");
-    for (place, row) in dh_out.chunks_exact_mut(5).enumerate() {
-        if (place / 4) as u32 >= [6, 2, 3, 1][place % 4] {
-            row.fill(-1000.0);
+        let mut dh_out = filled.dh_out.take().expect("drawn");
+        for (place, row) in dh_out.chunks_exact_mut(p.width()).enumerate() {
+            if (place / 4) as u32 >= [6, 2, 3, 1][place % 4] {
+                row.fill(-1000.0);
+            }
         }
-    }
-    filled.dh_out = Some(dh_out);
-    for device in devices() {
+        filled.dh_out = Some(dh_out);
         let mut backend = device.open();
         let plain = run(&mut *backend, device, &p, &Manner::whole(&p));
         let padded = run(&mut *backend, device, &filled, &Manner::whole(&filled));
@@ -985,7 +988,7 @@ fn what_lies_behind_the_end_of_a_row_never_changes_a_result() {
 #[test]
 fn padded_hidden_units_never_change_a_result() {
     let p = Problem::new(81, [5, 3, 3, 5]);
-    for device in devices() {
+    for (p, device) in [p.clone(), p.normed()].into_iter().flat_map(|p| devices().into_iter().map(move |device| (p.clone(), device))) {
         let mut backend = device.open();
         let narrow = run(&mut *backend, device, &p, &Manner::whole(&p));
         let wide = run(&mut *backend, device, &p, &Manner { hidden: 48, ..Manner::whole(&p) });
@@ -1010,8 +1013,9 @@ fn the_same_sweep_twice_gives_the_same_bits() {
 
 #[test]
 fn more_than_two_to_the_seventeenth_rows_and_steps_are_swept() {
-    for sizes in [[1320, 100, 1, 1], [1, 70_001, 1, 1]] {
-        let p = Problem::new(90, sizes);
+    let plain = [[1320, 100, 1, 1], [1, 70_001, 1, 1]].map(|sizes| Problem::new(90, sizes));
+    let wider = [Problem::new(91, [1320, 100, 1, 4]).projected(2), Problem::new(92, [1320, 100, 1, 8]).normed()];
+    for p in plain.into_iter().chain(wider) {
         judge("large", &p, &Manner::whole(&p));
     }
 }

@@ -1,4 +1,4 @@
-// What makes a cell differ from the plain one, and its random draws. The twin is Cell in src/kernels/lstm.rs.
+// What makes a cell differ from the plain one, and its random draws. The twin is Cell in src/kernels/lstm/mod.rs.
 
 // Compiled in only where a cell differs: registers that the plain cell does not need cost it occupancy.
 override OPTIONS: bool = false;

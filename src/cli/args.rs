@@ -42,7 +42,7 @@ pub struct Global {
 /// One variant a command.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Train a network; without arguments: the built-in example, about a minute on two cores
+    /// Train a network; without arguments: the built-in example, half a minute on two cores
     #[command(after_help = TRAIN_EXAMPLES)]
     Train(Box<TrainArgs>),
     /// Measure the loss and the scores of a trained network
@@ -410,6 +410,18 @@ pub const PROFILED: &[&str] = &[
     "embedding",
     "tied",
     "dropout",
+    "proj_size",
+    "layer_norm",
+    "residual",
+    "learned_state",
+    "peephole",
+    "coupled_gates",
+    "cell_clip",
+    "recurrent_grad_clip",
+    "recurrent_dropout",
+    "weight_drop",
+    "zoneout_h",
+    "zoneout_c",
     "no_bias",
     "init",
     "gate_bias",

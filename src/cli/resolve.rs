@@ -551,6 +551,9 @@ fn check_model(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
     for (key, share) in shares {
         judge.below_one(key, share)?;
     }
+    if config.dropout > 0.0 && config.layers == 1 {
+        return judge.refuse("dropout", "acts between layers, and there is one; raise --layers, or take --recurrent-dropout");
+    }
     judge.at_least_zero("cell_clip", l.cell_clip)?;
     judge.at_least_zero("recurrent_grad_clip", l.recurrent_grad_clip)?;
     if l.bidirectional && config.task == Task::Lm {

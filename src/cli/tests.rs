@@ -175,6 +175,7 @@ fn numbers_that_make_no_sense_are_refused_with_flag_value_and_what_is_allowed() 
         (&["--vocab", "1"], ["--vocab is 1", "at least 2"]),
         (&["--dropout", "1"], ["--dropout is 1", "below 1"]),
         (&["--dropout", "-0.1"], ["--dropout is -0.1", "at least 0"]),
+        (&["--dropout", "0.1", "--layers", "1"], ["--dropout acts between layers", "--recurrent-dropout"]),
         (&["--lr", "0"], ["--lr is 0", "above 0"]),
         (&["--lr", "-1"], ["--lr is -1", "above 0"]),
         (&["--lr", "inf"], ["--lr is inf", "above 0"]),
@@ -346,7 +347,12 @@ fn the_help_states_the_defaults_that_hold() {
             "[default: lm {}; lm at word level 200; forecast {}; labelled sequences {}; labelled texts 128]",
             text.hidden, series.hidden, labelled.hidden
         ),
-        format!("[default: lm {}; forecast {}; labelled sequences 0.005; labelled texts 0.002]", text.optimizer.lr, series.optimizer.lr),
+        format!(
+            "[default: lm {}; forecast {}; built-in example {}; labelled sequences 0.005; labelled texts 0.002]",
+            text.optimizer.lr,
+            series.optimizer.lr,
+            config(&[]).optimizer.lr
+        ),
         format!("[default: {}; built-in example {}]", series.horizon, config(&[]).horizon),
         "[default: best; built-in example last]".to_owned(),
         "[default: auto]".to_owned(),

@@ -38,10 +38,9 @@ pub fn export(run: &Path, which: Which, format: Format, part: Part, output: &Pat
         })?;
     }
     let table = model.table();
-    let take = |t: &crate::params::Tensor| -> Result<NamedTensor> {
-        Ok(NamedTensor { name: t.name.clone(), shape: t.shape.clone(), data: checkpoint.take(&t.name, &t.shape)? })
-    };
-    let tensors: Vec<NamedTensor> = table.tensors().iter().map(take).collect::<Result<_>>()?;
+    let params = checkpoint.take_model(table.tensors())?;
+    let named = |(t, data): (&crate::params::Tensor, Vec<f32>)| NamedTensor { name: t.name.clone(), shape: t.shape.clone(), data };
+    let tensors: Vec<NamedTensor> = table.tensors().iter().zip(params).map(named).collect();
     let about = About {
         part,
         model: serde_json::to_string(&model)?,

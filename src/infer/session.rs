@@ -56,7 +56,7 @@ impl Session {
         let (config, spec) = (read_config(&folder)?, read_data(&folder)?.spec);
         let mut checkpoint = folder.load(which)?;
         let table = model_config(&config, &spec).table();
-        let params = table.tensors().iter().map(|t| checkpoint.take(&t.name, &t.shape)).collect::<Result<Vec<_>, _>>()?;
+        let params = checkpoint.take_model(table.tensors())?;
         Self::with(config, spec, checkpoint.step()?, &params, backend)
     }
 

@@ -200,6 +200,12 @@ impl ModelConfig {
         for (flag, limit) in [("--cell-clip", l.cell_clip), ("--recurrent-grad-clip", l.recurrent_grad_clip)] {
             UsageError::unless(limit.is_finite() && limit >= 0.0, || format!("{flag} is {limit}, but must be a number of 0 or more"))?;
         }
+        UsageError::unless(!l.residual || (0..self.n_layers).any(|layer| self.is_residual(layer)), || {
+            format!(
+                "--residual adds nothing here, since no layer's input is as wide as its output: give another layer, or other --hidden than {}",
+                self.hidden
+            )
+        })?;
         if l.bidirectional && matches!((self.input, self.output), (Input::Tokens { .. }, Output::Classes { .. })) {
             return Err(UsageError(
                 "--bidirectional lets a language model read the token that it is to predict: leave it out, or choose another task"

@@ -24,6 +24,7 @@ use sha2::{Digest, Sha256};
 
 use super::storage::{Disk, Storage, StorageFile};
 use super::{Result, Select, StoreError};
+use crate::params::Tensor;
 
 /// Version of the format written; files of a later version are refused.
 pub const FORMAT_VERSION: u32 = 1;
@@ -83,6 +84,20 @@ impl Checkpoint {
             });
         }
         Ok(self.tensors.remove(idx).data)
+    }
+
+    /// Moves a model's parameters out, in this order, and sees to it that no other parameter is left: a model that leaves some out computes
+    /// something else. A tied head may stand beside its embedding.
+    ///
+    /// # Errors
+    /// As [`Self::take`]; a parameter that the model has no place for.
+    pub fn take_model(&mut self, tensors: &[Tensor]) -> Result<Vec<Vec<f32>>> {
+        let params = tensors.iter().map(|t| self.take(&t.name, &t.shape)).collect::<Result<_>>()?;
+        let is_left = |name: &str| ["embedding.", "lstm."].iter().any(|of_model| name.starts_with(of_model)) || name == "head.bias";
+        match self.tensors.iter().find(|t| is_left(&t.name)) {
+            Some(left) => Err(StoreError::TensorLeft { name: left.name.clone() }),
+            None => Ok(params),
+        }
     }
 
     /// The bytes of the file; the same content gives the same bytes, in whatever order the tensors come.

@@ -30,6 +30,10 @@ pub enum StoreError {
     Dtype { path: PathBuf, name: String, dtype: String },
     #[error("the checkpoint has no tensor `{name}`")]
     TensorMissing { name: String },
+    #[error(
+        "the checkpoint's tensor `{name}` has no place in the model that config.toml describes: the file was changed, or the checkpoint is another run's"
+    )]
+    TensorLeft { name: String },
     #[error("tensor `{name}` has shape {found:?} in the checkpoint, {expected:?} is expected")]
     TensorShape { name: String, found: Vec<usize>, expected: Vec<usize> },
     /// The caller handed in something that cannot be written as a checkpoint.

@@ -202,8 +202,7 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
         Some((folder, checkpoint, _)) => {
             let (params, states) = if is_imported(&checkpoint) {
                 let mut checkpoint = checkpoint;
-                let tensors = group.table().tensors();
-                let params = tensors.iter().map(|t| checkpoint.take(&t.name, &t.shape)).collect::<Result<Tensors, _>>()?;
+                let params = checkpoint.take_model(group.table().tensors())?;
                 let zeros: Tensors = params.iter().map(|values| vec![0.0; values.len()]).collect();
                 (params, vec![zeros; config.optimizer.states().len()])
             } else {
@@ -422,9 +421,9 @@ fn restore(
     (position.devices, position.kinds) = (fresh.devices, fresh.kinds);
     position.finished = false;
     let tensors = group.table().tensors();
+    let params = checkpoint.take_model(tensors)?;
     let mut take =
         |prefix: &str| tensors.iter().map(|t| checkpoint.take(&format!("{prefix}{}", t.name), &t.shape)).collect::<Result<Tensors, _>>();
-    let params = take("")?;
     let names = config.optimizer.states();
     let states = names.iter().map(|name| take(&format!("optimizer.{name}."))).collect::<Result<Vec<_>, _>>()?;
     if let Some(state) = state {
@@ -759,7 +758,7 @@ impl Trainer<'_> {
 
     fn load_params(&mut self, mut checkpoint: Checkpoint) -> Result<()> {
         let tensors = self.group.table().tensors();
-        let params = tensors.iter().map(|t| checkpoint.take(&t.name, &t.shape)).collect::<Result<Tensors, _>>()?;
+        let params = checkpoint.take_model(tensors)?;
         let zeros: Tensors = tensors.iter().map(|t| vec![0.0; t.layout.torch_len()]).collect();
         // Nothing is trained after this, so the optimizer's state does not matter.
         self.group.load(params, vec![zeros; self.config.optimizer.states().len()])

@@ -42,6 +42,7 @@ CONFIGS = {
     "series-3-two-targets": "--data many.csv --target a,c --layers 3 --hidden 33 --seq-len 9 --horizon 2 --relative last",
     "series-both-ways": "--data many.csv --target a --layers 2 --hidden 9 --bidirectional --dropout 0.2 --seq-len 9 --horizon 2",
     "series-peepholes": "--data one.csv --layers 2 --hidden 11 --peephole --coupled-gates --recurrent-dropout 0.2 --weight-drop 0.1 --seq-len 12 --horizon 3",
+    "series-unlike-widths": "--data one.csv --hidden 10,7,13 --seq-len 12 --horizon 3",
     "series-calendar": "--data many.csv --target b --season 12 --calendar --relative none --layers 1 --hidden 64 --seq-len 24 --horizon 12",
 }
 

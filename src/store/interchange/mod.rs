@@ -83,6 +83,9 @@ pub enum InterchangeError {
     /// The format has no words for the model.
     #[error("{format} cannot hold this model: {reason}")]
     Refused { format: Format, reason: String },
+    /// `torch.nn.LSTM` would compute something else from the tensors.
+    #[error("torch.nn.LSTM cannot compute this model: {reason}; leave --part out to write all of its parameters")]
+    BeyondTorch { reason: String },
 }
 
 impl InterchangeError {

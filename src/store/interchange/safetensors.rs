@@ -15,7 +15,7 @@ const FIRST: &str = "weight_ih_l0";
 
 pub(super) fn to_bytes(network: &Network, about: &About, mut tensors: Vec<NamedTensor>) -> Result<Vec<u8>> {
     if let (Part::Lstm, Some(reason)) = (about.part, &network.beyond_torch) {
-        return Err(InterchangeError::Refused { format: Format::Safetensors, reason: reason.clone() });
+        return Err(InterchangeError::BeyondTorch { reason: reason.clone() });
     }
     if network.tied {
         let embedding = tensors.iter().find(|tensor| tensor.name == EMBEDDING).cloned();
