@@ -190,6 +190,7 @@ impl Case {
             lengths: self.lengths.as_deref(),
             streams: &self.streams,
             state,
+            final_gradient: None,
             scale: self.scale,
         }
     }
@@ -1029,6 +1030,65 @@ fn rows_that_end_have_the_loss_and_the_gradients_that_each_has_alone() {
             let losses = read_now(backend, model.loss(n), DEADLINE).expect("losses");
             near(&format!("{label}: loss"), &[want.loss], &[losses.iter().sum::<f32>()], want.loss.abs(), 2e-6);
             gradients_near(&label, model.table(), &want.grads, &grads(backend, &model));
+        }
+    }
+}
+
+#[test]
+fn the_gradient_of_a_long_window_is_that_of_two_the_second_handing_its_own_to_the_first() {
+    for device in devices() {
+        let mut backend = device.open();
+        let backend = backend.as_mut();
+        let names = [
+            "two layers over tokens",
+            "widths of each layer",
+            "projected with state",
+            "learned state, but another is given",
+            "values to values",
+        ];
+        for name in names {
+            let long = case(name);
+            fn cut<T: Copy>(values: &[T], range: &std::ops::Range<usize>, n_steps: usize) -> Vec<T> {
+                let width = values.len() / n_steps;
+                values[range.start * width..range.end * width].to_vec()
+            }
+            let window = |range: std::ops::Range<usize>, state: Option<Vec<f32>>| {
+                let part = |data: &Data| match data {
+                    Data::Tokens(tokens) => Data::Tokens(cut(tokens, &range, long.n_steps)),
+                    Data::Values(values) => Data::Values(cut(values, &range, long.n_steps)),
+                };
+                let (mut targets, mut weights) = (long.targets.clone(), long.weights.clone());
+                if long.is_per_step() {
+                    (targets, weights) = (part(&targets), cut(&weights, &range, long.n_steps));
+                } else if range.start == 0 {
+                    // Numbers of the sequence as a whole are read from the second window alone.
+                    weights.fill(0.0);
+                }
+                Case { n_steps: range.len(), input: part(&long.input), targets, weights, state, ..long.clone() }
+            };
+            let mut model = replica(backend, &long);
+            let read = |backend: &mut dyn Backend, spans: &[carrousel::backend::Span]| {
+                backend.read(spans, Vec::new()).and_then(|r| r.wait(DEADLINE)).expect("a readback")
+            };
+            let want = compute(backend, &mut model, &long).grads;
+            let want_initial = read(backend, &model.initial_gradient(long.n_rows));
+            let first = window(0..2, long.state.clone());
+            let state = compute(backend, &mut model, &first).state;
+            let second = window(2..long.n_steps, Some(state));
+            let of_second = compute(backend, &mut model, &second).grads;
+            let handed = read(backend, &model.initial_gradient(long.n_rows));
+            let state = first.padded_state();
+            let share = Share { final_gradient: Some(&handed), ..first.share(state.as_deref()) };
+            let pass = Pass { key: None, gradients: true, part: 0 };
+            model.run(backend, &share, pass, &mut |_, _, _| Ok(())).expect("a pass");
+            let of_first = grads(backend, &model);
+            let initial = read(backend, &model.initial_gradient(long.n_rows));
+            let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<_>>();
+            near(&format!("{device}, {name}: the initial state's"), &wide(&want_initial), &initial, 1.0, 1e-6);
+            for ((tensor, want), (a, b)) in model.table().tensors().iter().zip(&want).zip(of_first.iter().zip(&of_second)) {
+                let both: Vec<f32> = a.iter().zip(b).map(|(a, b)| a + b).collect();
+                near(&format!("{device}, {name}: {}", tensor.name), &wide(want), &both, largest(&wide(want)), 3e-6);
+            }
         }
     }
 }

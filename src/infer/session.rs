@@ -91,6 +91,7 @@ impl Session {
             lengths: None,
             streams: &[0],
             state: (!state.is_empty()).then_some(state.as_slice()),
+            final_gradient: None,
             scale: 0.0,
         };
         self.model.lower_flags(backend)?;
@@ -175,6 +176,7 @@ pub fn share_of<'a>(batch: &'a Batch, state: Option<&'a [f32]>, scale: f32) -> S
         lengths: batch.lengths.as_deref(),
         streams: &batch.streams,
         state,
+        final_gradient: None,
         scale,
     }
 }

@@ -53,6 +53,8 @@ pub struct Share<'a> {
     pub streams: &'a [u32],
     /// Carried state as [`state::Carried::rows`] gives it, h before c for every lane; none: zero, or the learned one.
     pub state: Option<&'a [f32]>,
+    /// Gradient that comes in for the final state, laid out as `state`; none: zero, as where back-propagation is truncated.
+    pub final_gradient: Option<&'a [f32]>,
     /// Multiplies the gradient: 1 over the global weight.
     pub scale: f32,
 }
@@ -303,6 +305,14 @@ impl Model {
             of_lanes.push(gates);
         }
         Ok(of_lanes)
+    }
+
+    /// Where the gradient of the initial state lies after a pass with gradients, in the order of [`Share::state`]: what
+    /// [`Share::final_gradient`] of the window before takes.
+    pub fn initial_gradient(&self, n_rows: usize) -> Vec<Span> {
+        let Some(w) = &self.workspace else { return Vec::new() };
+        let carries = w.lanes.iter().enumerate().filter_map(|(i, lane)| lane.carry.map(|carry| (self.shape(i), carry)));
+        carries.map(|(shape, carry)| front(carry, n_rows * (shape.width + shape.hidden) as usize)).collect()
     }
 
     /// Outputs after a forward pass without targets: `[rows, columns]`, and the floats from row to row. Rows are `T x B` for classes of steps, else `B`.
@@ -803,9 +813,19 @@ impl Model {
             let (span, offset) = self.place(backend, &self.grads, embedding);
             backend.clear(span.part(offset as usize, self.table.tensors()[embedding].range.len()))?;
         }
+        let mut given = share.final_gradient;
         for (i, lane) in w.lanes.iter().enumerate() {
             let (carry, shape) = (lane.carry.context("a workspace for gradients is reserved first")?, self.shape(i));
-            backend.clear(front(carry, b * (shape.width + shape.hidden) as usize))?;
+            let of_state = front(carry, b * (shape.width + shape.hidden) as usize);
+            match &mut given {
+                None => backend.clear(of_state)?,
+                Some(given) => {
+                    let (gradient, rest) =
+                        given.split_at_checked(of_state.len).context("the final state's gradient ends before the model's layers do")?;
+                    backend.write(of_state, gradient)?;
+                    *given = rest;
+                }
+            }
         }
         // Where the head reads only final states, their gradients go straight to the carries.
         let by_carry = self.config.reading() == Reading::FinalStates;
@@ -984,7 +1004,8 @@ impl Model {
                 k: stride as u32,
                 trans_a: 0,
                 trans_b: 0,
-                accumulate: 0,
+                // A carry may hold the gradient that came in for the final state.
+                accumulate: u32::from(above.is_none() && share.final_gradient.is_some()),
                 use_bias: 0,
                 bias_offset: 0,
                 a: Matrix::row_major(0, stride),
