@@ -296,7 +296,7 @@ def check_config(checker, carrousel, work, name, flags):
     call("train", "--out", run, *usual.split(), *flags.split())
     call("export", "--run", run, "--format", "onnx", "--output", folder / "m.onnx")
     call("export", "--run", run, "--format", "safetensors", "--output", folder / "m.safetensors")
-    is_torchs = "--peephole" not in flags
+    is_torchs = "--peephole" not in flags and "unlike" not in name
     if is_torchs:
         call("export", "--run", run, "--format", "safetensors", "--part", "lstm", "--output", folder / "lstm.safetensors")
     for form in ("csv", "safetensors"):
