@@ -34,7 +34,7 @@ struct Params {
 @group(0) @binding(6) var<storage, read> bias: array<vec4<f32>>;          // gain_ih, gain_hh [4H]; gain_c and bias_c [2, H]; peepholes [3, H]
 
 fn row_stream(row: u32) -> u32 {
-    if (p.cell.draws == 1u || p.cell.mask_scale != 0.0) {
+    if (is_random(p.cell)) {
         return rows[p.cell.streams + row];
     }
     return 0u;

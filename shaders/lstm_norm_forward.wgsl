@@ -20,6 +20,8 @@ struct Params {
     h_prev: u32,
     h: u32,
     masked: u32,
+    output: u32,
+    input: u32,
     c_prev: u32,
     c: u32,
     m: u32,
@@ -29,14 +31,15 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read_write> gates: array<vec4<f32>>;     // gates [B, 4H]; n(x), y [B, 4H]; the factors of both [B, 4]
-@group(0) @binding(2) var<storage, read_write> h: array<vec4<f32>>;         // [B, H] before and after the step, and both masked
+@group(0) @binding(2) var<storage, read_write> h: array<vec4<f32>>;         // [B, H] before and after the step, both masked, what is handed up
 @group(0) @binding(3) var<storage, read_write> c: array<vec4<f32>>;         // [B, H] before and after the step; with a projection m
 @group(0) @binding(4) var<storage, read> rows: array<u32>;                  // lengths [B]; stream numbers [B] at cell.streams
 @group(0) @binding(5) var<storage, read_write> flags: array<atomic<u32>>;   // [0]: raised by a pre-activation that is not finite
 @group(0) @binding(6) var<storage, read> bias: array<vec4<f32>>;            // b_ih, b_hh, gain_ih, gain_hh [4H]; gain_c and bias_c [2, H]; peepholes [3, H]
+@group(0) @binding(7) var<storage, read> input: array<vec4<f32>>;           // [B, H]: what a residual layer adds to h
 
 fn row_stream(row: u32) -> u32 {
-    if (p.cell.draws == 1u || p.cell.mask_scale != 0.0) {
+    if (is_random(p.cell)) {
         return rows[p.cell.streams + row];
     }
     return 0u;
@@ -163,6 +166,14 @@ fn lstm_norm_forward(
         if (p.cell.mask_scale != 0.0) {
             // The mask is the same at every step: a row that has ended keeps its masked copy.
             h[p.masked / 4u + state + q] = recurrent_mask(p.cell, stream, q) * out;
+        }
+        if (p.output != NONE) {
+            // Dropped, and with the layer's input added.
+            var y = out * drop_mask(p.cell, stream, p.t, q);
+            if (p.input != NONE) {
+                y += input[p.input / 4u + state + q];
+            }
+            h[p.output / 4u + state + q] = select(y, vec4<f32>(), ended);
         }
     }
 }

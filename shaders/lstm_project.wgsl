@@ -13,6 +13,8 @@ struct Params {
     h: u32,
     masked_prev: u32,
     masked: u32,
+    output: u32,
+    input: u32,
     t: u32,
     use_lengths: u32,
 }
@@ -20,14 +22,15 @@ struct Params {
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> params: array<vec4<f32>>;     // weight_hr [R, H]
 @group(0) @binding(2) var<storage, read> m: array<vec4<f32>>;          // [B, H]: o tanh(c)
-@group(0) @binding(3) var<storage, read_write> h: array<vec4<f32>>;    // [B, R] before and after the step, and both masked
+@group(0) @binding(3) var<storage, read_write> h: array<vec4<f32>>;    // [B, R] before and after the step, both masked, what is handed up
 @group(0) @binding(4) var<storage, read> rows: array<u32>;             // lengths [B]; stream numbers [B] at cell.streams
+@group(0) @binding(5) var<storage, read> input: array<vec4<f32>>;      // [B, R]: what a residual layer adds to h
 
 const STEP_ROWS: u32 = 32u;
 const INVOCATION_ROWS: u32 = 4u;
 
 fn row_stream(row: u32) -> u32 {
-    if (p.cell.draws == 1u || p.cell.mask_scale != 0.0) {
+    if (is_random(p.cell)) {
         return rows[p.cell.streams + row];
     }
     return 0u;
@@ -40,6 +43,9 @@ fn finish(row: u32, panel: u32, quad: u32, projected: vec4<f32>) {
         h[h_at] = old;
         if (p.cell.mask_scale != 0.0) {
             h[units_of(p.masked, row, p.width, panel, quad)] = h[units_of(p.masked_prev, row, p.width, panel, quad)];
+        }
+        if (p.output != NONE) {
+            h[units_of(p.output, row, p.width, panel, quad)] = vec4<f32>();
         }
         return;
     }
@@ -54,6 +60,18 @@ fn finish(row: u32, panel: u32, quad: u32, projected: vec4<f32>) {
     if (p.cell.mask_scale != 0.0) {
         h[units_of(p.masked, row, p.width, panel, quad)] = recurrent_mask(p.cell, stream, block) * next;
     }
+    if (p.output != NONE) {
+        hand_up(row, panel, quad, stream, next);
+    }
+}
+
+// What the layer hands up, where that is not h: dropped, and with the layer's input added.
+fn hand_up(row: u32, panel: u32, quad: u32, stream: u32, h_next: vec4<f32>) {
+    var y = h_next * drop_mask(p.cell, stream, p.t, panel * (PANEL_UNITS / 4u) + quad);
+    if (p.input != NONE) {
+        y += input[units_of(p.input, row, p.width, panel, quad)];
+    }
+    h[units_of(p.output, row, p.width, panel, quad)] = y;
 }
 
 @compute @workgroup_size(4, 8)

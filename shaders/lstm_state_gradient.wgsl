@@ -10,6 +10,7 @@ struct Params {
     weight_hh: u32,
     dz_after: u32,
     dh_out: u32,
+    dx: u32,
     dh: u32,
     carry: u32,
     t: u32,
@@ -25,12 +26,13 @@ struct Params {
 @group(0) @binding(4) var<storage, read_write> dh: array<vec4<f32>>;      // [B, R]
 @group(0) @binding(5) var<storage, read_write> carry: array<vec4<f32>>;   // [B, R]: of h what W_hh does not hand on
 @group(0) @binding(6) var<storage, read> rows: array<u32>;                // lengths [B]; stream numbers [B] at cell.streams
+@group(0) @binding(7) var<storage, read_write> dx: array<vec4<f32>>;      // [B, R]: of a residual layer, what goes to its input past the cell
 
 const STEP_ROWS: u32 = 32u;
 const INVOCATION_ROWS: u32 = 4u;
 
 fn row_stream(row: u32) -> u32 {
-    if (p.cell.draws == 1u || p.cell.mask_scale != 0.0) {
+    if (is_random(p.cell)) {
         return rows[p.cell.streams + row];
     }
     return 0u;
@@ -53,6 +55,9 @@ fn finish(row: u32, panel: u32, quad: u32, from_after: vec4<f32>) {
         if (p.t >= rows[row]) {
             carry[carry_at] += d;
             dh[dh_at] = vec4<f32>();
+            if (p.dx != NONE) {
+                dx[units_of(p.dx, row, p.width, panel, quad)] = vec4<f32>();
+            }
             return;
         }
         takes = takes || p.t + 1u == rows[row];
@@ -62,7 +67,11 @@ fn finish(row: u32, panel: u32, quad: u32, from_after: vec4<f32>) {
         carry[carry_at] = vec4<f32>();
     }
     if (p.dh_out != NONE) {
-        d += dh_out[units_of(p.dh_out, row, p.width, panel, quad)];
+        let from_above = dh_out[units_of(p.dh_out, row, p.width, panel, quad)];
+        d += from_above * drop_mask(p.cell, row_stream(row), p.t, block);
+        if (p.dx != NONE) {
+            dx[units_of(p.dx, row, p.width, panel, quad)] = from_above;
+        }
     }
     if (p.cell.zoneout_h > 0.0) {
         let keep = zoneout_kept(p.cell, ZONEOUT_H, p.cell.zoneout_h, row_stream(row), p.t, block);

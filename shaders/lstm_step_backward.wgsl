@@ -12,6 +12,7 @@ struct Params {
     dz_after: u32,
     c_prev: u32,
     dh_out: u32,
+    dx: u32,
     carry: u32,
     t: u32,
     last: u32,
@@ -28,12 +29,13 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> carry: array<vec4<f32>>;   // [B, R]: of h what W_hh does not hand on; dc on its way [B, H]; sums of the peepholes [B, 3, H]
 @group(0) @binding(6) var<storage, read> rows: array<u32>;                // lengths [B]; stream numbers [B] at cell.streams
 @group(0) @binding(7) var<storage, read> bias: array<vec4<f32>>;          // peepholes [3, H]
+@group(0) @binding(8) var<storage, read_write> dx: array<vec4<f32>>;      // [B, H]: of a residual layer, what goes to its input past the cell
 
 const STEP_ROWS: u32 = 32u;
 const INVOCATION_ROWS: u32 = 4u;
 
 fn row_stream(row: u32) -> u32 {
-    if (p.cell.draws == 1u || p.cell.mask_scale != 0.0) {
+    if (is_random(p.cell)) {
         return rows[p.cell.streams + row];
     }
     return 0u;
@@ -80,6 +82,9 @@ fn finish(row: u32, panel: u32, quad: u32, from_after: vec4<f32>) {
             gates[at + 2u * GATE_VECTORS] = vec4<f32>();
             gates[at + 3u * GATE_VECTORS] = vec4<f32>();
             carry[carry_at] += dh;
+            if (OPTIONS && p.dx != NONE) {
+                dx[units_of(p.dx, row, p.hidden, panel, quad)] = vec4<f32>();
+            }
             return;
         }
         takes = takes || p.t + 1u == rows[row];
@@ -90,7 +95,15 @@ fn finish(row: u32, panel: u32, quad: u32, from_after: vec4<f32>) {
         carry[carry_at] = vec4<f32>();
     }
     if (p.dh_out != NONE) {
-        dh += dh_out[units_of(p.dh_out, row, p.hidden, panel, quad)];
+        let d = dh_out[units_of(p.dh_out, row, p.hidden, panel, quad)];
+        if (OPTIONS) {
+            dh += d * drop_mask(p.cell, row_stream(row), p.t, panel * (PANEL_UNITS / 4u) + quad);
+            if (p.dx != NONE) {
+                dx[units_of(p.dx, row, p.hidden, panel, quad)] = d;
+            }
+        } else {
+            dh += d;
+        }
     }
     let i = gates[at];
     let f = gates[at + GATE_VECTORS];

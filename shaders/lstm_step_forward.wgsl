@@ -16,6 +16,8 @@ struct Params {
     h: u32,
     masked_prev: u32,
     masked: u32,
+    output: u32,
+    input: u32,
     c_prev: u32,
     c: u32,
     m: u32,
@@ -27,11 +29,12 @@ struct Params {
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> params: array<vec4<f32>>;          // weight_hh [H / 16, R, 64]
 @group(0) @binding(2) var<storage, read_write> gates: array<vec4<f32>>;     // [B, 4H]: the input product, then the activated gates
-@group(0) @binding(3) var<storage, read_write> h: array<vec4<f32>>;         // [B, R] before and after the step, and both masked
+@group(0) @binding(3) var<storage, read_write> h: array<vec4<f32>>;         // [B, R] before and after the step, both masked, what is handed up
 @group(0) @binding(4) var<storage, read_write> c: array<vec4<f32>>;         // [B, H] before and after the step; with a projection m
 @group(0) @binding(5) var<storage, read> rows: array<u32>;                  // lengths [B]; stream numbers [B] at cell.streams
 @group(0) @binding(6) var<storage, read_write> flags: array<atomic<u32>>;   // [0]: raised by a pre-activation that is not finite
 @group(0) @binding(7) var<storage, read> bias: array<vec4<f32>>;            // b_ih and b_hh [4H], peepholes [3, H]
+@group(0) @binding(8) var<storage, read> input: array<vec4<f32>>;           // [B, H]: what a residual layer adds to h
 
 const STEP_ROWS: u32 = 32u;
 const INVOCATION_ROWS: u32 = 4u;
@@ -86,6 +89,9 @@ fn finish(row: u32, panel: u32, quad: u32, z: Gates) {
         h[h_at] = h[units_of(p.h_prev, row, p.hidden, panel, quad)];
         if (OPTIONS && p.cell.mask_scale != 0.0) {
             h[units_of(p.masked, row, p.hidden, panel, quad)] = h[units_of(p.masked_prev, row, p.hidden, panel, quad)];
+        }
+        if (OPTIONS && p.output != NONE) {
+            h[units_of(p.output, row, p.hidden, panel, quad)] = vec4<f32>();
         }
         return;
     }
@@ -146,11 +152,23 @@ fn finish_cell(row: u32, panel: u32, quad: u32, given: Gates, c_prev: vec4<f32>)
     if (p.cell.mask_scale != 0.0) {
         h[units_of(p.masked, row, p.hidden, panel, quad)] = recurrent_mask(p.cell, stream, block) * h_next;
     }
+    if (p.output != NONE) {
+        hand_up(row, panel, quad, stream, h_next);
+    }
+}
+
+// What the layer hands up, where that is not h: dropped, and with the layer's input added.
+fn hand_up(row: u32, panel: u32, quad: u32, stream: u32, h_next: vec4<f32>) {
+    var y = h_next * drop_mask(p.cell, stream, p.t, panel * (PANEL_UNITS / 4u) + quad);
+    if (p.input != NONE) {
+        y += input[units_of(p.input, row, p.hidden, panel, quad)];
+    }
+    h[units_of(p.output, row, p.hidden, panel, quad)] = y;
 }
 
 // The global number of a row's sequence; 0 where nothing draws.
 fn row_stream(row: u32) -> u32 {
-    if (p.cell.draws == 1u || p.cell.mask_scale != 0.0) {
+    if (is_random(p.cell)) {
         return rows[p.cell.streams + row];
     }
     return 0u;

@@ -249,6 +249,8 @@ fn a_pre_activation_that_is_not_finite_raises_the_flag_unless_its_row_has_ended(
         h: state as u32,
         masked_prev: NONE,
         masked: NONE,
+        output: NONE,
+        input: NONE,
         c_prev: 0,
         c: state as u32,
         m: NONE,
@@ -259,8 +261,16 @@ fn a_pre_activation_that_is_not_finite_raises_the_flag_unless_its_row_has_ended(
     };
     // Row 4 ended at step 2.
     let lengths: Vec<f32> = [4, 9, 4, 9, 2].map(f32::from_bits).to_vec();
-    let sane =
-        [vec![0.01; hidden * width], vec![0.5; rows * width], vec![0.1; 2 * state], vec![0.1; 2 * state], lengths, vec![0.0], vec![0.0; 4]];
+    let sane = [
+        vec![0.01; hidden * width],
+        vec![0.5; rows * width],
+        vec![0.1; 2 * state],
+        vec![0.1; 2 * state],
+        lengths,
+        vec![0.0],
+        vec![0.0; 4],
+        vec![],
+    ];
     let mut faults = vec![("nothing", 1, 0, 0.5, 0), ("z of the ended row", 1, 4 * width + 7, f32::NAN, 0)];
     for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         faults.extend([("weight", 0, 1000, bad, 1), ("z", 1, 3 * width + 63, bad, 1), ("h", 2, 3 * hidden + 15, bad, 1)]);
@@ -338,6 +348,7 @@ impl Sweep {
             tensors: tensors(params),
             x: [Some(LanePart { span: x, offset: 0, width: self.inputs }), None],
             gates,
+            residual: None,
             h: h_span,
             c: c_span,
             range: self.range.clone(),

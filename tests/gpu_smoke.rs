@@ -6,9 +6,10 @@ use carrousel::backend::cpu::CpuBackend;
 use carrousel::backend::gpu::GpuBackend;
 use carrousel::backend::gpu::adapters::{self, NoSuchAdapter};
 use carrousel::backend::{Backend, DeviceError, read_now};
-use carrousel::kernels::elementwise::{Add, Scale};
+use carrousel::kernels::elementwise::Scale;
 use carrousel::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
-use carrousel::kernels::lstm::ACTIVATIONS;
+use carrousel::kernels::lstm::{ACTIVATIONS, NONE};
+use carrousel::kernels::reduce::ColumnSums;
 use carrousel::kernels::{
     self, AdapterClass, Binding, Case, Dispatch, Entry, Fill, Kernel, Operand, Shader, ShapeError, activations, read, read_write,
 };
@@ -86,12 +87,17 @@ fn every_kernel_but_products_and_cells_agrees_with_the_cpu() {
     }
 }
 
+/// Adds the first operand to the second.
+fn adding(len: u32) -> ColumnSums {
+    ColumnSums { n_rows: 1, n_cols: len, row_stride: len, offset: 0, out: 0, second_out: NONE, accumulate: 1 }
+}
+
 #[test]
 fn writes_launches_and_copies_take_effect_in_the_order_of_the_calls() {
     let Some(mut gpu) = gpu() else { return };
     let (x, y, z) = (gpu.alloc("x", 70).unwrap(), gpu.alloc("y", 70).unwrap(), gpu.alloc("z", 70).unwrap());
     let (x, y, z) = (gpu.whole(x), gpu.whole(y), gpu.whole(z));
-    let add = Add { len: 70, x_offset: 0, y_offset: 0, a: 1.0 };
+    let add = adding(70);
     gpu.write(x, &[1.0; 70]).unwrap();
     gpu.launch(&add, &[x, y]).unwrap();
     gpu.write(x, &[10.0; 70]).unwrap();
@@ -107,13 +113,14 @@ fn writes_launches_and_copies_take_effect_in_the_order_of_the_calls() {
 #[test]
 fn more_launches_than_one_submit_holds_run_in_order() {
     let Some(mut gpu) = gpu() else { return };
-    let (x, y) = (gpu.alloc("x", 1).unwrap(), gpu.alloc("y", 1).unwrap());
-    let (x, y) = (gpu.whole(x), gpu.whole(y));
+    let [x, y, z] = ["x", "y", "z"].map(|label| gpu.alloc(label, 1).map(|id| gpu.whole(id)).unwrap());
     gpu.write(x, &[1.0]).unwrap();
+    // z sums what y has counted to.
     for i in 0..9000 {
-        gpu.launch(&Add { len: 1, x_offset: 0, y_offset: 0, a: if i % 2 == 0 { 2.0 } else { -1.0 } }, &[x, y]).unwrap();
+        let operands = if i % 2 == 0 { [x, y] } else { [y, z] };
+        gpu.launch(&adding(1), &operands).unwrap();
     }
-    assert_eq!(read_now(&mut gpu, y, PATIENCE).unwrap(), [4500.0]);
+    assert_eq!(read_now(&mut gpu, z, PATIENCE).unwrap(), [(4500 * 4501 / 2) as f32]);
 }
 
 #[test]
@@ -191,9 +198,9 @@ fn a_buffer_that_is_read_and_written_in_one_launch_is_refused_by_name() {
     let Some(mut gpu) = gpu() else { return };
     let x = gpu.alloc("x", 128).unwrap();
     let (a, b) = (gpu.whole(x).part(0, 64), gpu.whole(x).part(64, 64));
-    let add = Add { len: 64, x_offset: 0, y_offset: 0, a: 1.0 };
+    let add = adding(64);
     let error = gpu.launch(&add, &[a, b]).unwrap_err().to_string();
-    assert!(error.contains("add: x and y"), "{error}");
+    assert!(error.contains("column_sums: data and sums"), "{error}");
     // The refusal leaves the device as it was.
     gpu.launch(&Scale { len: 64, offset: 0, a: 1.0 }, &[b]).unwrap();
     assert_eq!(read_now(&mut gpu, b, PATIENCE).unwrap(), [0.0; 64]);

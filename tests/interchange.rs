@@ -258,6 +258,26 @@ fn damage_is_named_by_its_tensor_or_its_field() {
 }
 
 #[test]
+fn a_model_file_is_known_by_its_first_bytes_and_not_by_its_name() {
+    let network = tokens(5, 2, vec![Layer::plain(2, 2)], false);
+    let folder = tempfile::tempdir().unwrap();
+    for format in FORMATS {
+        let bytes = to_bytes(format, &network, &about(Part::All), &parameters(&network)).unwrap();
+        for name in ["model", "model.onnx", "model.safetensors", "model.bin"] {
+            let path = folder.path().join(name);
+            fs::write(&path, &bytes).unwrap();
+            assert_eq!(carrousel::store::interchange::read(&path).unwrap().format, format, "{format} as {name}");
+        }
+    }
+    for (start, told) in [(b"PK\x03\x04rest", "safetensors.torch.save_file"), (b"\x89HDF\r\n\x1a\n", "export the model to ONNX")] {
+        let path = folder.path().join("model.pt");
+        fs::write(&path, start).unwrap();
+        let error = carrousel::store::interchange::read(&path).unwrap_err().to_string();
+        assert!(error.contains("model.pt") && error.contains(told), "{error}");
+    }
+}
+
+#[test]
 fn a_file_of_a_later_version_is_refused_with_both_versions() {
     let network = values(vec![Layer::plain(2, 2)], 1);
     let bytes = to_bytes(Format::Safetensors, &network, &about(Part::All), &parameters(&network)).unwrap();

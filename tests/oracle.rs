@@ -3,8 +3,7 @@
 //! An oracle reads the operands as they were before the launch, and gives for each what it must hold afterwards. Elements it does not
 //! write must keep their bits.
 
-use carrousel::kernels::dropout::Dropout;
-use carrousel::kernels::elementwise::{Add, Scale};
+use carrousel::kernels::elementwise::Scale;
 use carrousel::kernels::embedding::{EmbeddingGather, EmbeddingGradient};
 use carrousel::kernels::gemm::{Gemm, Matrix};
 use carrousel::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
@@ -14,6 +13,7 @@ use carrousel::kernels::lstm::{
 use carrousel::kernels::pooling::PoolSteps;
 use carrousel::kernels::reduce::{BlockSquares, ColumnSums, NonFinite, Sum};
 use carrousel::kernels::update::{Adam, Regular, Rmsprop, Sgd};
+use carrousel::kernels::weight_drop::WeightDrop;
 
 use crate::compare::kept;
 
@@ -63,7 +63,7 @@ const ORACLES: &[(&str, Oracle)] = &[
     ("lstm_step_forward", lstm_step_forward),
     ("lstm_norm_forward", lstm_norm_forward),
     ("lstm_project", lstm_project),
-    ("dropout", dropout),
+    ("weight_drop", weight_drop),
     ("pool_steps", pool_steps),
     ("softmax_cross_entropy", softmax_cross_entropy),
     ("squared_error", squared_error),
@@ -76,7 +76,6 @@ const ORACLES: &[(&str, Oracle)] = &[
     ("sum", sum),
     ("block_squares", block_squares),
     ("non_finite", non_finite),
-    ("add", add),
     ("scale", scale),
     ("sgd", sgd),
     ("rmsprop", rmsprop),
@@ -155,6 +154,20 @@ fn cell_word(cell: &Cell, purpose: u32, stream: usize, t: u32, unit: usize) -> f
 pub fn cell_mask(cell: &Cell, stream: usize, unit: usize) -> f64 {
     let is_kept = cell_word(cell, 9, stream, 0, unit) >= f64::from(cell.mask_threshold);
     if cell.mask_scale == 0.0 { 1.0 } else { f64::from(u8::from(is_kept)) * f64::from(cell.mask_scale) }
+}
+
+/// Whether a cell's kernels read stream numbers.
+fn is_random(cell: &Cell) -> bool {
+    cell.mask_scale != 0.0 || cell.drop_scale != 0.0 || cell.draws == 1
+}
+
+/// What a unit's h is multiplied by on its way up at step `t`.
+pub fn drop_mask(cell: &Cell, stream: usize, t: u32, unit: usize) -> f64 {
+    if cell.drop_scale == 0.0 {
+        return 1.0;
+    }
+    let word = philox([unit as u32 / 4, t, stream as u32, cell.drop_tag], [cell.key0, cell.key1])[unit % 4];
+    if word < cell.drop_threshold { 0.0 } else { f64::from(cell.drop_scale) }
 }
 
 /// How much of the old h (`purpose` 7) or c (8) zoneout keeps.
@@ -472,6 +485,7 @@ fn lstm_norm_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     const C: usize = 2;
     const ROWS: usize = 3;
     const BIAS: usize = 5;
+    const INPUT: usize = 6;
     let k: LstmNormForward = parse(params);
     let (hidden, units) = (k.hidden as usize, k.units as usize);
     let (mut gates, mut h, mut c) = (x.target(GATES), x.target(H), x.target(C));
@@ -490,7 +504,7 @@ fn lstm_norm_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     let is_masked = k.cell.mask_scale != 0.0;
     for b in 0..k.n_rows as usize {
         let ended = k.use_lengths == 1 && k.t as usize >= x.u(ROWS, b);
-        let stream = if is_masked || k.cell.draws == 1 { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
+        let stream = if is_random(&k.cell) { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
         let place = |at: u32| at as usize + b * 4 * hidden;
         let state = |at: u32| at as usize + b * hidden;
         let normed_x = (gates_of_row(x, GATES, place(k.x), units), 1.0);
@@ -536,9 +550,15 @@ fn lstm_norm_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
             if is_masked {
                 h[state(k.masked) + u] = cell_mask(&k.cell, stream, u) * h[state(k.h) + u];
             }
+            if k.output != NONE {
+                let added = if k.input == NONE { 0.0 } else { x.f(INPUT, state(k.input) + u) };
+                let handed = drop_mask(&k.cell, stream, k.t, u) * h[state(k.h) + u] + added;
+                h[state(k.output) + u] = if ended { 0.0 } else { handed };
+            }
         }
     }
-    vec![Want::Floats(gates), Want::Floats(h), Want::Floats(c), Want::Unchanged, Want::Unchanged, Want::Unchanged]
+    let (gates, h, c) = (Want::Floats(gates), Want::Floats(h), Want::Floats(c));
+    vec![gates, h, c, Want::Unchanged, Want::Unchanged, Want::Unchanged, Want::Unchanged]
 }
 
 fn lstm_norm_backward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
@@ -563,8 +583,7 @@ fn lstm_norm_backward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     let sums_width = of_peepholes + 10 * hidden;
     for b in 0..rows {
         let ended = k.use_lengths == 1 && k.t as usize >= x.u(ROWS, b);
-        let is_masked = k.cell.mask_scale != 0.0;
-        let stream = if is_masked || k.cell.draws == 1 { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
+        let stream = if is_random(&k.cell) { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
         let place = |at: u32| at as usize + b * 4 * hidden;
         let dc_at = k.carry as usize + rows * width + b * hidden;
         let sums_at = k.carry as usize + rows * (width + hidden) + b * sums_width;
@@ -622,7 +641,7 @@ fn lstm_project(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     let is_masked = k.cell.mask_scale != 0.0;
     for b in 0..k.n_rows as usize {
         let ended = k.use_lengths == 1 && k.t as usize >= x.u(ROWS, b);
-        let stream = if is_masked || k.cell.draws == 1 { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
+        let stream = if is_random(&k.cell) { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
         for unit in 0..width {
             let at = b * width + unit;
             let (old, keep) = (x.f(H, k.h_prev as usize + at), cell_kept(&k.cell, 7, stream, k.t, unit));
@@ -634,9 +653,14 @@ fn lstm_project(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
                 let kept = x.f(H, k.masked_prev as usize + at);
                 h[k.masked as usize + at] = if ended { kept } else { cell_mask(&k.cell, stream, unit) * next };
             }
+            if k.output != NONE {
+                let added = if k.input == NONE { 0.0 } else { x.f(4, k.input as usize + at) };
+                let handed = drop_mask(&k.cell, stream, k.t, unit) * next + added;
+                h[k.output as usize + at] = if ended { 0.0 } else { handed };
+            }
         }
     }
-    vec![Want::Unchanged, Want::Unchanged, Want::Floats(h), Want::Unchanged]
+    vec![Want::Unchanged, Want::Unchanged, Want::Floats(h), Want::Unchanged, Want::Unchanged]
 }
 
 fn lstm_state_gradient(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
@@ -646,11 +670,10 @@ fn lstm_state_gradient(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     const ROWS: usize = 5;
     let k: LstmStateGradient = parse(params);
     let (hidden, width) = (k.hidden as usize, k.width as usize);
-    let (mut dh, mut carry) = (x.target(DH), x.target(CARRY));
-    let is_masked = k.cell.mask_scale != 0.0;
+    let (mut dh, mut carry, mut dx) = (x.target(DH), x.target(CARRY), x.target(6));
     for b in 0..k.n_rows as usize {
         let length = if k.use_lengths == 1 { x.u(ROWS, b) } else { usize::MAX };
-        let stream = if is_masked || k.cell.draws == 1 { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
+        let stream = if is_random(&k.cell) { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
         for unit in 0..width {
             let at = b * width + unit;
             let mut d = 0.0;
@@ -666,6 +689,9 @@ fn lstm_state_gradient(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
                 carry[carry_at] = x.f(CARRY, carry_at) + d;
                 if k.initial == 0 {
                     dh[k.dh as usize + at] = 0.0;
+                    if k.dx != NONE {
+                        dx[k.dx as usize + at] = 0.0;
+                    }
                 }
                 continue;
             }
@@ -674,7 +700,11 @@ fn lstm_state_gradient(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
                 carry[carry_at] = 0.0;
             }
             if k.dh_out != NONE {
-                d += x.f(2, k.dh_out as usize + at);
+                let from_above = x.f(2, k.dh_out as usize + at);
+                d += drop_mask(&k.cell, stream, k.t, unit) * from_above;
+                if k.dx != NONE {
+                    dx[k.dx as usize + at] = from_above;
+                }
             }
             let keep = cell_kept(&k.cell, 7, stream, k.t, unit);
             if k.cell.zoneout_h > 0.0 {
@@ -683,7 +713,8 @@ fn lstm_state_gradient(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
             dh[k.dh as usize + at] = (1.0 - keep) * d;
         }
     }
-    vec![Want::Unchanged, Want::Unchanged, Want::Unchanged, Want::Floats(dh), Want::Floats(carry), Want::Unchanged]
+    let (dh, carry, dx) = (Want::Floats(dh), Want::Floats(carry), Want::Floats(dx));
+    vec![Want::Unchanged, Want::Unchanged, Want::Unchanged, dh, carry, Want::Unchanged, dx]
 }
 
 fn lstm_step_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
@@ -693,6 +724,7 @@ fn lstm_step_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     const C: usize = 3;
     const ROWS: usize = 4;
     const BIAS: usize = 6;
+    const INPUT: usize = 7;
     let k: LstmStepForward = parse(params);
     let (hidden, width, h_width) = (k.hidden as usize, 4 * k.hidden as usize, k.width as usize);
     let projects = k.m != NONE;
@@ -702,7 +734,7 @@ fn lstm_step_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     let product_from = if is_masked { k.masked_prev } else { k.h_prev } as usize;
     for b in 0..k.n_rows as usize {
         let ended = k.use_lengths == 1 && k.t as usize >= x.u(ROWS, b);
-        let stream = if is_masked || k.cell.draws == 1 { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
+        let stream = if is_random(&k.cell) { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
         for unit in 0..hidden {
             let state = b * hidden + unit;
             let h_prev = if projects { 0.0 } else { x.f(H, k.h_prev as usize + state) };
@@ -742,9 +774,15 @@ fn lstm_step_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
             if is_masked {
                 h[k.masked as usize + state] = if ended { x.f(H, k.masked_prev as usize + state) } else { mask * done.h };
             }
+            if k.output != NONE {
+                let added = if k.input == NONE { 0.0 } else { x.f(INPUT, k.input as usize + state) };
+                let handed = drop_mask(&k.cell, stream, k.t, unit) * done.h + added;
+                h[k.output as usize + state] = if ended { 0.0 } else { handed };
+            }
         }
     }
-    vec![Want::Unchanged, Want::Floats(gates), Want::Floats(h), Want::Floats(c), Want::Unchanged, Want::Words(flags), Want::Unchanged]
+    let (gates, h, c) = (Want::Floats(gates), Want::Floats(h), Want::Floats(c));
+    vec![Want::Unchanged, gates, h, c, Want::Unchanged, Want::Words(flags), Want::Unchanged, Want::Unchanged]
 }
 
 fn peepholes(x: &Inputs<'_>, operand: usize, offset: u32, hidden: usize, unit: usize) -> [f64; 3] {
@@ -766,11 +804,10 @@ fn lstm_step_backward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     // With a projection what is h's own has been done.
     let projected = k.projected == 1;
     let cell = if projected { Cell { zoneout_h: 0.0, ..k.cell } } else { k.cell };
-    let (mut gates, mut carry) = (x.target(GATES), x.target(CARRY));
-    let is_masked = k.cell.mask_scale != 0.0;
+    let (mut gates, mut carry, mut dx) = (x.target(GATES), x.target(CARRY), x.target(7));
     for b in 0..rows {
         let length = if k.use_lengths == 1 { x.u(ROWS, b) } else { usize::MAX };
-        let stream = if is_masked || k.cell.draws == 1 { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
+        let stream = if is_random(&k.cell) { x.u(ROWS, k.cell.streams as usize + b) } else { 0 };
         for unit in 0..hidden {
             let column = |gate: usize| k.gates as usize + b * width + gate_column(unit, gate);
             let state = b * hidden + unit;
@@ -805,6 +842,9 @@ fn lstm_step_backward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
                 }
                 if k.initial == 0 {
                     (0..4).for_each(|gate| gates[column(gate)] = 0.0);
+                    if k.dx != NONE {
+                        dx[k.dx as usize + state] = 0.0;
+                    }
                 }
                 continue;
             }
@@ -813,7 +853,11 @@ fn lstm_step_backward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
                 carry_h = 0.0;
             }
             if !projected && k.dh_out != NONE {
-                dh += x.f(DH_OUT, k.dh_out as usize + state);
+                let from_above = x.f(DH_OUT, k.dh_out as usize + state);
+                dh += drop_mask(&k.cell, stream, k.t, unit) * from_above;
+                if k.dx != NONE {
+                    dx[k.dx as usize + state] = from_above;
+                }
             }
             let of_step = [0, 1, 2, 3].map(|gate| x.f(GATES, column(gate)));
             let peephole = peepholes(x, 6, k.cell.peephole, hidden, unit);
@@ -830,7 +874,8 @@ fn lstm_step_backward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
             }
         }
     }
-    vec![Want::Unchanged, Want::Floats(gates), Want::Unchanged, Want::Unchanged, Want::Floats(carry), Want::Unchanged, Want::Unchanged]
+    let (gates, carry, dx) = (Want::Floats(gates), Want::Floats(carry), Want::Floats(dx));
+    vec![Want::Unchanged, gates, Want::Unchanged, Want::Unchanged, carry, Want::Unchanged, Want::Unchanged, dx]
 }
 
 /// Philox4x32-10 from the paper's text: ten rounds of two 32 x 32 -> 64 bit products.
@@ -847,20 +892,14 @@ fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     [left[0], right[0], left[1], right[1]]
 }
 
-fn dropout(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
-    let k: Dropout = parse(params);
-    let mut to = x.target(2);
-    for t in 0..k.n_steps as usize {
-        for row in 0..k.n_rows as usize {
-            for unit in 0..k.width as usize {
-                let at = (t * k.n_rows as usize + row) * k.width as usize + unit;
-                let words = philox([unit as u32 / 4, t as u32, x.u(0, row) as u32, k.tag], [k.key0, k.key1]);
-                let is_dropped = words[unit % 4] < k.threshold;
-                to[k.to as usize + at] = if is_dropped { 0.0 } else { x.f(1, k.start as usize + at) * f64::from(k.scale) };
-            }
-        }
+fn weight_drop(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
+    let k: WeightDrop = parse(params);
+    let mut kept = x.target(1);
+    for i in 0..k.len as usize {
+        let words = philox([i as u32 / 4, 0, 0, k.tag], [k.key0, k.key1]);
+        kept[k.to as usize + i] = if words[i % 4] < k.threshold { 0.0 } else { x.f(0, k.start as usize + i) * f64::from(k.scale) };
     }
-    vec![Want::Unchanged, Want::Unchanged, Want::Floats(to)]
+    vec![Want::Unchanged, Want::Floats(kept)]
 }
 
 /// How much step `t` of a row counts.
@@ -1011,16 +1050,6 @@ fn non_finite(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     let mut count = x.operands[1].clone();
     count[k.out as usize] += (0..k.len as usize).filter(|&i| !x.f(0, k.offset as usize + i).is_finite()).count() as u32;
     vec![Want::Unchanged, Want::Words(count)]
-}
-
-fn add(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
-    let k: Add = parse(params);
-    let mut y = x.target(1);
-    for i in 0..k.len as usize {
-        let at = k.y_offset as usize + i;
-        y[at] = x.f(1, at) + f64::from(k.a) * x.f(0, k.x_offset as usize + i);
-    }
-    vec![Want::Unchanged, Want::Floats(y)]
 }
 
 fn scale(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {

@@ -3,8 +3,7 @@
 
 use std::mem::{offset_of, size_of};
 
-use carrousel::kernels::dropout::{DROPOUT_VECTORS, Dropout};
-use carrousel::kernels::elementwise::{Add, ELEMENTS, Scale};
+use carrousel::kernels::elementwise::{ELEMENTS, Scale};
 use carrousel::kernels::embedding::{EMBEDDING_VECTORS, EmbeddingGather, EmbeddingGradient};
 use carrousel::kernels::gemm::{DIRECT_BLOCK, Gemm, TILED_BLOCK};
 use carrousel::kernels::loss::{SOFTMAX_WORKGROUP, SQUARED_ROWS, SoftmaxCrossEntropy, SquaredError};
@@ -14,6 +13,7 @@ use carrousel::kernels::lstm::{
 use carrousel::kernels::pooling::{POOL_VECTORS, PoolSteps};
 use carrousel::kernels::reduce::{BlockSquares, ColumnSums, NON_FINITE_BLOCK, NonFinite, REDUCE_WORKGROUP, SUM_COLUMNS, Sum};
 use carrousel::kernels::update::{Adam, Rmsprop, Sgd};
+use carrousel::kernels::weight_drop::{DROP_VECTORS, WeightDrop};
 use carrousel::kernels::{ALL, Access, AdapterClass, Entry, Fragment, Shader};
 use carrousel::shape::{BLOCK, PANEL, PANEL_UNITS};
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
@@ -40,30 +40,30 @@ fn rust_layout(kernel: &str) -> (usize, Vec<Field>) {
         ),
         "lstm_norm_input" => layout!(LstmNormInput: n_rows, hidden, units, x, factors),
         "lstm_step_forward" => layout!(
-            LstmStepForward: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.unused0, cell.unused1, cell.unused2,
-            n_rows, hidden, width, weight_hh, bias_ih, bias_hh, gates, h_prev, h, masked_prev, masked, c_prev, c, m, t, use_lengths, initial
+            LstmStepForward: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.drop_threshold, cell.drop_scale, cell.drop_tag,
+            n_rows, hidden, width, weight_hh, bias_ih, bias_hh, gates, h_prev, h, masked_prev, masked, output, input, c_prev, c, m, t, use_lengths, initial
         ),
         "lstm_norm_forward" => layout!(
-            LstmNormForward: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.unused0, cell.unused1, cell.unused2,
-            n_rows, hidden, units, gates, x, y, factors, bias_ih, bias_hh, norm_ih, norm_hh, norm_c, h_prev, h, masked, c_prev, c, m, t, use_lengths
+            LstmNormForward: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.drop_threshold, cell.drop_scale, cell.drop_tag,
+            n_rows, hidden, units, gates, x, y, factors, bias_ih, bias_hh, norm_ih, norm_hh, norm_c, h_prev, h, masked, output, input, c_prev, c, m, t, use_lengths
         ),
         "lstm_project" => layout!(
-            LstmProject: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.unused0, cell.unused1, cell.unused2,
-            n_rows, hidden, width, weight_hr, m, h_prev, h, masked_prev, masked, t, use_lengths
+            LstmProject: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.drop_threshold, cell.drop_scale, cell.drop_tag,
+            n_rows, hidden, width, weight_hr, m, h_prev, h, masked_prev, masked, output, input, t, use_lengths
         ),
         "lstm_state_gradient" => layout!(
-            LstmStateGradient: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.unused0, cell.unused1, cell.unused2,
-            n_rows, hidden, width, weight_hh, dz_after, dh_out, dh, carry, t, last, use_lengths, initial
+            LstmStateGradient: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.drop_threshold, cell.drop_scale, cell.drop_tag,
+            n_rows, hidden, width, weight_hh, dz_after, dh_out, dx, dh, carry, t, last, use_lengths, initial
         ),
         "lstm_step_backward" => layout!(
-            LstmStepBackward: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.unused0, cell.unused1, cell.unused2,
-            n_rows, hidden, width, weight, gates, dz_after, c_prev, dh_out, carry, t, last, use_lengths, initial, projected
+            LstmStepBackward: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.drop_threshold, cell.drop_scale, cell.drop_tag,
+            n_rows, hidden, width, weight, gates, dz_after, c_prev, dh_out, dx, carry, t, last, use_lengths, initial, projected
         ),
         "lstm_norm_backward" => layout!(
-            LstmNormBackward: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.unused0, cell.unused1, cell.unused2,
+            LstmNormBackward: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.drop_threshold, cell.drop_scale, cell.drop_tag,
             n_rows, hidden, units, width, gates, x, y, factors, norm_ih, norm_hh, norm_c, c_prev, dh, from_carry, carry, t, last, use_lengths
         ),
-        "dropout" => layout!(Dropout: n_steps, n_rows, width, start, to, key0, key1, tag, threshold, scale),
+        "weight_drop" => layout!(WeightDrop: len, start, to, key0, key1, tag, threshold, scale),
         "pool_steps" | "pool_steps_gradient" => layout!(PoolSteps: n_steps, n_rows, width, x, pooled, which, use_lengths),
         "softmax_cross_entropy" => layout!(SoftmaxCrossEntropy: n_rows, n_classes, row_stride, scale, gradient),
         "squared_error" => layout!(SquaredError: n_rows, n_outputs, row_stride, scale, gradient),
@@ -72,7 +72,6 @@ fn rust_layout(kernel: &str) -> (usize, Vec<Field>) {
         "sum" => layout!(Sum: len, offset, out),
         "block_squares" => layout!(BlockSquares: len, out),
         "non_finite" => layout!(NonFinite: len, offset, out),
-        "add" => layout!(Add: len, x_offset, y_offset, a),
         "scale" => layout!(Scale: len, offset, a),
         "sgd" => layout!(
             Sgd: len, nesterov, lr, momentum, regular.grad_scale, regular.clip_value, regular.weight_decay, regular.l1
@@ -239,8 +238,8 @@ fn numbers_that_stand_in_wgsl_and_in_rust_are_the_same() {
             same("NONE", none, NONE);
         }
         match shader.name {
-            "add" | "scale" | "sgd" | "rmsprop" | "adam" => same("floats a workgroup", invocations * get("EACH"), ELEMENTS),
-            "dropout" => same("vectors a workgroup", invocations, DROPOUT_VECTORS),
+            "scale" | "sgd" | "rmsprop" | "adam" => same("floats a workgroup", invocations * get("EACH"), ELEMENTS),
+            "weight_drop" => same("vectors a workgroup", invocations, DROP_VECTORS),
             "embedding_gather" | "embedding_gradient" => same("vectors a workgroup", invocations, EMBEDDING_VECTORS),
             "pool_steps" | "pool_steps_gradient" => same("vectors a workgroup", invocations, POOL_VECTORS),
             "softmax_cross_entropy" => same("workgroup", invocations, SOFTMAX_WORKGROUP),

@@ -556,6 +556,7 @@ impl<'p> Placed<'p> {
             norms: p.norm.is_some(),
             peepholes: p.peephole.is_some(),
             masks: p.cell.is_masked(),
+            outputs: false,
         }
     }
 
@@ -567,6 +568,7 @@ impl<'p> Placed<'p> {
             tensors: self.bucket.tensors(self.params.span),
             x: [Some(self.part(self.x.span, X_OFFSET)), None],
             gates: self.gates.span,
+            residual: None,
             h: self.h.span,
             c: self.c.span,
             range,
@@ -1147,8 +1149,15 @@ fn only_sums_over_the_hidden_units_cost_a_step_more_launches() {
 
 #[test]
 fn ten_thousand_steps_are_swept() {
-    let p = Problem::new(98, [10_000, 1, 1, 1]);
-    judge("long", &p, &Manner::whole(&p));
+    let (plain, wider) = (Problem::new(98, [10_000, 1, 1, 1]), Problem::new(97, [10_000, 1, 2, 17]));
+    for (what, p) in [
+        ("long", plain),
+        ("long and projected", wider.clone().projected(9)),
+        ("long and normed", wider.clone().normed()),
+        ("long, projected and normed", wider.projected(9).normed()),
+    ] {
+        judge(what, &p, &Manner::whole(&p));
+    }
 }
 
 #[test]

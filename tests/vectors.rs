@@ -309,6 +309,7 @@ fn judge(backend: &mut dyn Backend, device: Device, case: &Case) -> Vec<String> 
                 tensors: tensors(backend, &params, lane),
                 x,
                 gates: upload(backend, "gates", &vec![f32::NAN; shape.gates_len(t * b)]),
+                residual: None,
                 h: h_states,
                 c: c_states,
                 range: 0..t as u32,

@@ -23,9 +23,14 @@ struct Cell {
     key1: u32,
     lane: u32,
     streams: u32,        // offset of [B] in rows
-    unused0: u32,
-    unused1: u32,
-    unused2: u32,
+    drop_threshold: u32,
+    drop_scale: f32,     // 0: what the layer hands up is not dropped
+    drop_tag: u32,
+}
+
+// Whether anything is drawn by stream number.
+fn is_random(cell: Cell) -> bool {
+    return cell.draws == 1u || cell.mask_scale != 0.0 || cell.drop_scale != 0.0;
 }
 
 fn draw(cell: Cell, purpose: u32, stream: u32, t: u32, block: u32) -> vec4<u32> {
@@ -36,6 +41,15 @@ fn draw(cell: Cell, purpose: u32, stream: u32, t: u32, block: u32) -> vec4<u32> 
 fn recurrent_mask(cell: Cell, stream: u32, block: u32) -> vec4<f32> {
     let kept = draw(cell, RECURRENT_DROPOUT, stream, 0u, block) >= vec4<u32>(cell.mask_threshold);
     return select(vec4<f32>(), vec4<f32>(cell.mask_scale), kept);
+}
+
+// What four units are multiplied by on their way up from step t.
+fn drop_mask(cell: Cell, stream: u32, t: u32, block: u32) -> vec4<f32> {
+    if (cell.drop_scale == 0.0) {
+        return vec4<f32>(1.0);
+    }
+    let kept = philox(vec4<u32>(block, t, stream, cell.drop_tag), vec2<u32>(cell.key0, cell.key1)) >= vec4<u32>(cell.drop_threshold);
+    return select(vec4<f32>(), vec4<f32>(cell.drop_scale), kept);
 }
 
 // How much of the old value four units keep: 0 or 1 where zoneout draws, else the probability.

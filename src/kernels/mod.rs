@@ -4,7 +4,6 @@
 //! lengths of its operands, runs itself on slices, and names its shader and grid. No device and no wgpu here.
 
 pub mod activations;
-pub mod dropout;
 pub mod elementwise;
 pub mod embedding;
 pub mod gemm;
@@ -14,6 +13,7 @@ pub mod microkernel;
 pub mod pooling;
 pub mod reduce;
 pub mod update;
+pub mod weight_drop;
 
 use crate::pool::CpuContext;
 
@@ -274,11 +274,11 @@ pub struct Entry {
 pub const ALL: &[Entry] = &[
     embedding::GATHER_ENTRY,
     gemm::ENTRY,
+    weight_drop::ENTRY,
     lstm::NORM_INPUT_ENTRY,
     lstm::FORWARD_ENTRY,
     lstm::NORM_FORWARD_ENTRY,
     lstm::PROJECT_ENTRY,
-    dropout::ENTRY,
     pooling::ENTRY,
     loss::SOFTMAX_ENTRY,
     loss::MSE_ENTRY,
@@ -291,7 +291,6 @@ pub const ALL: &[Entry] = &[
     reduce::SUM_ENTRY,
     reduce::BLOCK_SQUARES_ENTRY,
     reduce::NON_FINITE_ENTRY,
-    elementwise::ADD_ENTRY,
     elementwise::SCALE_ENTRY,
     update::SGD_ENTRY,
     update::RMSPROP_ENTRY,

@@ -289,6 +289,7 @@ impl ModelConfig {
             norms: l.layer_norm,
             peepholes: l.peephole,
             masks: l.recurrent_dropout > 0.0,
+            outputs: self.is_residual(layer) || (self.dropout > 0.0 && layer + 1 < self.n_layers),
         }
     }
 

@@ -12,14 +12,13 @@ use anyhow::{Context, Result, ensure};
 use self::config::{Input, LayerParams, ModelConfig, ModelParams, Output, Pooling, Reading};
 use crate::backend::{Backend, BufferId, Limits, Span};
 use crate::kernels::MAX_LOOP_TRIPS;
-use crate::kernels::dropout::{Dropout, drop_numbers};
-use crate::kernels::elementwise::Add;
 use crate::kernels::embedding::{EmbeddingGather, EmbeddingGradient, TokenIndex};
 use crate::kernels::gemm::{Gemm, Matrix};
 use crate::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
 use crate::kernels::lstm::{Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneTensors, LaneVectors, NONE, SweepArgs};
 use crate::kernels::pooling::{ALL_STEPS, FIRST_STEP, LAST_STEP, PoolSteps, PoolStepsGradient};
 use crate::kernels::reduce::{ColumnSums, Sum};
+use crate::kernels::weight_drop::{WeightDrop, drop_numbers};
 use crate::params::{Bucket, ParamTable};
 use crate::rng::{Purpose, StepKey, tag};
 use crate::shape::{ALIGN, GATES, PANEL, PANEL_UNITS, pad_inner, pad_units, round_up};
@@ -79,8 +78,6 @@ struct LaneBuffers {
     gates: BufferId,
     h: BufferId,
     c: BufferId,
-    /// What the layer hands up where that is not h itself: dropped, or with its input added.
-    output: Option<BufferId>,
     /// The recurrent weights that a step keeps, and their gradient.
     dropped_weight: Option<(BufferId, Option<BufferId>)>,
     carry: Option<BufferId>,
@@ -103,7 +100,7 @@ struct Workspace {
     pooled: Vec<BufferId>,
     outputs: BufferId,
     row_loss: BufferId,
-    /// Gradients on their way down, by direction: three sets for what comes from above, goes below, and lies between.
+    /// Gradients on their way down, by direction: a set for what comes from above and one for what goes below.
     flow: Option<Vec<BufferId>>,
 }
 
@@ -111,7 +108,7 @@ impl Workspace {
     fn buffers(self) -> impl Iterator<Item = BufferId> {
         let of_lane = |l: LaneBuffers| {
             let weights = l.dropped_weight.map(|(weight, gradient)| [Some(weight), gradient]);
-            [Some(l.gates), Some(l.h), Some(l.c), l.output, l.carry, l.dh].into_iter().chain(weights.into_iter().flatten()).flatten()
+            [Some(l.gates), Some(l.h), Some(l.c), l.carry, l.dh].into_iter().chain(weights.into_iter().flatten()).flatten()
         };
         let others = [self.input, self.rows, self.targets, self.weights, self.outputs, self.row_loss];
         let lanes = self.lanes.into_iter().flat_map(of_lane);
@@ -131,8 +128,6 @@ pub struct Model {
     grads: Vec<BufferId>,
     flags: BufferId,
     loss: BufferId,
-    /// Never written.
-    zero: BufferId,
     workspace: Option<Workspace>,
     token_index: TokenIndex,
     padded: Vec<f32>,
@@ -179,9 +174,8 @@ impl Model {
         let (params, grads) = (alloc("parameter")?, alloc("gradient")?);
         let flags = backend.alloc("flags", ALIGN)?;
         let loss = backend.alloc("loss", MAX_PARTS.max(ALIGN))?;
-        let zero = backend.alloc("zero", ALIGN)?;
         let token_index = TokenIndex::default();
-        Ok(Self { config, table, at, params, grads, flags, loss, zero, workspace: None, token_index, padded: Vec::new() })
+        Ok(Self { config, table, at, params, grads, flags, loss, workspace: None, token_index, padded: Vec::new() })
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -360,8 +354,6 @@ impl Model {
         let n_pooled = if matches!(self.config.reading(), Reading::Pooled(_)) { self.config.n_directions() } else { 0 };
         let lanes = (0..self.config.n_lanes())
             .map(|i| {
-                let layer = i / self.config.n_directions();
-                let has_output = self.config.is_residual(layer) || (self.config.dropout > 0.0 && layer + 1 < self.config.n_layers);
                 let shape = self.shape(i);
                 let weights = recurrent_len(shape);
                 let mut weight = |label| (self.config.lstm.weight_drop > 0.0).then(|| alloc(label, weights)).transpose();
@@ -371,7 +363,6 @@ impl Model {
                     gates: alloc("gates", shape.gates_len(tb))?,
                     h: alloc("hidden states", shape.h_len(tb, b))?,
                     c: alloc("cell states", shape.c_len(tb, b))?,
-                    output: has_output.then(|| alloc("outputs of a layer", tb * shape.width as usize)).transpose()?,
                     dropped_weight: kept.map(|kept| (kept, kept_gradient)),
                     carry: gradients.then(|| alloc("carried gradients", shape.carry_len(b))).transpose()?,
                     dh: (gradients && shape.dh_len(tb) > 0).then(|| alloc("gradients of hidden states", shape.dh_len(tb))).transpose()?,
@@ -384,7 +375,7 @@ impl Model {
         };
         let widest = (0..self.config.n_layers).map(of_layer).max().unwrap_or(0);
         let flow = gradients
-            .then(|| (0..self.flow_sets() * self.config.n_directions()).map(|_| alloc("gradients of states", tb * widest)).collect())
+            .then(|| (0..2 * self.config.n_directions()).map(|_| alloc("gradients of states", tb * widest)).collect())
             .transpose()?;
         self.workspace = Some(Workspace {
             n_places: tb,
@@ -555,11 +546,6 @@ impl Model {
         backend.launch(&kernel, &[span, span, span, to])
     }
 
-    /// How many sets of gradients are on their way at a time.
-    fn flow_sets(&self) -> usize {
-        2 + usize::from(self.config.dropout > 0.0 && self.config.lstm.residual)
-    }
-
     /// What makes the cell of a lane in this pass.
     fn cell(&self, lane: usize, pass: Pass) -> Cell {
         let c = &self.config.lstm;
@@ -573,10 +559,16 @@ impl Model {
             ..Cell::PLAIN
         };
         let Some(key) = pass.key else { return plain };
-        let cell = Cell { draws: u32::from(c.zoneout_h > 0.0 || c.zoneout_c > 0.0), key0: key.0[0], key1: key.0[1], ..plain };
+        let mut cell = Cell { draws: u32::from(c.zoneout_h > 0.0 || c.zoneout_c > 0.0), key0: key.0[0], key1: key.0[1], ..plain };
         if c.recurrent_dropout > 0.0 {
-            let (mask_threshold, mask_scale) = drop_numbers(c.recurrent_dropout);
-            return Cell { mask_threshold, mask_scale, ..cell };
+            (cell.mask_threshold, cell.mask_scale) = drop_numbers(c.recurrent_dropout);
+        }
+        let n = self.config.n_directions();
+        let (layer, direction) = (lane / n, lane % n);
+        if self.config.dropout > 0.0 && layer + 1 < self.config.n_layers {
+            (cell.drop_threshold, cell.drop_scale) = drop_numbers(self.config.dropout);
+            // The reverse direction draws as a layer far above all others.
+            cell.drop_tag = tag(Purpose::Dropout, (layer | direction << 16) as u32);
         }
         cell
     }
@@ -586,7 +578,9 @@ impl Model {
         let (t, b) = (share.n_steps, share.n_rows);
         let buffers = &w.lanes[i];
         let cell = Cell { streams: streams_at(b) as u32, ..self.cell(i, pass) };
-        let shape = LaneShape { masks: cell.is_masked(), ..self.shape(i) };
+        let n = self.config.n_directions();
+        let residual = self.config.is_residual(i / n).then_some(i % n);
+        let shape = LaneShape { masks: cell.is_masked(), outputs: cell.drops() || residual.is_some(), ..self.shape(i) };
         let mut tensors = self.lane_tensors(backend, i, &self.params);
         if let (Some(_), Some((kept, _))) = (pass.key, buffers.dropped_weight) {
             tensors.weight_hh = (front(kept, recurrent_len(shape)), 0);
@@ -598,6 +592,7 @@ impl Model {
             tensors,
             x,
             gates: front(buffers.gates, shape.gates_len(t * b)),
+            residual,
             h: front(buffers.h, shape.h_len(t * b, b)),
             c: front(buffers.c, shape.c_len(t * b, b)),
             range: 0..t as u32,
@@ -635,31 +630,8 @@ impl Model {
     /// Keeps the recurrent weights that this step has, or the gradients of those.
     fn drop_weight(&self, backend: &mut dyn Backend, lane: usize, key: StepKey, (from, start): (Span, u32), to: (Span, u32)) -> Result<()> {
         let len = recurrent_len(self.shape(lane)) as u32;
-        // Masks over weights have no sequence: all rows of the batch, on all ranks, see the same.
-        let no_stream = Span { buffer: self.zero, offset: 0, len: 1 };
-        let tag = tag(Purpose::WeightDrop, lane as u32);
-        let kernel = Dropout { tag, ..Dropout::new(self.config.lstm.weight_drop, key, 0, [1, 1, len], start, to.1) };
-        backend.launch(&kernel, &[no_stream, from, to.0])
-    }
-
-    /// Dropout between layers, of one direction's outputs or their gradients.
-    #[allow(clippy::too_many_arguments, reason = "what, where from, where to")]
-    fn drop_outputs(
-        &self,
-        backend: &mut dyn Backend,
-        w: &Workspace,
-        share: &Share<'_>,
-        lane: usize,
-        key: StepKey,
-        from: LanePart,
-        to: Span,
-    ) -> Result<()> {
-        let n = self.config.n_directions();
-        let (layer, direction) = ((lane / n) as u32, (lane % n) as u32);
-        let sizes = [share.n_steps as u32, share.n_rows as u32, from.width];
-        // The reverse direction draws as a layer far above all others.
-        let kernel = Dropout::new(self.config.dropout, key, layer | direction << 16, sizes, from.offset, 0);
-        backend.launch(&kernel, &[streams(w, share.n_rows), from.span, to])
+        let kernel = WeightDrop::new(self.config.lstm.weight_drop, key, lane as u32, len, start, to.1);
+        backend.launch(&kernel, &[from, to.0])
     }
 
     fn forward(&self, backend: &mut dyn Backend, w: &Workspace, share: &Share<'_>, pass: Pass) -> Result<Forward> {
@@ -690,22 +662,13 @@ impl Model {
             let mut above: Parts = [None; 2];
             let width = self.width_of(l);
             for (direction, i) in of_layer.enumerate() {
-                // Outputs are the states after the first, in reverse those before the last.
-                let offset = if self.is_reverse(i) { 0 } else { (b * width) as u32 };
-                let h = LanePart { span: lanes[i].h, offset, width: width as u32 };
-                above[direction] = Some(h);
-                let dropped = pass.key.filter(|_| self.config.dropout > 0.0 && l + 1 < self.config.n_layers);
-                let Some(output) = w.lanes[i].output.filter(|_| dropped.is_some() || self.config.is_residual(l)) else { continue };
-                let out = front(output, t * b * width);
-                match dropped {
-                    Some(key) => self.drop_outputs(backend, w, share, i, key, h, out)?,
-                    None => backend.copy(h.span.part(offset as usize, out.len), out)?,
-                }
-                if let Some(input) = x[direction].filter(|_| self.config.is_residual(l)) {
-                    let add = Add { len: out.len as u32, x_offset: input.offset, y_offset: 0, a: 1.0 };
-                    backend.launch(&add, &[input.span, out])?;
-                }
-                above[direction] = Some(LanePart { span: out, offset: 0, width: width as u32 });
+                // Where there is nothing else to hand up: the states after the first, in reverse those before the last.
+                let offset = match lanes[i].shape {
+                    shape if shape.outputs => shape.outputs_at(t * b, b),
+                    _ if self.is_reverse(i) => 0,
+                    _ => b * width,
+                };
+                above[direction] = Some(LanePart { span: lanes[i].h, offset: offset as u32, width: width as u32 });
             }
             x = above;
         }
@@ -796,7 +759,7 @@ impl Model {
         let n = self.config.n_directions();
         let flow = w.flow.as_ref().context("a workspace for gradients is reserved first")?;
         let set = |i: usize| [flow[i * n], flow[i * n + n - 1]];
-        let (mut above, mut below, between) = (set(0), set(1), set(self.flow_sets() - 1));
+        let (mut above, mut below) = (set(0), set(1));
         let accumulate = pass.part > 0;
         let mut n_ready = self.grads.len();
         // Buckets become complete from the last to the first.
@@ -833,23 +796,7 @@ impl Model {
         all_down_to(first_bucket(if self.config.tied { self.at.head_bias } else { self.at.head_weight }), backend)?;
         for l in (0..self.config.n_layers).rev() {
             let from_head = by_carry && l + 1 == self.config.n_layers;
-            let residual = self.config.is_residual(l);
-            let dropped = pass.key.filter(|_| self.config.dropout > 0.0 && l + 1 < self.config.n_layers);
-            let out_width = self.width_of(l);
-            let out_len = t * b * out_width;
-            let whole = |buffer: BufferId| LanePart { span: front(buffer, out_len), offset: 0, width: out_width as u32 };
-            // Gradients of h, once through the dropout.
-            let mut dh = above;
-            if let Some(key) = dropped {
-                dh = if residual { between } else { below };
-                for (direction, i) in self.lanes_of(l).enumerate() {
-                    self.drop_outputs(backend, w, share, i, key, whole(above[direction]), front(dh[direction], out_len))?;
-                }
-                if !residual {
-                    // What came from above is not needed again.
-                    below = above;
-                }
-            }
+            let out_len = t * b * self.width_of(l);
             let axis = self.config.layer_input(l);
             let (groups, width) = (axis.groups, axis.padded_len() / axis.groups);
             let wants_dx = l > 0 || self.at.embedding.is_some();
@@ -864,7 +811,7 @@ impl Model {
                     tensors.weight_hh = (front(gradient, recurrent_len(shape)), 0);
                 }
                 done.lanes[i].backward = Some(LaneGradients {
-                    dh_out: (!from_head).then(|| (front(dh[direction], out_len), 0)),
+                    dh_out: (!from_head).then(|| (front(above[direction], out_len), 0)),
                     carry: front(w.lanes[i].carry.context("a workspace for gradients is reserved first")?, shape.carry_len(b)),
                     dh: w.lanes[i].dh.map(|dh| front(dh, shape.dh_len(t * b))),
                     tensors,
@@ -878,15 +825,9 @@ impl Model {
             for i in self.lanes_of(l) {
                 self.finish_lane(backend, w, share, pass, i)?;
             }
-            if residual {
-                for direction in 0..groups {
-                    let add = Add { len: out_len as u32, x_offset: 0, y_offset: 0, a: 1.0 };
-                    backend.launch(&add, &[front(above[direction], out_len), front(below[direction], out_len)])?;
-                }
-            }
             all_down_to(first_bucket(self.at.lanes[self.lanes_of(l).start].weight_ih), backend)?;
             // What went below comes from above now; the other set is free.
-            (above, below) = (below, if dropped.is_some() && !residual { dh } else { above });
+            (above, below) = (below, above);
         }
         if let (Input::Tokens { vocabulary, width }, Some(index), Some(embedding)) = (self.config.input, w.index, self.at.embedding) {
             let (grads, grad) = self.place(backend, &self.grads, embedding);

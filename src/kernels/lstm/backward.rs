@@ -43,6 +43,8 @@ pub struct LstmStepBackward {
     pub c_prev: u32,
     /// Offset of this step's `[B, R]` in `dh_out`, or [`NONE`].
     pub dh_out: u32,
+    /// Offset of `[B, R]` in `dx`, where a residual layer puts `dh_out` as it came, or [`NONE`].
+    pub dx: u32,
     /// Offset in `carry`.
     pub carry: u32,
     pub t: u32,
@@ -55,7 +57,7 @@ pub struct LstmStepBackward {
 }
 
 const BACKWARD_BINDINGS: &[Binding] =
-    &[read("params"), read_write("gates"), read("c"), read("dh_out"), read_write("carry"), read("rows"), read("bias")];
+    &[read("params"), read_write("gates"), read("c"), read("dh_out"), read_write("carry"), read("rows"), read("bias"), read_write("dx")];
 
 impl Kernel for LstmStepBackward {
     kernel_basics!("lstm_step_backward", BACKWARD_BINDINGS);
@@ -81,6 +83,10 @@ impl Kernel for LstmStepBackward {
             multiple_of(NAME, "an offset", self.dh_out, 4)?;
             at_least(NAME, "dh_out", lens[3], self.dh_out as usize + rows * h_width)?;
         }
+        if self.dx != NONE {
+            multiple_of(NAME, "an offset", self.dx, 4)?;
+            at_least(NAME, "dx", lens[7], self.dx as usize + rows * h_width)?;
+        }
         let sums = sums_width(hidden, self.cell.peephole != NONE, false);
         at_least(NAME, "carry", lens[4], self.carry as usize + rows * (h_width + hidden + sums))?;
         if self.use_lengths == 1 {
@@ -90,12 +96,12 @@ impl Kernel for LstmStepBackward {
     }
 
     fn dispatch(&self, _: AdapterClass) -> Dispatch {
-        let is_plain = self.cell.is_plain() && self.projected == 0;
+        let is_plain = self.cell.is_plain() && !self.cell.drops() && self.projected == 0 && self.dx == NONE;
         Dispatch { shader: &BACKWARD, overrides: variant(is_plain), grid: step_grid(self.n_rows, self.hidden) }
     }
 
     fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
-        let [params, gates, c, dh_out, carry, row_words, bias] = operands else { unreachable!("seven operands") };
+        let [params, gates, c, dh_out, carry, row_words, bias, dx] = operands else { unreachable!("eight operands") };
         let (rows, hidden, h_width, is_projected) = (self.n_rows as usize, self.hidden as usize, self.width as usize, self.projected == 1);
         let width = hidden * GATES;
         let lengths = (self.use_lengths == 1).then(|| &row_words.as_indices()[..rows]);
@@ -122,6 +128,8 @@ impl Kernel for LstmStepBackward {
         let carry = &mut carry.as_mut_slice()[self.carry as usize..][..rows * (h_width + hidden + sums_width)];
         let (carry_h, carry) = carry.split_at_mut(rows * h_width);
         let (dc, sums) = carry.split_at_mut(rows * hidden);
+        let dx_width = if self.dx == NONE { 0 } else { h_width };
+        let dx = if self.dx == NONE { &mut [][..] } else { &mut dx.as_mut_slice()[self.dx as usize..][..rows * h_width] };
         let isa = ctx.isa;
         let has_product = is_projected || self.last == 0;
         let packed_len = if has_product { microkernel::packed_len(isa, k, hidden) } else { 0 };
@@ -140,11 +148,11 @@ impl Kernel for LstmStepBackward {
         let work = (
             of_rows(gates, gates_width),
             (of_rows(dc, hidden), of_rows(sums, sums_width)),
-            (of_rows(carry_h, h_width), of_rows(dh, hidden)),
+            ((of_rows(carry_h, h_width), of_rows(dx, dx_width)), of_rows(dh, hidden)),
         );
         let min_rows = (1usize << 17).div_ceil(hidden * k).max(1);
-        type Work<'a> = (Rows<'a>, (Rows<'a>, Rows<'a>), (Rows<'a>, Rows<'a>));
-        ctx.pool.run(work, rows, min_rows, &|(gates, (dc, sums), (carry_h, dh)): Work<'_>, range: Range<usize>| {
+        type Work<'a> = (Rows<'a>, (Rows<'a>, Rows<'a>), ((Rows<'a>, Rows<'a>), Rows<'a>));
+        ctx.pool.run(work, rows, min_rows, &|(gates, (dc, sums), ((carry_h, dx), dh)): Work<'_>, range: Range<usize>| {
             let n = range.len();
             if n == 0 {
                 return;
@@ -171,6 +179,9 @@ impl Kernel for LstmStepBackward {
                     let out = dh_out.map_or(&[][..], |dh_out| &dh_out[b * hidden..][..hidden]);
                     for_isa!(isa, state_gradient(cell: &CellRow<'_>, stream: u32, arrival: Arrival, dh: &mut [f32], carry_h: &mut [f32],
                                                  out: &[f32]));
+                    if dx_width > 0 {
+                        super::pass_on(arrival.passes, out, &mut dx.data[row * dx_width..][..dx_width]);
+                    }
                 }
                 if arrival.passes {
                     gates.fill(0.0);
@@ -220,6 +231,7 @@ fn backward_case(n_rows: u32, hidden: u32, with_lengths: bool, last: bool, (name
         dz_after: gates as u32,
         c_prev: 4,
         dh_out: if last { NONE } else { 4 },
+        dx: if cell.drops() && !last && !initial { 4 } else { NONE },
         carry: 0,
         t: 2,
         last: u32::from(last),
@@ -239,6 +251,7 @@ fn backward_case(n_rows: u32, hidden: u32, with_lengths: bool, last: bool, (name
             operand((2 + sums) * state, random),
             case_rows(n_rows, &cell),
             operand(4 + PEEPHOLES * h as usize, Fill::Uniform { low: -0.3, high: 0.3 }),
+            operand(4 + state, Fill::Poison),
         ],
         flop: 2 * u64::from(n_rows) * u64::from(h) * u64::from(width),
         kernel: Box::new(kernel),
@@ -258,6 +271,7 @@ fn projected_case(n_rows: u32, hidden: u32, width: u32, (name, cell): (&str, Cel
         dz_after: NONE,
         c_prev: 0,
         dh_out: 8,
+        dx: NONE,
         carry: 0,
         t: 3,
         last: 0,
@@ -277,6 +291,7 @@ fn projected_case(n_rows: u32, hidden: u32, width: u32, (name, cell): (&str, Cel
             operand(n_rows as usize * (r as usize + h as usize + sums), random),
             case_rows(n_rows, &cell),
             operand(4 + PEEPHOLES * h as usize, Fill::Uniform { low: -0.3, high: 0.3 }),
+            operand(4, Fill::Poison),
         ],
         flop: 2 * u64::from(n_rows) * u64::from(h) * u64::from(r),
         kernel: Box::new(kernel),

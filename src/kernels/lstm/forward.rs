@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytemuck::{Pod, Zeroable};
 
-use super::rows::{CellRow, apply_mask, cell_forward, gate_forward, settle};
+use super::rows::{CellRow, apply_mask, cell_forward, gate_forward, hand_up, settle};
 use super::{CELL_FRAGMENTS, Cell, FLAG_NON_FINITE, NONE, PEEPHOLES, SUM_REASON, case_rows, cells, parts, step_grid, two_parts, variant};
 use crate::for_isa;
 use crate::kernels::microkernel::{self, Ends, Factors, Left, MatrixMut};
@@ -47,6 +47,10 @@ pub struct LstmStepForward {
     /// Offsets in `h` of the masked copies of both, [`NONE`] without recurrent dropout: the product reads the one, the step writes the other.
     pub masked_prev: u32,
     pub masked: u32,
+    /// Offset in `h` of what the layer hands up from this step `[B, R]`, [`NONE`] where that is h.
+    pub output: u32,
+    /// Offset in `input` of what a residual layer adds to it `[B, R]`, or [`NONE`].
+    pub input: u32,
     /// Offsets of `[B, H]` in `c`.
     pub c_prev: u32,
     pub c: u32,
@@ -58,8 +62,16 @@ pub struct LstmStepForward {
     pub initial: u32,
 }
 
-const FORWARD_BINDINGS: &[Binding] =
-    &[read("params"), read_write("gates"), read_write("h"), read_write("c"), read("rows"), read_write("flags"), read("bias")];
+const FORWARD_BINDINGS: &[Binding] = &[
+    read("params"),
+    read_write("gates"),
+    read_write("h"),
+    read_write("c"),
+    read("rows"),
+    read_write("flags"),
+    read("bias"),
+    read("input"),
+];
 
 impl LstmStepForward {
     /// The only thing that happens at the initial state: recurrent dropout masks it.
@@ -110,6 +122,7 @@ impl Kernel for LstmStepForward {
         let (out, len, offset) = if self.m == NONE { ("h", lens[2], self.h) } else { ("c", lens[3], self.m) };
         multiple_of(NAME, "an offset", offset, 4)?;
         at_least(NAME, out, len, offset as usize + rows * hidden)?;
+        super::check_output(NAME, lens[2], self.output, lens[7], self.input, rows * hidden)?;
         if self.use_lengths == 1 {
             at_least(NAME, "rows", lens[4], rows)?;
         }
@@ -117,12 +130,12 @@ impl Kernel for LstmStepForward {
     }
 
     fn dispatch(&self, _: AdapterClass) -> Dispatch {
-        let is_plain = self.cell.is_plain() && self.m == NONE;
+        let is_plain = self.cell.is_plain() && self.m == NONE && self.output == NONE;
         Dispatch { shader: &FORWARD, overrides: variant(is_plain), grid: step_grid(self.n_rows, self.hidden) }
     }
 
     fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
-        let [params, gates, h, c, row_words, flags, bias] = operands else { unreachable!("seven operands") };
+        let [params, gates, h, c, row_words, flags, bias, input] = operands else { unreachable!("eight operands") };
         let (rows, hidden, h_width) = (self.n_rows as usize, self.hidden as usize, self.width as usize);
         let width = hidden * GATES;
         let lengths = (self.use_lengths == 1).then(|| &row_words.as_indices()[..rows]);
@@ -136,9 +149,15 @@ impl Kernel for LstmStepForward {
         let state = |at: u32, width: usize| if at == NONE { (0, 0) } else { (at as usize, rows * width) };
         let own = |at: u32| state(if projects { NONE } else { at }, h_width);
         let mask_of = |at: u32| state(if is_masked { at } else { NONE }, h_width);
-        let h_places =
-            [state(self.h_prev, h_width), own(self.h), mask_of(self.masked_prev), mask_of(if projects { NONE } else { self.masked })];
-        let [h_prev, h_next, masked_prev, masked] = parts(h.as_mut_slice(), h_places);
+        let h_places = [
+            state(self.h_prev, h_width),
+            own(self.h),
+            mask_of(self.masked_prev),
+            mask_of(if projects { NONE } else { self.masked }),
+            state(self.output, h_width),
+        ];
+        let [h_prev, h_next, masked_prev, masked, output] = parts(h.as_mut_slice(), h_places);
+        let input = input.as_slice();
         let (h_prev, masked_prev) = (&*h_prev, if is_masked { &*masked_prev } else { &*h_prev });
         let [c_prev, c_next, m] = parts(c.as_mut_slice(), [state(self.c_prev, hidden), state(self.c, hidden), state(self.m, hidden)]);
         let c_prev = &*c_prev;
@@ -153,11 +172,12 @@ impl Kernel for LstmStepForward {
         let rows_of = |data, width| Rows { data, width };
         // Whichever of h and m takes o tanh(c).
         let out = if projects { m } else { h_next };
-        let masked_width = masked.len() / rows.max(1);
-        let work = (rows_of(gates, width), (rows_of(out, hidden), rows_of(masked, masked_width)), rows_of(c_next, hidden));
+        let (masked_width, output_width) = (masked.len() / rows.max(1), output.len() / rows.max(1));
+        let beside = (rows_of(masked, masked_width), rows_of(output, output_width));
+        let work = (rows_of(gates, width), (rows_of(out, hidden), beside), rows_of(c_next, hidden));
         let min_rows = (1usize << 17).div_ceil(h_width * width).max(1);
-        ctx.pool.run(work, rows, min_rows, &|(z, (out, masked), c_out): (Rows<'_>, (Rows<'_>, Rows<'_>), Rows<'_>),
-                                             range: Range<usize>| {
+        type Work<'a> = (Rows<'a>, (Rows<'a>, (Rows<'a>, Rows<'a>)), Rows<'a>);
+        ctx.pool.run(work, rows, min_rows, &|(z, (out, (masked, output)), c_out): Work<'_>, range: Range<usize>| {
             let n = range.len();
             if n == 0 {
                 return;
@@ -175,6 +195,7 @@ impl Kernel for LstmStepForward {
                 let out = &mut out.data[row * hidden..][..hidden];
                 let c_out = &mut c_out.data[row * hidden..][..hidden];
                 let masked = &mut masked.data[row * masked_width..][..masked_width];
+                let output = &mut output.data[row * output_width..][..output_width];
                 if lengths.is_some_and(|l| self.t >= l[b]) {
                     z.fill(0.0);
                     c_out.copy_from_slice(c_in);
@@ -183,6 +204,7 @@ impl Kernel for LstmStepForward {
                     } else {
                         out.copy_from_slice(h_in);
                         masked.copy_from_slice(&masked_prev[b * h_width..][..masked_width]);
+                        output.fill(0.0);
                     }
                     continue;
                 }
@@ -192,15 +214,20 @@ impl Kernel for LstmStepForward {
                     (None, None) => {}
                 }
                 let flag = &mut non_finite;
+                let (cell, stream) = (&cell, streams.map_or(0, |streams| streams[b]));
                 if is_plain {
                     for_isa!(isa, gate_forward(z: &mut [f32], c_in: &[f32], out: &mut [f32], c_out: &mut [f32], flag: &mut u32));
+                } else {
+                    for_isa!(isa, cell_forward(cell: &CellRow<'_>, stream: u32, z: &mut [f32], c_in: &[f32], out: &mut [f32],
+                                               c_out: &mut [f32], flag: &mut u32));
+                }
+                if projects {
                     continue;
                 }
-                let (cell, stream) = (&cell, streams.map_or(0, |streams| streams[b]));
-                for_isa!(isa, cell_forward(cell: &CellRow<'_>, stream: u32, z: &mut [f32], c_in: &[f32], out: &mut [f32], c_out: &mut [f32],
-                                           flag: &mut u32));
-                if !projects {
-                    for_isa!(isa, settle(cell: &CellRow<'_>, stream: u32, h_in: &[f32], out: &mut [f32], masked: &mut [f32]));
+                for_isa!(isa, settle(cell: &CellRow<'_>, stream: u32, h_in: &[f32], out: &mut [f32], masked: &mut [f32]));
+                if output_width > 0 {
+                    let (h, input) = (&*out, super::row_of(input, self.input, b, hidden));
+                    for_isa!(isa, hand_up(cell: &CellRow<'_>, stream: u32, h: &[f32], input: &[f32], output: &mut [f32]));
                 }
             }
             if non_finite != 0 {
@@ -236,6 +263,7 @@ fn forward_case(n_rows: u32, hidden: u32, with_lengths: bool, (name, cell): (&st
     let (state, width) = ((n_rows * h) as usize, h * 4);
     let state_words = state as u32;
     let copies = if cell.is_masked() { 4 } else { 2 };
+    let drops = cell.drops() && !initial;
     let peephole = if cell.peephole == NONE { 0 } else { PEEPHOLES as u32 * h };
     let kernel = LstmStepForward {
         n_rows,
@@ -249,6 +277,8 @@ fn forward_case(n_rows: u32, hidden: u32, with_lengths: bool, (name, cell): (&st
         h: state_words,
         masked_prev: if cell.is_masked() { 3 * state_words } else { NONE },
         masked: if cell.is_masked() { 2 * state_words } else { NONE },
+        output: if drops { copies * state_words } else { NONE },
+        input: if drops && !with_lengths { 8 } else { NONE },
         c_prev: state_words,
         c: 0,
         m: NONE,
@@ -263,11 +293,12 @@ fn forward_case(n_rows: u32, hidden: u32, with_lengths: bool, (name, cell): (&st
         operands: vec![
             operand((h * width) as usize, Fill::Uniform { low: -0.3, high: 0.3 }),
             operand(4 + n_rows as usize * width as usize, random.clone()),
-            operand(copies * state, random.clone()),
-            operand(2 * state, random),
+            operand((copies as usize + 1) * state, random.clone()),
+            operand(2 * state, random.clone()),
             case_rows(n_rows, &cell),
             operand(1, Fill::Zeros),
             operand((4 + peephole + 2 * width) as usize, Fill::Uniform { low: -0.3, high: 0.3 }),
+            operand(8 + state, random),
         ],
         flop: 2 * u64::from(n_rows) * u64::from(h) * u64::from(width),
         kernel: Box::new(kernel),
@@ -291,6 +322,8 @@ fn projected_case(n_rows: u32, hidden: u32, width: u32, (name, cell): (&str, Cel
         h: NONE,
         masked_prev: n_rows * r,
         masked: NONE,
+        output: NONE,
+        input: NONE,
         c_prev: 0,
         c: 2 * state,
         m: state,
@@ -309,6 +342,7 @@ fn projected_case(n_rows: u32, hidden: u32, width: u32, (name, cell): (&str, Cel
             case_rows(n_rows, &cell),
             operand(1, Fill::Zeros),
             operand((4 + peephole + 4 * h) as usize, Fill::Uniform { low: -0.3, high: 0.3 }),
+            operand(0, Fill::Zeros),
         ],
         flop: 2 * u64::from(n_rows) * u64::from(r) * u64::from(4 * h),
         kernel: Box::new(kernel),

@@ -22,7 +22,12 @@
 //! projection          h_t = W_hr (o tanh(c'))                                    (Sak, Senior and Beaufays 2014)
 //! layer normalisation z = a_x n(W_ih x) + a_h n(W_hh r) + b_ih + b_hh    h_t = o tanh(a_c n(c') + b_c)    (Ba, Kiros and Hinton 2016)
 //! ```
-//! with n(v) = (v - mean(v)) / sqrt(variance(v) + 1e-5) over the hidden units (of all four gates, where there are four); zoneout of h comes after the projection.
+//! What a layer hands up is h itself, or where there is dropout between layers (Srivastava et al. 2014, inverted: kept values are divided by the
+//! probability of keeping them; Zaremba, Sutskever and Vinyals 2014) or a residual connection `y_t = drop(h_t) + x_t`, written and read by the same
+//! kernels that make h and take its gradient. Whether a value is kept is a function of (seed, step, layer, global stream, time, unit), so that every
+//! device, and any split of the batch, drops the same ones.
+//!
+//! Above, n(v) = (v - mean(v)) / sqrt(variance(v) + 1e-5) over the hidden units (of all four gates, where there are four); zoneout of h comes after the projection.
 //! Without training, zoneout's d is its probability. A row that has ended keeps its state, so that the last state is that of each row's own end.
 //!
 //! The order of operations: z starts as the input product, the recurrent product is added, then `b_ih + b_hh`.
@@ -47,7 +52,7 @@ pub use norm::{LstmNormBackward, LstmNormForward, LstmNormInput, NORM_BACKWARD_E
 pub use plan::{Lane, LaneGradients, LanePart, LaneShape, LaneTensors, LaneVectors, Launch, SweepArgs, sweep_plan};
 pub use state::{LstmProject, LstmStateGradient, PROJECT_ENTRY, STATE_GRADIENT_ENTRY};
 
-use super::dropout::PHILOX;
+use super::weight_drop::PHILOX;
 use super::{CaseOperand, Fill, Fragment, MAX_WORKGROUPS, ShapeError, at_least, multiple_of, operand};
 use crate::rng::{Purpose, philox, tag};
 use crate::shape::PANEL_UNITS;
@@ -102,10 +107,11 @@ pub struct Cell {
     pub lane: u32,
     /// Offset in `rows` of the rows' global stream numbers `[B]`; used by draws.
     pub streams: u32,
-    /// A struct within a uniform takes whole vectors.
-    pub unused0: u32,
-    pub unused1: u32,
-    pub unused2: u32,
+    /// Dropout of what the layer hands up: 0 where the random word is below `drop_threshold`, else times `drop_scale`; a scale of 0: none.
+    pub drop_threshold: u32,
+    pub drop_scale: f32,
+    /// Purpose and layer of those draws.
+    pub drop_tag: u32,
 }
 
 impl Cell {
@@ -124,14 +130,15 @@ impl Cell {
         key1: 0,
         lane: 0,
         streams: 0,
-        unused0: 0,
-        unused1: 0,
-        unused2: 0,
+        drop_threshold: 0,
+        drop_scale: 0.0,
+        drop_tag: 0,
     };
 
-    /// Whether nothing differs from the plain cell.
+    /// Whether nothing differs from the plain cell until its h is handed up.
     pub fn is_plain(&self) -> bool {
-        Self { key0: 0, key1: 0, lane: 0, streams: 0, draws: 0, ..*self } == Self::PLAIN
+        let Self { drop_threshold, drop_scale, drop_tag, .. } = Self::PLAIN;
+        Self { key0: 0, key1: 0, lane: 0, streams: 0, draws: 0, drop_threshold, drop_scale, drop_tag, ..*self } == Self::PLAIN
     }
 
     /// Whether h is masked on its way into the recurrent product.
@@ -139,12 +146,17 @@ impl Cell {
         self.mask_scale != 0.0
     }
 
+    /// Whether entries of what the layer hands up are dropped.
+    pub fn drops(&self) -> bool {
+        self.drop_scale != 0.0
+    }
+
     fn has_zoneout(&self) -> bool {
         self.zoneout_h > 0.0 || self.zoneout_c > 0.0
     }
 
     fn is_random(&self) -> bool {
-        self.is_masked() || (self.has_zoneout() && self.draws == 1)
+        self.is_masked() || self.drops() || (self.has_zoneout() && self.draws == 1)
     }
 
     fn check(&self, kernel: &'static str, lens: (usize, usize), rows: usize, hidden: usize) -> Result<(), ShapeError> {
@@ -162,6 +174,13 @@ impl Cell {
     /// The mask of recurrent dropout for units `4 * block ..`; the same at every step.
     fn mask(&self, stream: u32, block: usize) -> [f32; 4] {
         self.words(Purpose::RecurrentDropout, stream, 0, block).map(|word| if word >= self.mask_threshold { self.mask_scale } else { 0.0 })
+    }
+
+    /// What units `4 * block ..` are multiplied by on their way up at step `t`.
+    #[inline(always)]
+    fn drop_mask(&self, stream: u32, t: u32, block: usize) -> [f32; 4] {
+        let words = philox([block as u32, t, stream, self.drop_tag], [self.key0, self.key1]);
+        words.map(|word| if word >= self.drop_threshold { self.drop_scale } else { 0.0 })
     }
 
     /// How much of the old value a unit keeps: 0 or 1 where zoneout draws, else the probability.
@@ -185,6 +204,31 @@ fn step_grid(n_rows: u32, hidden: u32) -> [u32; 3] {
     let blocks = n_rows.div_ceil(STEP_ROWS).max(1);
     let z = blocks.div_ceil(MAX_WORKGROUPS);
     [hidden / PANEL_UNITS as u32, blocks.div_ceil(z), z]
+}
+
+/// Fails where what a layer hands up, or what it adds to that, leaves its operand.
+fn check_output(kernel: &'static str, h_len: usize, output: u32, input_len: usize, input: u32, len: usize) -> Result<(), ShapeError> {
+    for (name, operand_len, offset) in [("h", h_len, output), ("input", input_len, input)] {
+        if offset != NONE {
+            multiple_of(kernel, "an offset", offset, 4)?;
+            at_least(kernel, name, operand_len, offset as usize + len)?;
+        }
+    }
+    Ok(())
+}
+
+/// Row `row` of what lies at an offset, nothing where nothing does.
+fn row_of(data: &[f32], offset: u32, row: usize, width: usize) -> &[f32] {
+    if offset == NONE { &[] } else { &data[offset as usize + row * width..][..width] }
+}
+
+/// The gradient that a residual layer passes on to its input: that of its output, or none where a row has ended.
+fn pass_on(has_ended: bool, dh_out: &[f32], dx: &mut [f32]) {
+    if has_ended || dh_out.is_empty() {
+        dx.fill(0.0);
+    } else {
+        dx.copy_from_slice(dh_out);
+    }
 }
 
 /// The shader's variant: what the plain cell does not need is compiled in only where it is.
@@ -211,11 +255,13 @@ fn parts<const N: usize>(data: &mut [f32], places: [(usize, usize); N]) -> [&mut
 const SUM_REASON: &str = "sums of up to 80 products of numbers below 1, then functions with errors of a few ulp";
 
 /// Cells of the catalogue's cases: the plain one, each option alone, and all of them.
-fn cells(hidden: u32) -> [(&'static str, Cell); 8] {
+fn cells(hidden: u32) -> [(&'static str, Cell); 9] {
     let mask = Cell { mask_threshold: 1 << 30, mask_scale: 4.0 / 3.0, ..Cell::PLAIN };
     let peephole = Cell { peephole: 4, ..Cell::PLAIN };
     let zoneout = Cell { zoneout_h: 0.3, zoneout_c: 0.6, draws: 1, ..Cell::PLAIN };
-    let all = Cell { coupled: 0, cell_clip: 0.4, grad_clip: 0.1, ..zoneout };
+    let drop = Cell { drop_threshold: 1 << 31, drop_scale: 2.0, drop_tag: 0x305, ..Cell::PLAIN };
+    let all =
+        Cell { coupled: 0, cell_clip: 0.4, grad_clip: 0.1, drop_threshold: 1 << 30, drop_scale: 4.0 / 3.0, drop_tag: 0x105, ..zoneout };
     let cells = [
         ("plain", Cell::PLAIN),
         ("peephole", peephole),
@@ -225,6 +271,7 @@ fn cells(hidden: u32) -> [(&'static str, Cell); 8] {
         ("expected zoneout", Cell { draws: 0, ..zoneout }),
         ("mask", mask),
         ("all", Cell { peephole: 4, mask_threshold: mask.mask_threshold, mask_scale: mask.mask_scale, ..all }),
+        ("dropped output", drop),
     ];
     // Stream numbers behind as many lengths as any odd case has rows.
     cells.map(|(name, cell)| (name, Cell { key0: 17, key1: 23, lane: 3 + hidden, streams: 65, ..cell }))

@@ -3,10 +3,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::rows::{CellRow, NormGradient, NormRow, cell_backward, cell_forward, norm_gates, norm_input, settle, sums_width};
+use super::rows::{CellRow, NormGradient, NormRow, cell_backward, cell_forward, hand_up, norm_gates, norm_input, settle, sums_width};
 use super::{ACTIVATIONS, CELL, Cell, FLAG_NON_FINITE, GATE_INDEX, NONE, PEEPHOLES, case_rows, cells, parts};
 use crate::for_isa;
-use crate::kernels::dropout::PHILOX;
+use crate::kernels::weight_drop::PHILOX;
 use crate::kernels::{
     AdapterClass, Binding, Case, Dispatch, Entry, Fill, Fragment, Kernel, Operand, Shader, ShapeError, Tolerance, at_least, grid_1d,
     kernel_basics, loop_trips, multiple_of, operand, read, read_write,
@@ -131,6 +131,10 @@ pub struct LstmNormForward {
     pub h_prev: u32,
     pub h: u32,
     pub masked: u32,
+    /// Offset in `h` of what the layer hands up from this step `[B, H]`, [`NONE`] where that is h.
+    pub output: u32,
+    /// Offset in `input` of what a residual layer adds to it `[B, H]`, or [`NONE`].
+    pub input: u32,
     /// Offsets of `[B, H]` in `c`; m with a projection, else [`NONE`].
     pub c_prev: u32,
     pub c: u32,
@@ -140,7 +144,7 @@ pub struct LstmNormForward {
 }
 
 const FORWARD_BINDINGS: &[Binding] =
-    &[read_write("gates"), read_write("h"), read_write("c"), read("rows"), read_write("flags"), read("bias")];
+    &[read_write("gates"), read_write("h"), read_write("c"), read("rows"), read_write("flags"), read("bias"), read("input")];
 
 /// Fails where gains leave the vectors.
 fn check_gains(kernel: &'static str, len: usize, hidden: usize, [ih, hh, c]: [u32; 3]) -> Result<(), ShapeError> {
@@ -180,6 +184,7 @@ impl Kernel for LstmNormForward {
                 at_least(NAME, "h", lens[1], offset as usize + rows * hidden)?;
             }
         }
+        super::check_output(NAME, lens[1], self.output, lens[6], self.input, rows * hidden)?;
         if self.use_lengths == 1 {
             at_least(NAME, "rows", lens[3], rows)?;
         }
@@ -192,7 +197,7 @@ impl Kernel for LstmNormForward {
     }
 
     fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
-        let [gates, h, c, row_words, flags, bias] = operands else { unreachable!("six operands") };
+        let [gates, h, c, row_words, flags, bias, input] = operands else { unreachable!("seven operands") };
         let (rows, hidden, isa) = (self.n_rows as usize, self.hidden as usize, ctx.isa);
         let width = hidden * GATES;
         let bias = bias.as_slice();
@@ -211,10 +216,11 @@ impl Kernel for LstmNormForward {
         let [gates, x, y, factors] = parts(gates.as_mut_slice(), [arena(self.gates), arena(self.x), arena(self.y), factors]);
         let state = |at: u32, exists: bool| if exists { (at as usize, rows * hidden) } else { (0, 0) };
         let own = |at: u32| state(at, !projects);
-        let [h_prev, h, masked] =
-            parts(h.as_mut_slice(), [own(self.h_prev), own(self.h), state(self.masked, !projects && self.cell.is_masked())]);
+        let masked_place = state(self.masked, !projects && self.cell.is_masked());
+        let h_places = [own(self.h_prev), own(self.h), masked_place, state(self.output, self.output != NONE)];
+        let [h_prev, h, masked, output] = parts(h.as_mut_slice(), h_places);
         let [c_prev, c, m] = parts(c.as_mut_slice(), [state(self.c_prev, true), state(self.c, true), state(self.m, projects)]);
-        let masked_width = masked.len() / rows.max(1);
+        let (masked_width, output_width) = (masked.len() / rows.max(1), output.len() / rows.max(1));
         let out = if projects { m } else { h };
         let mut non_finite = 0u32;
         for b in 0..rows {
@@ -226,6 +232,7 @@ impl Kernel for LstmNormForward {
             let (c_prev, c, out) = (&c_prev[of_row.clone()], &mut c[of_row.clone()], &mut out[of_row.clone()]);
             for_isa!(isa, norm_gates(norm: NormRow<'_>, z: &mut [f32], x: &[f32], y: &mut [f32], bias_sum: &[f32], factor: &mut f32));
             let masked = &mut masked[b * masked_width..][..masked_width];
+            let output = &mut output[b * output_width..][..output_width];
             if lengths.is_some_and(|lengths| self.t >= lengths[b]) {
                 z.fill(0.0);
                 c.copy_from_slice(c_prev);
@@ -236,6 +243,7 @@ impl Kernel for LstmNormForward {
                     if masked_width > 0 {
                         super::rows::apply_mask(&self.cell, streams.map_or(0, |streams| streams[b]), out, masked);
                     }
+                    output.fill(0.0);
                 }
                 continue;
             }
@@ -245,6 +253,10 @@ impl Kernel for LstmNormForward {
             if !projects {
                 let h_prev = &h_prev[of_row];
                 for_isa!(isa, settle(cell: &CellRow<'_>, stream: u32, h_prev: &[f32], out: &mut [f32], masked: &mut [f32]));
+            }
+            if output_width > 0 {
+                let (h, input) = (&*out, super::row_of(input.as_slice(), self.input, b, hidden));
+                for_isa!(isa, hand_up(cell: &CellRow<'_>, stream: u32, h: &[f32], input: &[f32], output: &mut [f32]));
             }
         }
         if non_finite != 0 {
@@ -378,7 +390,7 @@ pub const NORM_FORWARD_ENTRY: Entry = Entry {
     tolerance: NORM_TOLERANCE,
     cases: || {
         let sizes = [(1, 3), (3, 17), (33, 33), (65, 5), (2, 300)];
-        let each = |(b, h)| (0..8).map(move |i| forward_case(b, h, i % 2 == 0, i % 3 == 0, cells(h)[i]));
+        let each = |(b, h)| (0..9).map(move |i| forward_case(b, h, i % 2 == 0, i % 3 == 0, cells(h)[i]));
         sizes.into_iter().flat_map(each).chain([forward_case(70_001, 13, false, false, ("plain", Cell::PLAIN))]).collect()
     },
     bench_cases: || vec![forward_case(50, 256, false, false, ("plain", Cell::PLAIN))],
@@ -391,7 +403,7 @@ pub const NORM_BACKWARD_ENTRY: Entry = Entry {
     tolerance: NORM_TOLERANCE,
     cases: || {
         let sizes = [(1, 3), (3, 17), (33, 33), (65, 5), (2, 300)];
-        let each = |(b, h)| (0..8).map(move |i| backward_case(b, h, i % 2 == 0, i % 3 == 0, i % 4 == 1, cells(h)[i]));
+        let each = |(b, h)| (0..9).map(move |i| backward_case(b, h, i % 2 == 0, i % 3 == 0, i % 4 == 1, cells(h)[i]));
         sizes.into_iter().flat_map(each).chain([backward_case(70_001, 13, false, false, false, ("plain", Cell::PLAIN))]).collect()
     },
     bench_cases: || vec![backward_case(50, 256, false, false, false, ("plain", Cell::PLAIN))],
@@ -444,7 +456,7 @@ fn forward_case(n_rows: u32, units: u32, with_lengths: bool, projects: bool, (na
     let h = pad_units(units as usize) as u32;
     let (state, len) = (n_rows * h, n_rows * 4 * h);
     let v = vectors(h, units);
-    let is_masked = cell.is_masked() && !projects;
+    let (is_masked, drops) = (cell.is_masked() && !projects, cell.drops() && !projects);
     let kernel = LstmNormForward {
         cell,
         n_rows,
@@ -462,6 +474,8 @@ fn forward_case(n_rows: u32, units: u32, with_lengths: bool, projects: bool, (na
         h_prev: if projects { NONE } else { state },
         h: if projects { NONE } else { 0 },
         masked: if is_masked { 2 * state } else { NONE },
+        output: if drops { 3 * state } else { NONE },
+        input: if drops && !with_lengths { 4 } else { NONE },
         c_prev: 0,
         c: state,
         m: if projects { 2 * state } else { NONE },
@@ -473,11 +487,12 @@ fn forward_case(n_rows: u32, units: u32, with_lengths: bool, projects: bool, (na
         label: format!("B{n_rows} units {units} {name} lengths {with_lengths} projects {projects}"),
         operands: vec![
             operand((3 * len + 4 * n_rows) as usize, padded_rows(0, 3 * n_rows as usize, h, units, 4 * n_rows as usize)),
-            operand((3 * state) as usize, random),
+            operand((4 * state) as usize, random.clone()),
             operand((3 * state) as usize, padded_states(3 * n_rows as usize, h, units)),
             case_rows(n_rows, &cell),
             operand(1, Fill::Zeros),
             operand(v.len, v.fill),
+            operand((4 + state) as usize, random),
         ],
         flop: 0,
         kernel: Box::new(kernel),

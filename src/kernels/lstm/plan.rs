@@ -61,7 +61,7 @@ pub struct LanePart {
 /// | arena | holds, one after another |
 /// | --- | --- |
 /// | gates | z, then the gates, then dz `[T, B, 4H]`; with norms both products `[T, B, 4H]`, normalised, then their gradients, and the factors `[T, B, 4]` |
-/// | h | states `[T + 1, B, R]`; with recurrent dropout the masked copies |
+/// | h | states `[T + 1, B, R]`; with recurrent dropout the masked copies; what is handed up `[T, B, R]`, where that is not h |
 /// | c | states `[T + 1, B, H]`; with a projection m = o tanh(c) `[T, B, H]` |
 /// | carry | gradients of the state: h `[B, R]`, c `[B, H]`; sums over time of the gradients of peepholes and norms, a row for each; with both norm and projection the gradient of m `[B, H]` |
 /// | dh | gradients of h `[T, B, R]`, with a projection or norms |
@@ -77,12 +77,14 @@ pub struct LaneShape {
     pub peepholes: bool,
     /// Recurrent dropout.
     pub masks: bool,
+    /// What is handed up is not h itself: dropped, or with the lane's input added.
+    pub outputs: bool,
 }
 
 impl LaneShape {
     /// The plain lane of so many units, `hidden` with padding.
     pub fn plain(hidden: u32, units: u32) -> Self {
-        Self { hidden, units, width: hidden, projects: false, norms: false, peepholes: false, masks: false }
+        Self { hidden, units, width: hidden, projects: false, norms: false, peepholes: false, masks: false, outputs: false }
     }
 
     /// Floats of the gates' arena for `places` T x B.
@@ -93,7 +95,13 @@ impl LaneShape {
 
     /// Floats of the states of h, for `places` T x B and B rows.
     pub fn h_len(self, places: usize, rows: usize) -> usize {
-        (places + rows) * self.width as usize * if self.masks { 2 } else { 1 }
+        let states = (places + rows) * if self.masks { 2 } else { 1 };
+        (states + if self.outputs { places } else { 0 }) * self.width as usize
+    }
+
+    /// Where what is handed up begins in the arena of h, of T x B places and B rows.
+    pub fn outputs_at(self, places: usize, rows: usize) -> usize {
+        self.h_len(places, rows) - places * self.width as usize
     }
 
     /// Floats of the states of c.
@@ -153,6 +161,8 @@ pub struct Lane {
     /// The input's parts, side by side: both directions of the layer below.
     pub x: [Option<LanePart>; 2],
     pub gates: Span,
+    /// The part of the input that is added to what is handed up, as a residual layer does; it is as wide as h.
+    pub residual: Option<usize>,
     /// The caller has put the initial states of h and c in their places.
     pub h: Span,
     pub c: Span,
@@ -215,6 +225,11 @@ impl Places {
         (self.n_steps + 1 + t) * self.rows * self.shape.width
     }
 
+    /// What is handed up from step t.
+    pub fn output(self, t: u32) -> u32 {
+        self.shape.outputs_at((self.n_steps * self.rows) as usize, self.rows as usize) as u32 + t * self.rows * self.shape.width
+    }
+
     pub fn c(self, t: u32) -> u32 {
         t * self.rows * self.shape.hidden
     }
@@ -245,6 +260,17 @@ impl Lane {
         parts.iter().zip([0, second]).filter_map(|(part, column)| part.map(|part| (column, part)))
     }
 
+    /// The part of the input that a residual lane adds to its outputs.
+    pub(super) fn residual_input(&self) -> Option<LanePart> {
+        self.residual.and_then(|part| self.x[part])
+    }
+
+    /// The part of dx that takes the gradient of this lane's outputs as it comes: that of the input which was added to them.
+    pub(super) fn passed_on(&self) -> Option<usize> {
+        let grads = self.backward.as_ref()?;
+        self.residual.filter(|&part| grads.dh_out.is_some() && grads.dx[part].is_some())
+    }
+
     pub(super) fn places(&self, n_rows: u32) -> Places {
         Places { rows: n_rows, n_steps: self.n_steps, shape: self.shape }
     }
@@ -268,6 +294,9 @@ impl Lane {
         ensure!(self.shape.peepholes == (vectors.peephole != NONE), "a lane has peepholes where it has their weights");
         ensure!(self.shape.masks == self.cell.is_masked(), "a lane keeps masked states where its cell masks them");
         ensure!(self.shape.projects || self.shape.width == self.shape.hidden, "h is as wide as c without a projection");
+        ensure!(self.shape.outputs == (self.residual.is_some() || self.cell.drops()), "a lane has outputs where they are not h");
+        let is_residual = |part: usize| self.x.get(part).is_some_and(|x| x.is_some_and(|x| x.width == self.shape.width));
+        ensure!(self.residual.is_none_or(is_residual), "a residual lane's input is as wide as its h");
         if gradients {
             let Some(backward) = &self.backward else { anyhow::bail!("a lane without places for its gradients cannot be swept backward") };
             ensure!(backward.dh.is_some() || !self.shape.needs_dh(), "a lane with a projection or norms needs room for gradients of h");
@@ -295,13 +324,24 @@ pub type Launch<'l> = &'l mut dyn FnMut(&dyn Kernel, &[Span]) -> Result<()>;
 ///
 /// Launches: forward 1 + T a lane; backward T + 5 and more where T x B is above 65,535. A second part of the input adds 1 and 2, recurrent dropout 1.
 /// Sums over the hidden units want launches of their own: a projection adds T forward, T + 1 backward; norms T + 1 and T + 3; both 2 T + 1 and 2 T + 4.
+/// Dropout and residual connections between layers add none.
 ///
 /// # Errors
 /// The launch's, or a lane that contradicts itself.
 pub fn sweep_plan(args: &SweepArgs<'_>, launch: Launch<'_>) -> Result<()> {
     for lane in args.lanes {
         lane.check(args.gradients)?;
-        if args.gradients { backward_plan(args, lane, launch)? } else { forward_plan(args, lane, launch)? }
+    }
+    if !args.gradients {
+        return args.lanes.iter().try_for_each(|lane| forward_plan(args, lane, launch));
+    }
+    // The steps of all lanes first: those of a residual one put down what the products of any of them are added to.
+    for lane in args.lanes {
+        backward_steps(args, lane, launch)?;
+    }
+    for lane in args.lanes {
+        input_gradients(args, lane, launch)?;
+        weight_gradients(args, lane, launch)?;
     }
     Ok(())
 }
@@ -338,6 +378,13 @@ fn forward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result
     }
     let (vectors, cell) = (lane.vectors(), lane.whole_cell());
     let row_words = lane.rows.unwrap_or(weight_hh.0);
+    let input = lane.residual_input();
+    let input_words = input.map_or(weight_hh.0, |input| input.span);
+    // What is handed up, and what is added to it.
+    let handed = |t: u32, is_own: bool| {
+        let output = if shape.outputs && is_own { at.output(t) } else { NONE };
+        (output, input.filter(|_| is_own).map_or(NONE, |input| input.offset + at.h(t)))
+    };
     let mut step = |t: u32, initial: bool| {
         let (before, after) = if lane.reverse { (t + 1, t) } else { (t, t + 1) };
         let masked = |state: u32| if shape.masks { at.masked(state) } else { NONE };
@@ -346,6 +393,7 @@ fn forward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result
             let kernel = product([rows, gates, width], row_major(from, width), panels(weight_hh.1, width), row_major(at.y(t), gates));
             launch(&kernel, &[lane.h, weight_hh.0, weight_hh.0, lane.gates])?;
             let own = |offset: u32| if shape.projects { NONE } else { offset };
+            let (output, input) = handed(t, !shape.projects);
             let kernel = LstmNormForward {
                 cell,
                 n_rows: rows,
@@ -363,14 +411,17 @@ fn forward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result
                 h_prev: own(at.h(before)),
                 h: own(at.h(after)),
                 masked: own(masked(after)),
+                output,
+                input,
                 c_prev: at.c(before),
                 c: at.c(after),
                 m: if shape.projects { at.m(t) } else { NONE },
                 t,
                 use_lengths: u32::from(lane.use_lengths),
             };
-            launch(&kernel, &[lane.gates, lane.h, lane.c, row_words, args.flags, vectors.span])?;
+            launch(&kernel, &[lane.gates, lane.h, lane.c, row_words, args.flags, vectors.span, input_words])?;
         } else {
+            let (output, input) = handed(t, !shape.projects && !initial);
             let kernel = LstmStepForward {
                 cell,
                 n_rows: rows,
@@ -384,6 +435,8 @@ fn forward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result
                 h: at.h(after),
                 masked_prev: masked(before),
                 masked: masked(if initial { before } else { after }),
+                output,
+                input,
                 c_prev: at.c(before),
                 c: at.c(after),
                 m: if shape.projects { at.m(t) } else { NONE },
@@ -391,9 +444,10 @@ fn forward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result
                 use_lengths: u32::from(lane.use_lengths),
                 initial: u32::from(initial),
             };
-            launch(&kernel, &[weight_hh.0, lane.gates, lane.h, lane.c, row_words, args.flags, vectors.span])?;
+            launch(&kernel, &[weight_hh.0, lane.gates, lane.h, lane.c, row_words, args.flags, vectors.span, input_words])?;
         }
         let Some(weight_hr) = weight_hr.filter(|_| !initial) else { return Ok(()) };
+        let (output, input) = handed(t, true);
         let kernel = LstmProject {
             cell: Cell { peephole: NONE, ..cell },
             n_rows: rows,
@@ -405,10 +459,12 @@ fn forward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result
             h: at.h(after),
             masked_prev: masked(before),
             masked: masked(after),
+            output,
+            input,
             t,
             use_lengths: u32::from(lane.use_lengths),
         };
-        launch(&kernel, &[weight_hr.0, lane.c, lane.h, row_words])
+        launch(&kernel, &[weight_hr.0, lane.c, lane.h, row_words, input_words])
     };
     let mut order = steps(lane, false);
     if let (true, Some(first)) = (shape.masks, order.clone().next()) {
@@ -423,19 +479,23 @@ fn steps(lane: &Lane, gradients: bool) -> impl Iterator<Item = u32> + Clone {
     (start..end).map(move |t| if falls { end - 1 - (t - start) } else { t })
 }
 
-fn backward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result<()> {
+fn backward_steps(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result<()> {
     let Some(grads) = &lane.backward else { return Ok(()) };
     let (rows, at, shape) = (args.n_rows, lane.places(args.n_rows), lane.shape);
     let (hidden, width) = (shape.hidden, shape.width);
-    let LaneTensors { weight_ih, weight_hh, weight_hr, .. } = lane.tensors;
+    let LaneTensors { weight_hh, weight_hr, .. } = lane.tensors;
     let (vectors, cell) = (lane.vectors(), lane.whole_cell());
     let row_words = lane.rows.unwrap_or(weight_hh.0);
+    let passed_on = lane.passed_on().and_then(|part| grads.dx[part]);
+    // Nothing is written to the flags: they stand where no dx is.
+    let dx_span = passed_on.map_or(args.flags, |to| to.span);
     let use_lengths = u32::from(lane.use_lengths);
     let mut step = |t: u32, last: bool, initial: bool| {
         let (before, later) = if lane.reverse { (t + 1, t.wrapping_sub(1)) } else { (t, t + 1) };
         let (last, initial_word) = (u32::from(last), u32::from(initial));
         let dz_after = if last == 1 { 0 } else { at.dy(if initial { t } else { later }) };
         let dh_out = grads.dh_out.map_or(NONE, |(_, offset)| offset + at.h(t));
+        let dx = passed_on.filter(|_| !initial).map_or(NONE, |to| to.offset + at.h(t));
         let dh_out_span = grads.dh_out.map_or(lane.c, |(span, _)| span);
         let plain = LstmStepBackward {
             cell,
@@ -447,6 +507,7 @@ fn backward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Resul
             dz_after,
             c_prev: at.c(before),
             dh_out,
+            dx,
             carry: 0,
             t,
             last,
@@ -455,7 +516,7 @@ fn backward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Resul
             projected: 0,
         };
         let Some(dh) = grads.dh.filter(|_| shape.needs_dh()) else {
-            return launch(&plain, &[weight_hh.0, lane.gates, lane.c, dh_out_span, grads.carry, row_words, vectors.span]);
+            return launch(&plain, &[weight_hh.0, lane.gates, lane.c, dh_out_span, grads.carry, row_words, vectors.span, dx_span]);
         };
         let kernel = LstmStateGradient {
             cell: Cell { peephole: NONE, ..cell },
@@ -465,6 +526,7 @@ fn backward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Resul
             weight_hh: weight_hh.1,
             dz_after,
             dh_out,
+            dx,
             dh: at.h(t),
             carry: 0,
             t,
@@ -472,14 +534,14 @@ fn backward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Resul
             use_lengths,
             initial: initial_word,
         };
-        launch(&kernel, &[weight_hh.0, lane.gates, dh_out_span, dh, grads.carry, row_words])?;
+        launch(&kernel, &[weight_hh.0, lane.gates, dh_out_span, dh, grads.carry, row_words, dx_span])?;
         if initial {
             return Ok(());
         }
         if !shape.norms {
             let Some(weight_hr) = weight_hr else { return Ok(()) };
-            let kernel = LstmStepBackward { weight: weight_hr.1, dz_after: NONE, dh_out: at.h(t), projected: 1, ..plain };
-            return launch(&kernel, &[weight_hr.0, lane.gates, lane.c, dh, grads.carry, row_words, vectors.span]);
+            let kernel = LstmStepBackward { weight: weight_hr.1, dz_after: NONE, dh_out: at.h(t), dx: NONE, projected: 1, ..plain };
+            return launch(&kernel, &[weight_hr.0, lane.gates, lane.c, dh, grads.carry, row_words, vectors.span, args.flags]);
         }
         if let Some(weight_hr) = weight_hr {
             let kernel =
@@ -518,17 +580,28 @@ fn backward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Resul
     if let Some(t) = first {
         step(t, false, true)?;
     }
+    Ok(())
+}
+
+/// The second part of a backward plan: gradients of the input.
+fn input_gradients(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result<()> {
+    let Some(grads) = &lane.backward else { return Ok(()) };
+    let (rows, at, hidden, weight_ih) = (args.n_rows, lane.places(args.n_rows), lane.shape.hidden, lane.tensors.weight_ih);
     let n_places = (lane.range.end - lane.range.start) * rows;
     let gates = hidden * GATES as u32;
-    for (column, to) in Lane::parts(&grads.dx) {
+    for (part, (column, to)) in Lane::parts(&grads.dx).enumerate() {
+        let has_passed = args.lanes.iter().any(|lane| lane.passed_on() == Some(part));
         let dz = row_major(at.dx(lane.range.start), gates);
         let weight = panels(weight_ih.1 + column * PANEL as u32, lane.inputs());
         let dx = row_major(to.offset + lane.range.start * rows * to.width, to.width);
-        let kernel =
-            Gemm { trans_b: 1, accumulate: u32::from(grads.accumulate_dx), ..product([n_places, to.width, gates], dz, weight, dx) };
+        let kernel = Gemm {
+            trans_b: 1,
+            accumulate: u32::from(grads.accumulate_dx || has_passed),
+            ..product([n_places, to.width, gates], dz, weight, dx)
+        };
         launch(&kernel, &[lane.gates, weight_ih.0, weight_ih.0, to.span])?;
     }
-    weight_gradients(args, lane, launch)
+    Ok(())
 }
 
 /// The last part of a backward plan: gradients of weights and vectors from x, h and dz of all steps.

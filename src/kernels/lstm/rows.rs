@@ -226,6 +226,20 @@ pub(super) fn settle(row: &CellRow<'_>, stream: u32, h_prev: &[f32], h: &mut [f3
     }
 }
 
+/// What the layer hands up where that is not h: dropped, and with the layer's input added (empty where it is not).
+#[inline(always)]
+pub(super) fn hand_up(row: &CellRow<'_>, stream: u32, h: &[f32], input: &[f32], output: &mut [f32]) {
+    if row.cell.drops() {
+        for (block, (to, h)) in output.chunks_exact_mut(4).zip(h.chunks_exact(4)).enumerate() {
+            let mask = row.cell.drop_mask(stream, row.t, block);
+            (0..4).for_each(|u| to[u] = mask[u] * h[u]);
+        }
+    } else {
+        output.copy_from_slice(h);
+    }
+    output.iter_mut().zip(input).for_each(|(to, x)| *to += x);
+}
+
 /// `masked` = the mask of recurrent dropout times h.
 #[inline(always)]
 pub(super) fn apply_mask(cell: &Cell, stream: u32, h: &[f32], masked: &mut [f32]) {
@@ -274,7 +288,14 @@ pub(super) fn state_gradient(row: &CellRow<'_>, stream: u32, arrival: Arrival, d
         dh.iter_mut().zip(&*carry).for_each(|(dh, carry)| *dh += carry);
         carry.fill(0.0);
     }
-    dh.iter_mut().zip(dh_out).for_each(|(dh, out)| *dh += out);
+    if cell.drops() {
+        for (block, (dh, out)) in dh.chunks_exact_mut(4).zip(dh_out.chunks_exact(4)).enumerate() {
+            let mask = cell.drop_mask(stream, row.t, block);
+            (0..4).for_each(|u| dh[u] += mask[u] * out[u]);
+        }
+    } else {
+        dh.iter_mut().zip(dh_out).for_each(|(dh, out)| *dh += out);
+    }
     if cell.zoneout_h > 0.0 {
         for (p, (dh, carry)) in dh.chunks_exact_mut(PANEL_UNITS).zip(carry.chunks_exact_mut(PANEL_UNITS)).enumerate() {
             let keep = cell.kept(Purpose::ZoneoutH, cell.zoneout_h, stream, row.t, p);

@@ -3,7 +3,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::rows::{Arrival, CellRow, settle, state_gradient};
+use super::rows::{Arrival, CellRow, hand_up, settle, state_gradient};
 use super::{CELL_FRAGMENTS, Cell, NONE, SUM_REASON, case_rows, cells, parts, step_grid};
 use crate::for_isa;
 use crate::kernels::microkernel::{self, Ends, Factors, Left, MatrixMut, Stored};
@@ -42,11 +42,15 @@ pub struct LstmProject {
     /// Offsets in `h` of the masked copies, [`NONE`] without recurrent dropout.
     pub masked_prev: u32,
     pub masked: u32,
+    /// Offset in `h` of what the layer hands up from this step `[B, R]`, [`NONE`] where that is h.
+    pub output: u32,
+    /// Offset in `input` of what a residual layer adds to it `[B, R]`, or [`NONE`].
+    pub input: u32,
     pub t: u32,
     pub use_lengths: u32,
 }
 
-const PROJECT_BINDINGS: &[Binding] = &[read("params"), read("m"), read_write("h"), read("rows")];
+const PROJECT_BINDINGS: &[Binding] = &[read("params"), read("m"), read_write("h"), read("rows"), read("input")];
 
 impl Kernel for LstmProject {
     kernel_basics!("lstm_project", PROJECT_BINDINGS);
@@ -66,6 +70,7 @@ impl Kernel for LstmProject {
         for offset in [self.h_prev, self.h].into_iter().chain(masked) {
             at_least(NAME, "h", lens[2], offset as usize + rows * width)?;
         }
+        super::check_output(NAME, lens[2], self.output, lens[4], self.input, rows * width)?;
         if self.use_lengths == 1 {
             at_least(NAME, "rows", lens[3], rows)?;
         }
@@ -77,16 +82,16 @@ impl Kernel for LstmProject {
     }
 
     fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
-        let [params, m, h, row_words] = operands else { unreachable!("four operands") };
+        let [params, m, h, row_words, input] = operands else { unreachable!("five operands") };
         let (rows, hidden, width, isa) = (self.n_rows as usize, self.hidden as usize, self.width as usize, ctx.isa);
         let lengths = (self.use_lengths == 1).then(|| &row_words.as_indices()[..rows]);
         let streams = self.cell.is_random().then(|| &row_words.as_indices()[self.cell.streams as usize..][..rows]);
         let place = |at: u32| if at == NONE { (0, 0) } else { (at as usize, rows * width) };
         let is_masked = self.cell.is_masked();
         let mask_of = |at: u32| place(if is_masked { at } else { NONE });
-        let places = [place(self.h_prev), place(self.h), mask_of(self.masked_prev), mask_of(self.masked)];
-        let [h_prev, h, masked_prev, masked] = parts(h.as_mut_slice(), places);
-        let masked_width = if is_masked { width } else { 0 };
+        let places = [place(self.h_prev), place(self.h), mask_of(self.masked_prev), mask_of(self.masked), place(self.output)];
+        let [h_prev, h, masked_prev, masked, output] = parts(h.as_mut_slice(), places);
+        let (masked_width, output_width) = (if is_masked { width } else { 0 }, output.len() / rows.max(1));
         let weight = Stored {
             data: &params.as_slice()[self.weight_hr as usize..][..hidden * width],
             row_stride: hidden,
@@ -104,12 +109,18 @@ impl Kernel for LstmProject {
             let (h, h_prev) = (&mut h[b * width..][..width], &h_prev[b * width..][..width]);
             let of_row = b * masked_width..(b + 1) * masked_width;
             let (masked, masked_prev) = (&mut masked[of_row.clone()], &masked_prev[of_row]);
+            let output = &mut output[b * output_width..][..output_width];
             if lengths.is_some_and(|lengths| self.t >= lengths[b]) {
                 h.copy_from_slice(h_prev);
                 masked.copy_from_slice(masked_prev);
+                output.fill(0.0);
                 continue;
             }
             for_isa!(isa, settle(cell: &CellRow<'_>, stream: u32, h_prev: &[f32], h: &mut [f32], masked: &mut [f32]));
+            if output_width > 0 {
+                let (h, input) = (&*h, super::row_of(input.as_slice(), self.input, b, width));
+                for_isa!(isa, hand_up(cell: &CellRow<'_>, stream: u32, h: &[f32], input: &[f32], output: &mut [f32]));
+            }
         }
     }
 }
@@ -132,6 +143,8 @@ pub struct LstmStateGradient {
     pub dz_after: u32,
     /// Offset of this step's `[B, R]` in `dh_out`, or [`NONE`].
     pub dh_out: u32,
+    /// Offset of `[B, R]` in `dx`, where a residual layer puts `dh_out` as it came, or [`NONE`].
+    pub dx: u32,
     /// Offset of `[B, R]` in `dh`.
     pub dh: u32,
     /// Offset of `[B, R]` in `carry`, whose meaning is that of [`super::LstmStepBackward`].
@@ -145,7 +158,7 @@ pub struct LstmStateGradient {
 }
 
 const STATE_GRADIENT_BINDINGS: &[Binding] =
-    &[read("params"), read("dz"), read("dh_out"), read_write("dh"), read_write("carry"), read("rows")];
+    &[read("params"), read("dz"), read("dh_out"), read_write("dh"), read_write("carry"), read("rows"), read_write("dx")];
 
 impl Kernel for LstmStateGradient {
     kernel_basics!("lstm_state_gradient", STATE_GRADIENT_BINDINGS);
@@ -168,6 +181,10 @@ impl Kernel for LstmStateGradient {
             multiple_of(NAME, "an offset", self.dh_out, 4)?;
             at_least(NAME, "dh_out", lens[2], self.dh_out as usize + rows * width)?;
         }
+        if self.dx != NONE {
+            multiple_of(NAME, "an offset", self.dx, 4)?;
+            at_least(NAME, "dx", lens[6], self.dx as usize + rows * width)?;
+        }
         at_least(NAME, "dh", lens[3], self.dh as usize + rows * width)?;
         at_least(NAME, "carry", lens[4], self.carry as usize + rows * width)?;
         if self.use_lengths == 1 {
@@ -181,7 +198,7 @@ impl Kernel for LstmStateGradient {
     }
 
     fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
-        let [params, dz, dh_out, dh, carry, row_words] = operands else { unreachable!("six operands") };
+        let [params, dz, dh_out, dh, carry, row_words, dx] = operands else { unreachable!("seven operands") };
         let (rows, hidden, width, isa) = (self.n_rows as usize, self.hidden as usize, self.width as usize, ctx.isa);
         let lengths = (self.use_lengths == 1).then(|| &row_words.as_indices()[..rows]);
         let streams = self.cell.is_random().then(|| &row_words.as_indices()[self.cell.streams as usize..][..rows]);
@@ -204,8 +221,12 @@ impl Kernel for LstmStateGradient {
             let arrival = Arrival::new(self.t as usize, lengths.map_or(u32::MAX, |lengths| lengths[b]), self.last == 1, self.initial == 1);
             let out = if self.dh_out == NONE { &[][..] } else { &dh_out.as_slice()[self.dh_out as usize + b * width..][..width] };
             for_isa!(isa, state_gradient(cell: &CellRow<'_>, stream: u32, arrival: Arrival, product: &mut [f32], carry: &mut [f32], out: &[f32]));
-            if self.initial == 0 {
-                dh[b * width..][..width].copy_from_slice(product);
+            if self.initial == 1 {
+                continue;
+            }
+            dh[b * width..][..width].copy_from_slice(product);
+            if self.dx != NONE {
+                super::pass_on(arrival.passes, out, &mut dx.as_mut_slice()[self.dx as usize + b * width..][..width]);
             }
         }
     }
@@ -217,7 +238,7 @@ pub const PROJECT_ENTRY: Entry = Entry {
     tolerance: Tolerance { absolute: 3e-6, relative: 1e-5, reason: SUM_REASON },
     cases: || {
         let sizes = [(1, 1, 1), (3, 17, 5), (33, 33, 17), (65, 5, 3), (70_001, 1, 1)];
-        let each = |(b, h, r)| (0..if b > 100 { 1 } else { 8 }).map(move |i| project_case(b, h, r, i % 2 == 0, cells(h)[i]));
+        let each = |(b, h, r)| (0..if b > 100 { 1 } else { 9 }).map(move |i| project_case(b, h, r, i % 2 == 0, cells(h)[i]));
         sizes.into_iter().flat_map(each).collect()
     },
     bench_cases: || vec![project_case(50, 512, 256, false, ("plain", Cell::PLAIN))],
@@ -231,7 +252,7 @@ pub const STATE_GRADIENT_ENTRY: Entry = Entry {
     cases: || {
         let sizes = [(1, 1, 1), (3, 17, 5), (33, 33, 17), (65, 5, 3), (70_001, 1, 1)];
         let each =
-            |(b, h, r)| (0..if b > 100 { 1 } else { 8 }).map(move |i| gradient_case(b, h, r, i % 2 == 0, i % 3 == 0, i == 7, cells(h)[i]));
+            |(b, h, r)| (0..if b > 100 { 1 } else { 9 }).map(move |i| gradient_case(b, h, r, i % 2 == 0, i % 3 == 0, i == 6, cells(h)[i]));
         sizes.into_iter().flat_map(each).collect()
     },
     bench_cases: || vec![gradient_case(50, 512, 256, false, false, false, ("plain", Cell::PLAIN))],
@@ -253,6 +274,8 @@ fn project_case(n_rows: u32, hidden: u32, width: u32, with_lengths: bool, (name,
         h: 0,
         masked_prev: if is_masked { 2 * state } else { NONE },
         masked: if is_masked { 3 * state } else { NONE },
+        output: if cell.drops() { 4 * state } else { NONE },
+        input: if cell.drops() && !with_lengths { 4 } else { NONE },
         t: 2,
         use_lengths: u32::from(with_lengths),
     };
@@ -262,8 +285,9 @@ fn project_case(n_rows: u32, hidden: u32, width: u32, with_lengths: bool, (name,
         operands: vec![
             operand((4 + h * r) as usize, Fill::Uniform { low: -0.3, high: 0.3 }),
             operand((8 + n_rows * h) as usize, random.clone()),
-            operand((if is_masked { 4 } else { 2 } * state) as usize, random),
+            operand(5 * state as usize, random.clone()),
             case_rows(n_rows, &cell),
+            operand((4 + state) as usize, random),
         ],
         flop: 2 * u64::from(n_rows) * u64::from(h) * u64::from(r),
         kernel: Box::new(kernel),
@@ -280,6 +304,7 @@ fn gradient_case(n_rows: u32, hidden: u32, width: u32, with_lengths: bool, last:
         weight_hh: 0,
         dz_after: 4,
         dh_out: if with_lengths { 4 } else { NONE },
+        dx: if with_lengths && !initial { 4 } else { NONE },
         dh: 8,
         carry: 4,
         t: 2,
@@ -297,6 +322,7 @@ fn gradient_case(n_rows: u32, hidden: u32, width: u32, with_lengths: bool, last:
             operand((8 + n_rows * r) as usize, if initial { random.clone() } else { Fill::Poison }),
             operand((4 + n_rows * r) as usize, random),
             case_rows(n_rows, &cell),
+            operand((4 + n_rows * r) as usize, Fill::Poison),
         ],
         flop: 2 * u64::from(n_rows) * u64::from(r) * u64::from(4 * h),
         kernel: Box::new(kernel),

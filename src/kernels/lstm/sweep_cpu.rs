@@ -12,8 +12,8 @@ use anyhow::Result;
 
 use super::plan::weight_gradients;
 use super::rows::{
-    Arrival, CellRow, NormGradient, NormRow, apply_mask, cell_backward, cell_forward, gate_backward, gate_forward, norm_gates, norm_input,
-    settle, state_gradient,
+    Arrival, CellRow, NormGradient, NormRow, apply_mask, cell_backward, cell_forward, gate_backward, gate_forward, hand_up, norm_gates,
+    norm_input, settle, state_gradient,
 };
 use super::{Cell, FLAG_NON_FINITE, LanePart, LaneShape, LaneVectors, Launch, NONE, PEEPHOLES, SweepArgs};
 use crate::for_isa;
@@ -48,6 +48,7 @@ pub fn sweep(args: &SweepArgs<'_>, launch: Launch<'_>) -> Result<()> {
             vectors,
             use_lengths: lane.use_lengths,
             cell: lane.whole_cell(),
+            residual: lane.residual,
         };
         let weights = [weight_ih.0, weight_hh.0, weight_hr.0, vectors.span];
         let rows = lane.rows.unwrap_or(nothing);
@@ -58,6 +59,7 @@ pub fn sweep(args: &SweepArgs<'_>, launch: Launch<'_>) -> Result<()> {
                     dh_out: grads.dh_out.map(|(_, offset)| offset as usize),
                     dx: places(grads.dx),
                     accumulate_dx: grads.accumulate_dx,
+                    passed_on: lane.passed_on(),
                 };
                 let dh_out = grads.dh_out.map_or(nothing, |(span, _)| span);
                 let dh = grads.dh.unwrap_or(nothing);
@@ -96,6 +98,8 @@ struct Sweep {
     vectors: LaneVectors,
     use_lengths: bool,
     cell: Cell,
+    /// The part of the input that is added to what is handed up.
+    residual: Option<usize>,
 }
 
 impl Sweep {
@@ -355,17 +359,26 @@ impl Kernel for SweepForward {
         }
         let bias = biases.iter().any(|&b| b != NONE).then_some(&*bias_sum);
         let n_states = s.n_steps + 1;
-        let (h, masked) = h.as_mut_slice().split_at_mut(n_states * rows * width);
+        let (h, rest) = h.as_mut_slice().split_at_mut(n_states * rows * width);
+        let (masked, outputs) = rest.split_at_mut(if s.shape.masks { n_states * rows * width } else { 0 });
         let (c, m) = c.as_mut_slice().split_at_mut(n_states * rows * hidden);
         let work = (
             s.gate_steps(gates.as_mut_slice()),
-            (Steps::new(h, n_states, rows, width), s.shape.masks.then(|| Steps::new(masked, n_states, rows, width))),
+            (
+                Steps::new(h, n_states, rows, width),
+                (
+                    s.shape.masks.then(|| Steps::new(masked, n_states, rows, width)),
+                    s.shape.outputs.then(|| Steps::new(outputs, s.n_steps, rows, width)),
+                ),
+            ),
             (Steps::new(c, n_states, rows, hidden), s.shape.projects.then(|| Steps::new(m, s.n_steps, rows, hidden))),
         );
         let raised = AtomicBool::new(false);
-        type Work<'a> =
-            ((Steps<'a>, Option<(Steps<'a>, Steps<'a>, Steps<'a>)>), (Steps<'a>, Option<Steps<'a>>), (Steps<'a>, Option<Steps<'a>>));
-        ctx.pool.run(work, rows, s.min_rows(), &|((mut gates, mut norms), (mut h, mut masked), (mut c, mut m)): Work<'_>,
+        type States<'a> = (Steps<'a>, (Option<Steps<'a>>, Option<Steps<'a>>));
+        type Work<'a> = ((Steps<'a>, Option<(Steps<'a>, Steps<'a>, Steps<'a>)>), States<'a>, (Steps<'a>, Option<Steps<'a>>));
+        ctx.pool.run(work, rows, s.min_rows(), &|((mut gates, mut norms), (mut h, (mut masked, mut outputs)), (mut c, mut m)): Work<
+            '_,
+        >,
                                                  part: Range<usize>| {
             let n = part.len();
             let mut non_finite = 0u32;
@@ -453,19 +466,29 @@ impl Kernel for SweepForward {
                         Ends::default(),
                     );
                 }
-                if s.is_plain() && words.lengths.is_none() {
+                if s.is_plain() && !s.shape.outputs && words.lengths.is_none() {
                     continue;
                 }
+                let mut outputs = outputs.as_mut().map(|outputs| outputs.at_mut(t));
+                let (added, added_width) = s.residual.map_or((&[][..], 0), |part| x_parts[part]);
                 for (r, (h_in, h_out)) in h_before.chunks_exact(width).zip(h_out.chunks_exact_mut(width)).enumerate() {
                     let b = part.start + r;
                     let masked = &mut masked_out[r * masked_width..][..masked_width];
                     if t as u32 >= words.length(b) {
                         h_out.copy_from_slice(h_in);
                         masked.copy_from_slice(&masked_before[r * width..][..masked_width]);
+                        if let Some(outputs) = &mut outputs {
+                            outputs[r * width..][..width].fill(0.0);
+                        }
                         continue;
                     }
                     let (row, stream) = (&row, words.stream(b));
                     settle(row, stream, h_in, h_out, masked);
+                    if let Some(outputs) = &mut outputs {
+                        let (h, input) = (&*h_out, &added[(t * rows + b) * added_width..][..added_width]);
+                        let output = &mut outputs[r * width..][..width];
+                        for_isa!(isa, hand_up(row: &CellRow<'_>, stream: u32, h: &[f32], input: &[f32], output: &mut [f32]));
+                    }
                 }
             }
             if non_finite != 0 {
@@ -485,6 +508,8 @@ struct SweepBackward {
     /// Where the gradients of the input's parts start and how wide they are, as far as they are wanted, and whether they are added to what is there.
     dx: [Option<(usize, usize)>; 2],
     accumulate_dx: bool,
+    /// Which of them the gradient of the outputs is added to, as it comes.
+    passed_on: Option<usize>,
 }
 
 const BACKWARD_BINDINGS: &[Binding] = &[
@@ -650,10 +675,17 @@ impl Kernel for SweepBackward {
                                                 c_prev: &[f32], normed: Option<NormGradient<'_>>));
                 }
                 let dz = norms.as_ref().map_or_else(|| gates.at(t), |(x, ..)| x.at(t));
-                for ((dx, weight), cols) in dx.iter_mut().zip(ih).zip(dx_widths) {
-                    if let Some(dx) = dx {
-                        through(live, dz, gate_cols, weight, dx.at_mut(t), cols, self.accumulate_dx);
+                for (i, ((dx, weight), cols)) in dx.iter_mut().zip(ih).zip(dx_widths).enumerate() {
+                    let Some(dx) = dx else { continue };
+                    let (to, mut add) = (dx.at_mut(t), self.accumulate_dx);
+                    if let (Some(dh_out), true) = (dh_out, self.passed_on == Some(i)) {
+                        for (b, to) in part.clone().zip(to.chunks_exact_mut(width)) {
+                            let from = if t as u32 >= words.length(b) { &[] } else { &dh_out[of_row(b, width)] };
+                            take_passed_on(to, from, add);
+                        }
+                        add = true;
                     }
+                    through(live, dz, gate_cols, weight, to, cols, add);
                 }
             }
             // Added, since rows that ended before this range have their gradient there, and the others zero.
@@ -665,6 +697,17 @@ impl Kernel for SweepBackward {
                 state_gradient(&row, words.stream(part.start + r), Arrival::new(t, u32::MAX, false, true), d, carry, &[]);
             }
         });
+    }
+}
+
+/// The gradient of a residual lane's output on its way past the cell, added to what is there or in its place.
+fn take_passed_on(to: &mut [f32], from: &[f32], add: bool) {
+    if add {
+        to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+    } else if from.is_empty() {
+        to.fill(0.0);
+    } else {
+        to.copy_from_slice(from);
     }
 }
 

@@ -445,14 +445,35 @@ pub struct ModelFile {
     pub coupled: bool,
 }
 
-/// Reads a model file of either format: ONNX if the name ends so, else safetensors.
+/// Reads a model file of either format, told by its first bytes, and by its name where those say nothing.
 ///
 /// # Errors
 /// Not there, damaged, of a newer version; holds no LSTM, or one that is none of ours: with the tensor or the field.
 pub fn read(path: &Path) -> Result<ModelFile> {
     let bytes = Disk.read(path).map_err(|e| StoreError::io("read", path, e))?;
-    let is_onnx = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("onnx"));
-    from_bytes(&bytes, path, if is_onnx { Format::Onnx } else { Format::Safetensors })
+    from_bytes(&bytes, path, format_of(&bytes, path)?)
+}
+
+/// What a file is. A safetensors file begins with the length of its header in eight bytes, and the header is a JSON object; an ONNX model begins
+/// with its field 1, `ir_version`.
+fn format_of(bytes: &[u8], path: &Path) -> Result<Format> {
+    let others: [(&[u8], &str); 2] = [
+        (
+            b"PK\x03\x04",
+            "a zip archive, as torch.save and Keras write: in Python, write `safetensors.torch.save_file(model.state_dict(), FILE)`",
+        ),
+        (b"\x89HDF", "an HDF5 file, as Keras writes: export the model to ONNX"),
+    ];
+    if let Some((_, what)) = others.iter().find(|(start, _)| bytes.starts_with(start)) {
+        return Err(foreign(path, format!("it is {what}, and import that")));
+    }
+    let is_named_onnx = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("onnx"));
+    Ok(match bytes {
+        [_, _, _, _, _, _, _, _, b'{', ..] => Format::Safetensors,
+        [0x08, ..] => Format::Onnx,
+        _ if is_named_onnx => Format::Onnx,
+        _ => Format::Safetensors,
+    })
 }
 
 /// As [`read`], of a file in memory; `path` is what errors name.
