@@ -4,7 +4,7 @@
 // A workgroup a row, folded into x and y; every invocation reads only what it wrote itself. Loop trips: 13 H / 256 + 30.
 
 struct Params {
-    cell: Cell,
+    @align(16) cell: Cell,
     n_rows: u32, // B
     hidden: u32, // H, a multiple of 16
     units: u32,  // H without padding
@@ -25,13 +25,16 @@ struct Params {
     use_lengths: u32,
 }
 
-@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(0) var<uniform> lanes: array<Params, 2>;
 @group(0) @binding(1) var<storage, read_write> gates: array<vec4<f32>>;   // gates [B, 4H]; n(x), n(y) [B, 4H]; the factors of both [B, 4]
 @group(0) @binding(2) var<storage, read> c: array<vec4<f32>>;             // [B, H] before the step
 @group(0) @binding(3) var<storage, read> dh: array<vec4<f32>>;            // [B, H], unless it lies in carry
 @group(0) @binding(4) var<storage, read_write> carry: array<vec4<f32>>;   // [B, R], dc [B, H], sums [B, 3H + 10H]; with a projection dm [B, H]
 @group(0) @binding(5) var<storage, read> rows: array<u32>;                // lengths [B]; stream numbers [B] at cell.streams
 @group(0) @binding(6) var<storage, read> bias: array<vec4<f32>>;          // gain_ih, gain_hh [4H]; gain_c and bias_c [2, H]; peepholes [3, H]
+
+// The lane of this workgroup: both directions of a layer may share a dispatch, one for each z.
+var<private> p: Params;
 
 fn row_stream(row: u32) -> u32 {
     if (is_random(p.cell)) {
@@ -72,6 +75,7 @@ fn lstm_norm_backward(
     @builtin(num_workgroups) n_wg: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
+    p = lanes[wg.z];
     let row = wg.y * n_wg.x + wg.x;
     if (row >= p.n_rows) {
         return;

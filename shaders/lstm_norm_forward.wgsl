@@ -4,7 +4,7 @@
 // units stays within it, and every invocation reads only what it wrote itself. Loop trips: 13 H / 256 + 24.
 
 struct Params {
-    cell: Cell,
+    @align(16) cell: Cell,
     n_rows: u32, // B
     hidden: u32, // H, a multiple of 16
     units: u32,  // H without padding
@@ -29,7 +29,7 @@ struct Params {
     use_lengths: u32,
 }
 
-@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(0) var<uniform> lanes: array<Params, 2>;
 @group(0) @binding(1) var<storage, read_write> gates: array<vec4<f32>>;     // gates [B, 4H]; n(x), y [B, 4H]; the factors of both [B, 4]
 @group(0) @binding(2) var<storage, read_write> h: array<vec4<f32>>;         // [B, H] before and after the step, both masked, what is handed up
 @group(0) @binding(3) var<storage, read_write> c: array<vec4<f32>>;         // [B, H] before and after the step; with a projection m
@@ -37,6 +37,9 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> flags: array<atomic<u32>>;   // [0]: raised by a pre-activation that is not finite
 @group(0) @binding(6) var<storage, read> bias: array<vec4<f32>>;            // b_ih, b_hh, gain_ih, gain_hh [4H]; gain_c and bias_c [2, H]; peepholes [3, H]
 @group(0) @binding(7) var<storage, read> input: array<vec4<f32>>;           // [B, H]: what a residual layer adds to h
+
+// The lane of this workgroup: both directions of a layer may share a dispatch, one for each z.
+var<private> p: Params;
 
 fn row_stream(row: u32) -> u32 {
     if (is_random(p.cell)) {
@@ -77,6 +80,7 @@ fn lstm_norm_forward(
     @builtin(num_workgroups) n_wg: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
+    p = lanes[wg.z];
     let row = wg.y * n_wg.x + wg.x;
     if (row >= p.n_rows) {
         return;

@@ -3,7 +3,7 @@
 // A workgroup computes 32 batch rows x 16 units of h, an invocation 4 rows x 4 units. Loop trips: H / 4.
 
 struct Params {
-    cell: Cell,
+    @align(16) cell: Cell,
     n_rows: u32, // B
     hidden: u32, // H, a multiple of 16
     width: u32,  // R, a multiple of 16
@@ -19,12 +19,15 @@ struct Params {
     use_lengths: u32,
 }
 
-@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(0) var<uniform> lanes: array<Params, 2>;
 @group(0) @binding(1) var<storage, read> params: array<vec4<f32>>;     // weight_hr [R, H]
 @group(0) @binding(2) var<storage, read> m: array<vec4<f32>>;          // [B, H]: o tanh(c)
 @group(0) @binding(3) var<storage, read_write> h: array<vec4<f32>>;    // [B, R] before and after the step, both masked, what is handed up
 @group(0) @binding(4) var<storage, read> rows: array<u32>;             // lengths [B]; stream numbers [B] at cell.streams
 @group(0) @binding(5) var<storage, read> input: array<vec4<f32>>;      // [B, R]: what a residual layer adds to h
+
+// The lane of this workgroup: both directions of a layer may share a dispatch, one for each z.
+var<private> p: Params;
 
 const STEP_ROWS: u32 = 32u;
 const INVOCATION_ROWS: u32 = 4u;
@@ -77,12 +80,12 @@ fn hand_up(row: u32, panel: u32, quad: u32, stream: u32, h_next: vec4<f32>) {
 @compute @workgroup_size(4, 8)
 fn lstm_project(
     @builtin(workgroup_id) wg: vec3<u32>,
-    @builtin(num_workgroups) n_wg: vec3<u32>,
     @builtin(local_invocation_id) local: vec3<u32>,
 ) {
+    p = lanes[wg.z];
     let panel = wg.x;
     let quad = local.x;
-    let row = (wg.z * n_wg.y + wg.y) * STEP_ROWS + local.y * INVOCATION_ROWS;
+    let row = wg.y * STEP_ROWS + local.y * INVOCATION_ROWS;
     if (row >= p.n_rows) {
         return;
     }

@@ -3,7 +3,7 @@
 // A workgroup computes 32 batch rows x 16 units of h, an invocation 4 rows x 4 units. Loop trips: H, each four columns of dz.
 
 struct Params {
-    cell: Cell,
+    @align(16) cell: Cell,
     n_rows: u32, // B
     hidden: u32, // H, a multiple of 16
     width: u32,  // R, a multiple of 16
@@ -19,7 +19,7 @@ struct Params {
     initial: u32,
 }
 
-@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(0) var<uniform> lanes: array<Params, 2>;
 @group(0) @binding(1) var<storage, read> params: array<vec4<f32>>;        // weight_hh [H / 16, R, 64]
 @group(0) @binding(2) var<storage, read> dz: array<vec4<f32>>;            // [B, 4H]: of the step after
 @group(0) @binding(3) var<storage, read> dh_out: array<vec4<f32>>;        // [B, R]
@@ -27,6 +27,9 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> carry: array<vec4<f32>>;   // [B, R]: of h what W_hh does not hand on
 @group(0) @binding(6) var<storage, read> rows: array<u32>;                // lengths [B]; stream numbers [B] at cell.streams
 @group(0) @binding(7) var<storage, read_write> dx: array<vec4<f32>>;      // [B, R]: of a residual layer, what goes to its input past the cell
+
+// The lane of this workgroup: both directions of a layer may share a dispatch, one for each z.
+var<private> p: Params;
 
 const STEP_ROWS: u32 = 32u;
 const INVOCATION_ROWS: u32 = 4u;
@@ -84,12 +87,12 @@ fn finish(row: u32, panel: u32, quad: u32, from_after: vec4<f32>) {
 @compute @workgroup_size(4, 8)
 fn lstm_state_gradient(
     @builtin(workgroup_id) wg: vec3<u32>,
-    @builtin(num_workgroups) n_wg: vec3<u32>,
     @builtin(local_invocation_id) local: vec3<u32>,
 ) {
+    p = lanes[wg.z];
     let panel = wg.x;
     let quad = local.x;
-    let row = (wg.z * n_wg.y + wg.y) * STEP_ROWS + local.y * INVOCATION_ROWS;
+    let row = wg.y * STEP_ROWS + local.y * INVOCATION_ROWS;
     if (row >= p.n_rows) {
         return;
     }

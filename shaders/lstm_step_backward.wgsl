@@ -3,7 +3,7 @@
 // A workgroup computes 32 batch rows x one panel of 16 units, an invocation 4 rows x 4 units. Loop trips: H, each four columns of dz.
 
 struct Params {
-    cell: Cell,
+    @align(16) cell: Cell,
     n_rows: u32, // B
     hidden: u32, // H, a multiple of 16
     width: u32,  // R, floats of h: H without a projection
@@ -21,7 +21,7 @@ struct Params {
     projected: u32,
 }
 
-@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(0) var<uniform> lanes: array<Params, 2>;
 @group(0) @binding(1) var<storage, read> params: array<vec4<f32>>;        // weight_hh [H / 16, H, 64], or weight_hr [R, H]
 @group(0) @binding(2) var<storage, read_write> gates: array<vec4<f32>>;   // [B, 4H] twice: this step's gates, which become dz, and the dz after
 @group(0) @binding(3) var<storage, read> c: array<vec4<f32>>;             // [B, H] before the step
@@ -30,6 +30,9 @@ struct Params {
 @group(0) @binding(6) var<storage, read> rows: array<u32>;                // lengths [B]; stream numbers [B] at cell.streams
 @group(0) @binding(7) var<storage, read> bias: array<vec4<f32>>;          // peepholes [3, H]
 @group(0) @binding(8) var<storage, read_write> dx: array<vec4<f32>>;      // [B, H]: of a residual layer, what goes to its input past the cell
+
+// The lane of this workgroup: both directions of a layer may share a dispatch, one for each z.
+var<private> p: Params;
 
 const STEP_ROWS: u32 = 32u;
 const INVOCATION_ROWS: u32 = 4u;
@@ -191,12 +194,12 @@ fn finish_cell(row: u32, panel: u32, quad: u32, dh: vec4<f32>, of_step: mat4x4<f
 @compute @workgroup_size(4, 8)
 fn lstm_step_backward(
     @builtin(workgroup_id) wg: vec3<u32>,
-    @builtin(num_workgroups) n_wg: vec3<u32>,
     @builtin(local_invocation_id) local: vec3<u32>,
 ) {
+    p = lanes[wg.z];
     let panel = wg.x;
     let quad = local.x;
-    let row = (wg.z * n_wg.y + wg.y) * STEP_ROWS + local.y * INVOCATION_ROWS;
+    let row = wg.y * STEP_ROWS + local.y * INVOCATION_ROWS;
     if (row >= p.n_rows) {
         return;
     }

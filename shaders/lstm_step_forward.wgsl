@@ -4,7 +4,7 @@
 // that it loads serves 4 rows. Loop trips: R / 4.
 
 struct Params {
-    cell: Cell,
+    @align(16) cell: Cell,
     n_rows: u32, // B
     hidden: u32, // H, a multiple of 16
     width: u32,  // R, floats of h: H without a projection
@@ -26,7 +26,7 @@ struct Params {
     initial: u32,
 }
 
-@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(0) var<uniform> lanes: array<Params, 2>;
 @group(0) @binding(1) var<storage, read> params: array<vec4<f32>>;          // weight_hh [H / 16, R, 64]
 @group(0) @binding(2) var<storage, read_write> gates: array<vec4<f32>>;     // [B, 4H]: the input product, then the activated gates
 @group(0) @binding(3) var<storage, read_write> h: array<vec4<f32>>;         // [B, R] before and after the step, both masked, what is handed up
@@ -35,6 +35,9 @@ struct Params {
 @group(0) @binding(6) var<storage, read_write> flags: array<atomic<u32>>;   // [0]: raised by a pre-activation that is not finite
 @group(0) @binding(7) var<storage, read> bias: array<vec4<f32>>;            // b_ih and b_hh [4H], peepholes [3, H]
 @group(0) @binding(8) var<storage, read> input: array<vec4<f32>>;           // [B, H]: what a residual layer adds to h
+
+// The lane of this workgroup: both directions of a layer may share a dispatch, one for each z.
+var<private> p: Params;
 
 const STEP_ROWS: u32 = 32u;
 const INVOCATION_ROWS: u32 = 4u;
@@ -183,12 +186,12 @@ fn mask_initial(row: u32, panel: u32, quad: u32) {
 @compute @workgroup_size(4, 8)
 fn lstm_step_forward(
     @builtin(workgroup_id) wg: vec3<u32>,
-    @builtin(num_workgroups) n_wg: vec3<u32>,
     @builtin(local_invocation_id) local: vec3<u32>,
 ) {
+    p = lanes[wg.z];
     let panel = wg.x;
     let quad = local.x;
-    let row = (wg.z * n_wg.y + wg.y) * STEP_ROWS + local.y * INVOCATION_ROWS;
+    let row = wg.y * STEP_ROWS + local.y * INVOCATION_ROWS;
     if (row >= p.n_rows) {
         return;
     }

@@ -9,7 +9,8 @@ use carrousel::backend::gpu::adapters;
 use carrousel::backend::{Backend, Span, read_now};
 use carrousel::kernels::gemm::{self, DIRECT_BLOCK, Gemm, MAX_K, Matrix, TILED_BLOCK};
 use carrousel::kernels::lstm::{
-    self, Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneTensors, LaneVectors, LstmStepForward, NONE, SweepArgs,
+    self, Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneStarts, LaneTensors, LaneVectors, LstmStepForward, NONE,
+    SweepArgs,
 };
 use carrousel::kernels::{AdapterClass, Binding, Case, Dispatch, Entry, Fill, Kernel, MAX_WORKGROUPS, Operand, ShapeError};
 use carrousel::pool::CpuContext;
@@ -349,6 +350,7 @@ impl Sweep {
             x: [Some(LanePart { span: x, offset: 0, width: self.inputs }), None],
             gates,
             residual: None,
+            starts: LaneStarts::default(),
             h: h_span,
             c: c_span,
             range: self.range.clone(),

@@ -3,8 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use carrousel::backend::{Backend, read_now};
-use carrousel::kernels::lstm::Cell;
+use carrousel::backend::cpu::CpuBackend;
+use carrousel::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan, read_now};
+use carrousel::kernels::Kernel;
+use carrousel::kernels::lstm::{Cell, sweep_plan};
 use carrousel::model::config::{Hidden, Input, LstmConfig, ModelConfig, Output, Pooling};
 use carrousel::model::init::{Init, initial};
 use carrousel::model::{Model, Pass, Share, Words, read_buckets};
@@ -723,6 +725,55 @@ fn compute(backend: &mut dyn Backend, model: &mut Model, case: &Case) -> Compute
     Computed { loss, grads: grads(backend, model), state }
 }
 
+/// The CPU, which sweeps by the plan of a device that runs kernel by kernel; counts launches by name.
+struct KernelByKernel {
+    inner: CpuBackend,
+    launches: BTreeMap<&'static str, usize>,
+}
+
+impl Backend for KernelByKernel {
+    fn info(&self) -> &DeviceInfo {
+        self.inner.info()
+    }
+    fn limits(&self) -> Limits {
+        self.inner.limits()
+    }
+    fn alloc(&mut self, label: &str, len: usize) -> anyhow::Result<BufferId> {
+        self.inner.alloc(label, len)
+    }
+    fn free(&mut self, buffer: BufferId) {
+        self.inner.free(buffer);
+    }
+    fn len(&self, buffer: BufferId) -> usize {
+        self.inner.len(buffer)
+    }
+    fn write(&mut self, to: Span, words: &[f32]) -> anyhow::Result<()> {
+        self.inner.write(to, words)
+    }
+    fn copy(&mut self, from: Span, to: Span) -> anyhow::Result<()> {
+        self.inner.copy(from, to)
+    }
+    fn clear(&mut self, span: Span) -> anyhow::Result<()> {
+        self.inner.clear(span)
+    }
+    fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> anyhow::Result<()> {
+        *self.launches.entry(kernel.name()).or_default() += 1;
+        self.inner.launch(kernel, operands)
+    }
+    fn plan(&self) -> SweepPlan {
+        sweep_plan
+    }
+    fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> anyhow::Result<Box<dyn Readback>> {
+        self.inner.read(spans, memory)
+    }
+    fn submit(&mut self) -> anyhow::Result<()> {
+        self.inner.submit()
+    }
+    fn wait(&mut self, deadline: std::time::Duration) -> anyhow::Result<()> {
+        self.inner.wait(deadline)
+    }
+}
+
 /// Fails where `got` lies further from `want` than `tolerance` times `size`; NaN lies far.
 fn near(what: &str, want: &[f64], got: &[f32], size: f64, tolerance: f64) {
     assert_eq!(want.len(), got.len(), "{what}");
@@ -914,6 +965,30 @@ fn buckets_are_ready_once_each_from_last_to_first_with_zero_padding() {
                 let odd = words.iter().zip(&is_padding).position(|(&word, &padding)| padding && word != 0.0);
                 assert_eq!(odd, None, "{label}: bucket {bucket} holds {words:?} in its padding");
             }
+        }
+    }
+}
+
+#[test]
+fn both_directions_of_a_layer_share_the_launches_of_their_steps() {
+    for (name, kernels) in [
+        ("both directions, labels, dropout", &[("lstm_step_forward", 1, 0), ("lstm_step_backward", 1, 1)][..]),
+        ("residual in both directions", &[("lstm_step_forward", 1, 0), ("lstm_step_backward", 1, 1)]),
+        (
+            "projected and normed, rows that end",
+            &[("lstm_norm_forward", 1, 0), ("lstm_project", 1, 0), ("lstm_state_gradient", 1, 1), ("lstm_norm_backward", 1, 0)],
+        ),
+    ] {
+        let case = case(name);
+        let mut backend = KernelByKernel { inner: CpuBackend::new(1).expect("a CPU"), launches: BTreeMap::new() };
+        let mut model = replica(&mut backend, &case);
+        let computed = compute(&mut backend, &mut model, &case);
+        let want = solve(&case, &case.named(), true);
+        near(&format!("{name}: final state"), &want.state, &computed.state, 1.0, OUTPUT_TOLERANCE);
+        gradients_near(name, model.table(), &want.grads, &computed.grads);
+        for &(kernel, each, more) in kernels {
+            let wanted = case.config.n_layers * (each * case.n_steps + more);
+            assert_eq!(backend.launches.get(kernel), Some(&wanted), "{name}: {kernel}");
         }
     }
 }

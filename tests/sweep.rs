@@ -8,7 +8,7 @@ use std::ops::Range;
 use carrousel::backend::{Backend, Span};
 use carrousel::kernels::Tolerance;
 use carrousel::kernels::lstm::{
-    Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneTensors, LaneVectors, NONE, SweepArgs, sweep_plan,
+    Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneStarts, LaneTensors, LaneVectors, NONE, SweepArgs, sweep_plan,
 };
 use carrousel::rng::{Purpose, StepKey, Stream};
 use carrousel::shape::{ALIGN, pad_inner, pad_units, round_up};
@@ -569,6 +569,7 @@ impl<'p> Placed<'p> {
             x: [Some(self.part(self.x.span, X_OFFSET)), None],
             gates: self.gates.span,
             residual: None,
+            starts: LaneStarts::default(),
             h: self.h.span,
             c: self.c.span,
             range,
@@ -1145,6 +1146,39 @@ fn only_sums_over_the_hidden_units_cost_a_step_more_launches() {
     assert_eq!(per_step(&|p: Problem| p.projected(5)), [2, 2]);
     assert_eq!(per_step(&Problem::normed), [2, 2]);
     assert_eq!(per_step(&|p: Problem| p.projected(5).normed()), [3, 3]);
+}
+
+#[test]
+fn both_directions_share_the_launches_of_their_steps_where_they_share_their_buffers() {
+    let count = |lanes: &[Lane], gradients: bool| {
+        let flags = lanes[0].tensors.weight_hh.0;
+        let mut n = 0;
+        let launch = &mut |_: &dyn carrousel::kernels::Kernel, _: &[Span]| {
+            n += 1;
+            Ok(())
+        };
+        sweep_plan(&SweepArgs { n_rows: 3, lanes, flags, gradients }, launch).expect("a plan");
+        n
+    };
+    let problem = Problem::new(96, [40, 3, 5, 17]);
+    for (p, shared) in [(problem.clone(), [1, 1]), (problem.clone().normed(), [1, 2]), (problem.clone().projected(5), [2, 2])] {
+        let device = Device::Cpu(1);
+        let mut backend = device.open();
+        let placed = Placed::new(&mut *backend, device, &p, &Manner::whole(&p));
+        for gradients in [false, true] {
+            let forward = placed.lane(0..40, false, gradients);
+            let starts = LaneStarts { gates: 64, h: 64, c: 64, carry: 64, dh: 64 };
+            let reverse = Lane { reverse: true, starts, ..forward.clone() };
+            let alone = count(std::slice::from_ref(&forward), gradients);
+            let both = count(&[forward.clone(), reverse.clone()], gradients);
+            // Products stay each lane's own; the initial state's gradient is one more shared launch backward.
+            let saved = shared[usize::from(gradients)] * 40 + usize::from(gradients);
+            assert_eq!(2 * alone - both, saved, "gradients {gradients}");
+            let mut elsewhere = reverse;
+            elsewhere.gates.buffer.0 += 1;
+            assert_eq!(count(&[forward, elsewhere], gradients), 2 * alone, "gradients {gradients}");
+        }
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use carrousel::backend::{Backend, Span, read_now};
-use carrousel::kernels::lstm::{Cell, Lane, LaneGradients, LanePart, LaneShape, LaneTensors, LaneVectors, SweepArgs};
+use carrousel::kernels::lstm::{Cell, Lane, LaneGradients, LanePart, LaneShape, LaneStarts, LaneTensors, LaneVectors, SweepArgs};
 use carrousel::model::{read_buckets, write_buckets};
 use carrousel::optim::{BETAS, EPS, OptimizerConfig, Rule};
 use carrousel::params::{Axis, Layout, ParamTable};
@@ -310,6 +310,7 @@ fn judge(backend: &mut dyn Backend, device: Device, case: &Case) -> Vec<String> 
                 x,
                 gates: upload(backend, "gates", &vec![f32::NAN; shape.gates_len(t * b)]),
                 residual: None,
+                starts: LaneStarts::default(),
                 h: h_states,
                 c: c_states,
                 range: 0..t as u32,

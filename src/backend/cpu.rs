@@ -130,10 +130,15 @@ impl Backend for CpuBackend {
         kernel.check(&lens[..operands.len()])?;
         // Written buffers leave the table for the launch, so that the borrow checker sees that no other operand is one of them.
         let mut written: [Option<Vec<f32>>; MOST] = Default::default();
+        // Another written part of the same buffer, as the gradients of both directions are.
+        let mut beside = [None; MOST];
         for (i, (binding, span)) in bindings.iter().zip(operands).enumerate() {
             if binding.access == Access::ReadWrite && span.len > 0 {
                 written[i] = self.buffers.get_mut(span.buffer.0 as usize).and_then(Option::take);
-                if written[i].is_none() {
+                let owner = (0..i).find(|&owner| written[owner].is_some() && operands[owner].buffer == span.buffer);
+                if let (None, Some(owner)) = (&written[i], owner.filter(|&owner| beside[owner].is_none())) {
+                    beside[owner] = Some(i);
+                } else if written[i].is_none() {
                     give_back(&mut self.buffers, &mut written, operands);
                     anyhow::bail!("{}: the buffer of {} is freed or written twice", kernel.name(), binding.name);
                 }
@@ -141,16 +146,27 @@ impl Backend for CpuBackend {
         }
         let mut bound: [Operand<'_>; MOST] = std::array::from_fn(|_| Operand::Read(&[]));
         let mut fault = None;
-        for (((binding, span), own), bound) in bindings.iter().zip(operands).zip(written.iter_mut()).zip(&mut bound) {
-            let range = span.offset..span.offset + span.len;
-            let words = match own {
+        let range_of = |span: &Span| span.offset..span.offset + span.len;
+        for (i, ((binding, span), own)) in bindings.iter().zip(operands).zip(written.iter_mut()).enumerate() {
+            if beside.contains(&Some(i)) {
+                // Bound with its owner.
+                continue;
+            }
+            let range = range_of(span);
+            let words = match (own, beside[i]) {
+                (Some(own), Some(second)) => own.get_disjoint_mut([range, range_of(&operands[second])]).ok().map(|[here, there]| {
+                    bound[second] = Operand::ReadWrite(there);
+                    Operand::ReadWrite(here)
+                }),
+                (Some(own), None) => own.get_mut(range).map(Operand::ReadWrite),
                 // What is not there has no words and no buffer.
-                None if span.len == 0 && binding.access == Access::ReadWrite => Some(Operand::ReadWrite(&mut [])),
-                Some(own) => own.get_mut(range).map(Operand::ReadWrite),
-                None => self.buffers.get(span.buffer.0 as usize).and_then(Option::as_ref).and_then(|b| b.get(range)).map(Operand::Read),
+                (None, _) if span.len == 0 && binding.access == Access::ReadWrite => Some(Operand::ReadWrite(&mut [])),
+                (None, _) => {
+                    self.buffers.get(span.buffer.0 as usize).and_then(Option::as_ref).and_then(|b| b.get(range)).map(Operand::Read)
+                }
             };
             match words {
-                Some(words) => *bound = words,
+                Some(words) => bound[i] = words,
                 None => fault = Some(binding.name),
             }
         }
@@ -160,7 +176,7 @@ impl Backend for CpuBackend {
         give_back(&mut self.buffers, &mut written, operands);
         match fault {
             None => Ok(()),
-            Some(name) => anyhow::bail!("{}: {name} is also written, freed, or shorter than its span", kernel.name()),
+            Some(name) => anyhow::bail!("{}: {name} is also written in part, freed, or shorter than its span", kernel.name()),
         }
     }
 

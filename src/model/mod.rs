@@ -15,7 +15,9 @@ use crate::kernels::MAX_LOOP_TRIPS;
 use crate::kernels::embedding::{EmbeddingGather, EmbeddingGradient, TokenIndex};
 use crate::kernels::gemm::{Gemm, Matrix};
 use crate::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
-use crate::kernels::lstm::{Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneTensors, LaneVectors, NONE, SweepArgs};
+use crate::kernels::lstm::{
+    Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneStarts, LaneTensors, LaneVectors, NONE, SweepArgs,
+};
 use crate::kernels::pooling::{ALL_STEPS, FIRST_STEP, LAST_STEP, PoolSteps, PoolStepsGradient};
 use crate::kernels::reduce::{ColumnSums, Sum};
 use crate::kernels::weight_drop::{WeightDrop, drop_numbers};
@@ -73,15 +75,40 @@ pub struct Pass {
 /// Parts a share may be cut into.
 pub const MAX_PARTS: usize = 64;
 
-/// The buffers of one layer in one direction for the largest share so far.
+/// Memory of one direction of a layer. Both directions lie in one buffer where the device can bind so much, so that they can share launches.
+#[derive(Clone, Copy)]
+struct Arena {
+    buffer: BufferId,
+    /// Floats of the buffer.
+    len: usize,
+    at: usize,
+}
+
+impl Arena {
+    /// All of the buffer, which `start` is an offset in.
+    fn whole(self) -> Span {
+        front(self.buffer, self.len)
+    }
+
+    fn start(self) -> u32 {
+        self.at as u32
+    }
+
+    /// The first words of this direction.
+    fn front(self, len: usize) -> Span {
+        self.whole().part(self.at, len)
+    }
+}
+
+/// The memory of one layer in one direction for the largest share so far.
 struct LaneBuffers {
-    gates: BufferId,
-    h: BufferId,
-    c: BufferId,
+    gates: Arena,
+    h: Arena,
+    c: Arena,
     /// The recurrent weights that a step keeps, and their gradient.
-    dropped_weight: Option<(BufferId, Option<BufferId>)>,
-    carry: Option<BufferId>,
-    dh: Option<BufferId>,
+    dropped_weight: Option<(Arena, Option<Arena>)>,
+    carry: Option<Arena>,
+    dh: Option<Arena>,
 }
 
 struct Workspace {
@@ -101,7 +128,7 @@ struct Workspace {
     outputs: BufferId,
     row_loss: BufferId,
     /// Gradients on their way down, by direction: a set for what comes from above and one for what goes below.
-    flow: Option<Vec<BufferId>>,
+    flow: Option<Vec<Arena>>,
 }
 
 impl Workspace {
@@ -110,9 +137,11 @@ impl Workspace {
             let weights = l.dropped_weight.map(|(weight, gradient)| [Some(weight), gradient]);
             [Some(l.gates), Some(l.h), Some(l.c), l.carry, l.dh].into_iter().chain(weights.into_iter().flatten()).flatten()
         };
+        // A buffer is its first arena's.
+        let buffer_of = |arena: Arena| (arena.at == 0).then_some(arena.buffer);
         let others = [self.input, self.rows, self.targets, self.weights, self.outputs, self.row_loss];
-        let lanes = self.lanes.into_iter().flat_map(of_lane);
-        lanes.chain(others).chain(self.pooled).chain(self.embedded).chain(self.index).chain(self.flow.into_iter().flatten())
+        let arenas = self.lanes.into_iter().flat_map(of_lane).chain(self.flow.into_iter().flatten()).filter_map(buffer_of);
+        arenas.chain(others).chain(self.pooled).chain(self.embedded).chain(self.index)
     }
 }
 
@@ -261,9 +290,9 @@ impl Model {
         let last = |lane: usize| if self.is_reverse(lane) { 0 } else { n_steps };
         let spans = w.lanes.iter().enumerate().flat_map(|(i, lane)| {
             let shape = self.shape(i);
-            [(lane.h, shape.width), (lane.c, shape.hidden)].map(|(buffer, width)| {
+            [(lane.h, shape.width), (lane.c, shape.hidden)].map(|(arena, width)| {
                 let len = n_rows * width as usize;
-                Span { buffer, offset: last(i) * len, len }
+                arena.whole().part(arena.at + last(i) * len, len)
             })
         });
         spans.collect()
@@ -287,7 +316,7 @@ impl Model {
         for (idx, lane) in workspace.lanes.iter().enumerate() {
             let shape = self.config.lane_shape(idx / self.config.n_directions());
             let width = GATES * shape.hidden as usize;
-            words = backend.read(&[front(lane.gates, n_steps * n_rows * width)], words)?.wait(deadline)?;
+            words = backend.read(&[lane.gates.front(n_steps * n_rows * width)], words)?.wait(deadline)?;
             let mut gates: [Vec<f32>; GATES] = Default::default();
             // A gate is zero only where there is none.
             for row in words.chunks_exact(width).filter(|row| row.iter().any(|&gate| gate != 0.0)) {
@@ -306,7 +335,7 @@ impl Model {
     pub fn initial_gradient(&self, n_rows: usize) -> Vec<Span> {
         let Some(w) = &self.workspace else { return Vec::new() };
         let carries = w.lanes.iter().enumerate().filter_map(|(i, lane)| lane.carry.map(|carry| (self.shape(i), carry)));
-        carries.map(|(shape, carry)| front(carry, n_rows * (shape.width + shape.hidden) as usize)).collect()
+        carries.map(|(shape, carry)| carry.front(n_rows * (shape.width + shape.hidden) as usize)).collect()
     }
 
     /// Outputs after a forward pass without targets: `[rows, columns]`, and the floats from row to row. Rows are `T x B` for classes of steps, else `B`.
@@ -352,30 +381,46 @@ impl Model {
         };
         let n_targets = rows * self.config.n_targets();
         let n_pooled = if matches!(self.config.reading(), Reading::Pooled(_)) { self.config.n_directions() } else { 0 };
-        let lanes = (0..self.config.n_lanes())
-            .map(|i| {
-                let shape = self.shape(i);
-                let weights = recurrent_len(shape);
-                let mut weight = |label| (self.config.lstm.weight_drop > 0.0).then(|| alloc(label, weights)).transpose();
-                let kept = weight("kept recurrent weights")?;
-                let kept_gradient = if gradients { weight("gradients of kept recurrent weights")? } else { None };
-                Ok(LaneBuffers {
-                    gates: alloc("gates", shape.gates_len(tb))?,
-                    h: alloc("hidden states", shape.h_len(tb, b))?,
-                    c: alloc("cell states", shape.c_len(tb, b))?,
-                    dropped_weight: kept.map(|kept| (kept, kept_gradient)),
-                    carry: gradients.then(|| alloc("carried gradients", shape.carry_len(b))).transpose()?,
-                    dh: (gradients && shape.dh_len(tb) > 0).then(|| alloc("gradients of hidden states", shape.dh_len(tb))).transpose()?,
-                })
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let n = self.config.n_directions();
+        // Memory of both directions of a layer.
+        let mut arenas = |label: &str, len: usize| -> Result<Vec<Arena>> {
+            let each = round_up(len.max(1), ALIGN);
+            if n * each * 4 <= limits.max_binding_bytes.min(limits.max_buffer_bytes) as usize {
+                let buffer = alloc(label, n * each)?;
+                return Ok((0..n).map(|direction| Arena { buffer, len: n * each, at: direction * each }).collect());
+            }
+            (0..n).map(|_| Ok(Arena { buffer: alloc(label, each)?, len: each, at: 0 })).collect()
+        };
+        let mut lanes = Vec::with_capacity(self.config.n_lanes());
+        for layer in 0..self.config.n_layers {
+            let shape = self.config.lane_shape(layer);
+            let drops = self.config.lstm.weight_drop > 0.0;
+            let mut wanted = |label: &str, is_wanted: bool, len: usize| if is_wanted { arenas(label, len) } else { Ok(Vec::new()) };
+            let gates = wanted("gates", true, shape.gates_len(tb))?;
+            let h = wanted("hidden states", true, shape.h_len(tb, b))?;
+            let c = wanted("cell states", true, shape.c_len(tb, b))?;
+            let kept = wanted("kept recurrent weights", drops, recurrent_len(shape))?;
+            let kept_gradients = wanted("gradients of kept recurrent weights", drops && gradients, recurrent_len(shape))?;
+            let carry = wanted("carried gradients", gradients, shape.carry_len(b))?;
+            let dh = wanted("gradients of hidden states", gradients && shape.dh_len(tb) > 0, shape.dh_len(tb))?;
+            lanes.extend((0..n).map(|direction| LaneBuffers {
+                gates: gates[direction],
+                h: h[direction],
+                c: c[direction],
+                dropped_weight: kept.get(direction).map(|&kept| (kept, kept_gradients.get(direction).copied())),
+                carry: carry.get(direction).copied(),
+                dh: dh.get(direction).copied(),
+            }));
+        }
         let of_layer = |l| {
             let input = self.config.layer_input(l);
             (input.padded_len() / input.groups).max(self.width_of(l))
         };
         let widest = (0..self.config.n_layers).map(of_layer).max().unwrap_or(0);
         let flow = gradients
-            .then(|| (0..2 * self.config.n_directions()).map(|_| alloc("gradients of states", tb * widest)).collect())
+            .then(|| -> Result<Vec<Arena>> {
+                Ok([arenas("gradients of states", tb * widest)?, arenas("gradients of states", tb * widest)?].concat())
+            })
             .transpose()?;
         self.workspace = Some(Workspace {
             n_places: tb,
@@ -510,16 +555,16 @@ impl Model {
         for (i, lane) in w.lanes.iter().enumerate() {
             let learned = self.at.lanes[i].initial.map(|(h, c)| [h, c]);
             let (first, shape) = (if self.is_reverse(i) { t } else { 0 }, self.shape(i));
-            for (which, (buffer, width)) in [(lane.h, shape.width), (lane.c, shape.hidden)].into_iter().enumerate() {
+            for (which, (arena, width)) in [(lane.h, shape.width), (lane.c, shape.hidden)].into_iter().enumerate() {
                 let (width, len) = (width as usize, b * width as usize);
-                let to = Span { buffer, offset: first * len, len };
+                let to = arena.whole().part(arena.at + first * len, len);
                 match (&mut given, learned) {
                     (Some(given), _) => {
                         let (state, rest) = given.split_at_checked(len).context("the carried state ends before the model's layers do")?;
                         backend.write(to, state)?;
                         *given = rest;
                     }
-                    (None, Some(learned)) => self.spread(backend, learned[which], front(buffer, to.offset + len), to.offset, [b, width])?,
+                    (None, Some(learned)) => self.spread(backend, learned[which], arena.whole(), to.offset, [b, width])?,
                     (None, None) => backend.clear(to)?,
                 }
             }
@@ -583,7 +628,7 @@ impl Model {
         let shape = LaneShape { masks: cell.is_masked(), outputs: cell.drops() || residual.is_some(), ..self.shape(i) };
         let mut tensors = self.lane_tensors(backend, i, &self.params);
         if let (Some(_), Some((kept, _))) = (pass.key, buffers.dropped_weight) {
-            tensors.weight_hh = (front(kept, recurrent_len(shape)), 0);
+            tensors.weight_hh = (kept.whole(), kept.start());
         }
         Lane {
             shape,
@@ -591,10 +636,17 @@ impl Model {
             reverse: self.is_reverse(i),
             tensors,
             x,
-            gates: front(buffers.gates, shape.gates_len(t * b)),
+            starts: LaneStarts {
+                gates: buffers.gates.start(),
+                h: buffers.h.start(),
+                c: buffers.c.start(),
+                carry: buffers.carry.map_or(0, Arena::start),
+                dh: buffers.dh.map_or(0, Arena::start),
+            },
+            gates: buffers.gates.whole(),
             residual,
-            h: front(buffers.h, shape.h_len(t * b, b)),
-            c: front(buffers.c, shape.c_len(t * b, b)),
+            h: buffers.h.whole(),
+            c: buffers.c.whole(),
             range: 0..t as u32,
             rows: Some(front(w.rows, streams_at(b) + b)),
             use_lengths: share.lengths.is_some(),
@@ -653,7 +705,7 @@ impl Model {
             for i in of_layer.clone() {
                 if let (Some(key), Some((kept, _))) = (pass.key, w.lanes[i].dropped_weight) {
                     let from = self.place(backend, &self.params, self.at.lanes[i].weight_hh);
-                    self.drop_weight(backend, i, key, from, (front(kept, recurrent_len(self.shape(i))), 0))?;
+                    self.drop_weight(backend, i, key, from, (kept.whole(), kept.start()))?;
                 }
                 lanes.push(self.lane(backend, w, i, share, pass, x));
             }
@@ -668,7 +720,7 @@ impl Model {
                     _ if self.is_reverse(i) => 0,
                     _ => b * width,
                 };
-                above[direction] = Some(LanePart { span: lanes[i].h, offset: offset as u32, width: width as u32 });
+                above[direction] = Some(LanePart { span: lanes[i].h, offset: lanes[i].starts.h + offset as u32, width: width as u32 });
             }
             x = above;
         }
@@ -779,7 +831,7 @@ impl Model {
         let mut given = share.final_gradient;
         for (i, lane) in w.lanes.iter().enumerate() {
             let (carry, shape) = (lane.carry.context("a workspace for gradients is reserved first")?, self.shape(i));
-            let of_state = front(carry, b * (shape.width + shape.hidden) as usize);
+            let of_state = carry.front(b * (shape.width + shape.hidden) as usize);
             match &mut given {
                 None => backend.clear(of_state)?,
                 Some(given) => {
@@ -796,24 +848,22 @@ impl Model {
         all_down_to(first_bucket(if self.config.tied { self.at.head_bias } else { self.at.head_weight }), backend)?;
         for l in (0..self.config.n_layers).rev() {
             let from_head = by_carry && l + 1 == self.config.n_layers;
-            let out_len = t * b * self.width_of(l);
             let axis = self.config.layer_input(l);
             let (groups, width) = (axis.groups, axis.padded_len() / axis.groups);
             let wants_dx = l > 0 || self.at.embedding.is_some();
             let dx = |direction: usize| {
-                let span = front(below[direction], t * b * width);
-                (wants_dx && direction < groups).then_some(LanePart { span, offset: 0, width: width as u32 })
+                let to = below[direction];
+                (wants_dx && direction < groups).then_some(LanePart { span: to.whole(), offset: to.start(), width: width as u32 })
             };
             for (direction, i) in self.lanes_of(l).enumerate() {
                 let mut tensors = self.lane_tensors(backend, i, &self.grads);
-                let shape = self.shape(i);
                 if let (Some(_), Some((_, Some(gradient)))) = (pass.key, w.lanes[i].dropped_weight) {
-                    tensors.weight_hh = (front(gradient, recurrent_len(shape)), 0);
+                    tensors.weight_hh = (gradient.whole(), gradient.start());
                 }
                 done.lanes[i].backward = Some(LaneGradients {
-                    dh_out: (!from_head).then(|| (front(above[direction], out_len), 0)),
-                    carry: front(w.lanes[i].carry.context("a workspace for gradients is reserved first")?, shape.carry_len(b)),
-                    dh: w.lanes[i].dh.map(|dh| front(dh, shape.dh_len(t * b))),
+                    dh_out: (!from_head).then(|| (above[direction].whole(), above[direction].start())),
+                    carry: w.lanes[i].carry.context("a workspace for gradients is reserved first")?.whole(),
+                    dh: w.lanes[i].dh.map(Arena::whole),
                     tensors,
                     accumulate,
                     dx: [dx(0), dx(1)],
@@ -844,7 +894,7 @@ impl Model {
                     first,
                     limit: EmbeddingGradient::LIMIT,
                 };
-                backend.launch(&kernel, &[front(index, words), front(above[0], t * b * width), grads])?;
+                backend.launch(&kernel, &[front(index, words), above[0].front(t * b * width), grads])?;
             }
         }
         all_down_to(0, backend)
@@ -855,7 +905,7 @@ impl Model {
         let shape = self.shape(i);
         if let (Some(key), Some((_, Some(gradient)))) = (pass.key, w.lanes[i].dropped_weight) {
             let to = self.place(backend, &self.grads, self.at.lanes[i].weight_hh);
-            self.drop_weight(backend, i, key, (front(gradient, recurrent_len(shape)), 0), to)?;
+            self.drop_weight(backend, i, key, (gradient.whole(), gradient.start()), to)?;
         }
         let (Some((h, c)), Some(carry)) = (self.at.lanes[i].initial, w.lanes[i].carry) else { return Ok(()) };
         let of_h = share.n_rows as u32 * shape.width;
@@ -877,7 +927,7 @@ impl Model {
                 second_out: NONE,
                 accumulate: u32::from(pass.part > 0),
             };
-            backend.launch(&sums, &[front(carry, shape.carry_len(share.n_rows)), span])?;
+            backend.launch(&sums, &[carry.front(shape.carry_len(share.n_rows)), span])?;
         }
         Ok(())
     }
@@ -890,7 +940,7 @@ impl Model {
         share: &Share<'_>,
         accumulate: bool,
         done: &Forward,
-        above: Option<[BufferId; 2]>,
+        above: Option<[Arena; 2]>,
     ) -> Result<()> {
         let (t, b, hidden) = (share.n_steps, share.n_rows, self.top_width());
         let rows = self.output_rows(t, b);
@@ -936,8 +986,8 @@ impl Model {
         for (direction, i) in self.lanes_of(self.config.n_layers - 1).enumerate() {
             let to = match (above, w.pooled.get(direction)) {
                 (_, Some(&pooled)) => front(pooled, b * hidden),
-                (Some(above), None) => front(above[direction], t * b * hidden),
-                (None, None) => front(w.lanes[i].carry.context("a workspace for gradients is reserved first")?, b * hidden),
+                (Some(above), None) => above[direction].front(t * b * hidden),
+                (None, None) => w.lanes[i].carry.context("a workspace for gradients is reserved first")?.front(b * hidden),
             };
             let product = Gemm {
                 m: rows as u32,
@@ -956,7 +1006,7 @@ impl Model {
             backend.launch(&product, &[outputs, weight, weight, to])?;
             if let (Reading::Pooled(pooling), Some(above)) = (self.config.reading(), above) {
                 let kernel = PoolStepsGradient(self.pool_steps(share, pooling, direction, 0));
-                backend.launch(&kernel, &[to, front(w.rows, b), front(above[direction], t * b * hidden)])?;
+                backend.launch(&kernel, &[to, front(w.rows, b), above[direction].front(t * b * hidden)])?;
             }
         }
         Ok(())

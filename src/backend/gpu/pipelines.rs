@@ -11,7 +11,7 @@ use super::health::Health;
 use crate::kernels::{Access, Binding, Dispatch, Shader};
 
 /// Bytes of one launch's parameters: every adapter accepts offsets that are multiples of this.
-pub(super) const SLOT_BYTES: u64 = 256;
+pub(super) const SLOT_BYTES: u64 = 512;
 
 /// Bind group layouts are shared by kernels that use their operands alike.
 struct Layout {
@@ -146,8 +146,12 @@ fn check(limits: &wgpu::Limits, dispatch: &Dispatch, text: &str, params_bytes: u
         .map(|(_, v)| u64::from(module.types[v.ty].inner.size(module.to_ctx())))
         .sum();
     let params = module.global_variables.iter().find(|(_, v)| v.space == naga::AddressSpace::Uniform);
-    let declared = params.map_or(0, |(_, v)| module.types[v.ty].inner.size(module.to_ctx()) as usize);
-    ensure!(declared == params_bytes, "its Params have {declared} bytes, the kernel's struct has {params_bytes}");
+    // An array of them where both directions of a layer may share a launch: one struct or both.
+    let (declared, fits) = params.map_or((0, params_bytes == 0), |(_, v)| match module.types[v.ty].inner {
+        naga::TypeInner::Array { stride, .. } => (stride as usize, params_bytes.next_multiple_of(16).is_multiple_of(stride as usize)),
+        ref inner => (inner.size(module.to_ctx()) as usize, inner.size(module.to_ctx()) as usize == params_bytes),
+    });
+    ensure!(fits, "its Params have {declared} bytes, the kernel's struct has {params_bytes}");
     let limit = limits.max_compute_workgroup_storage_size;
     ensure!(bytes <= u64::from(limit), "{bytes} bytes of workgroup memory, max_compute_workgroup_storage_size is {limit}");
     Ok(())

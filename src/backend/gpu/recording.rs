@@ -1,7 +1,7 @@
 //! Commands collected until a submit: launches with their parameters, copies, clears.
 //!
-//! Parameters of all launches of a submit lie in one uniform buffer, a slot of 256 bytes each, and a submit holds at most [`MAX_LAUNCHES`] commands,
-//! so the buffer is 1 MiB for good. Consecutive launches share a compute pass.
+//! Parameters of all launches of a submit lie in one uniform buffer, a slot of 512 bytes each, and a submit holds at most [`MAX_LAUNCHES`] commands,
+//! so the buffer is 2 MiB for good. Consecutive launches share a compute pass.
 
 use std::collections::HashMap;
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use bytemuck::{Pod, Zeroable};
 
 use super::rows::{Arrival, CellRow, NormGradient, cell_backward, gate_backward, state_gradient, sums_width};
-use super::{CELL_FRAGMENTS, Cell, NONE, PEEPHOLES, SUM_REASON, case_rows, cells, step_grid, two_parts, variant};
+use super::{CELL_FRAGMENTS, Cell, NONE, PEEPHOLES, SUM_REASON, case_rows, cells, step_grid, step_rows, two_parts, variant};
 use crate::for_isa;
 use crate::kernels::microkernel::{self, Ends, Factors, Left, MatrixMut, Stored};
 use crate::kernels::{
@@ -65,6 +65,7 @@ impl Kernel for LstmStepBackward {
     fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
         const NAME: &str = "lstm_step_backward";
         let (rows, hidden, h_width) = (self.n_rows as usize, self.hidden as usize, self.width as usize);
+        step_rows(NAME, self.n_rows)?;
         let is_projected = self.projected == 1;
         multiple_of(NAME, "hidden", self.hidden, PANEL_UNITS)?;
         multiple_of(NAME, "width", self.width, PANEL_UNITS)?;

@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytemuck::{Pod, Zeroable};
 
 use super::rows::{CellRow, apply_mask, cell_forward, gate_forward, hand_up, settle};
-use super::{CELL_FRAGMENTS, Cell, FLAG_NON_FINITE, NONE, PEEPHOLES, SUM_REASON, case_rows, cells, parts, step_grid, two_parts, variant};
+use super::{
+    CELL_FRAGMENTS, Cell, FLAG_NON_FINITE, NONE, PEEPHOLES, SUM_REASON, case_rows, cells, parts, step_grid, step_rows, two_parts, variant,
+};
 use crate::for_isa;
 use crate::kernels::microkernel::{self, Ends, Factors, Left, MatrixMut};
 use crate::kernels::{
@@ -90,6 +92,7 @@ impl Kernel for LstmStepForward {
     fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
         const NAME: &str = "lstm_step_forward";
         let (rows, hidden, width) = (self.n_rows as usize, self.hidden as usize, self.width as usize);
+        step_rows(NAME, self.n_rows)?;
         multiple_of(NAME, "hidden", self.hidden, PANEL_UNITS)?;
         multiple_of(NAME, "width", self.width, PANEL_UNITS)?;
         loop_trips(NAME, "width", self.width)?;

@@ -49,11 +49,15 @@ pub use backward::{BACKWARD_ENTRY, LstmStepBackward};
 use bytemuck::{Pod, Zeroable};
 pub use forward::{FORWARD_ENTRY, LstmStepForward};
 pub use norm::{LstmNormBackward, LstmNormForward, LstmNormInput, NORM_BACKWARD_ENTRY, NORM_FORWARD_ENTRY, NORM_INPUT_ENTRY};
-pub use plan::{Lane, LaneGradients, LanePart, LaneShape, LaneTensors, LaneVectors, Launch, SweepArgs, sweep_plan};
+pub use plan::{Lane, LaneGradients, LanePart, LaneShape, LaneStarts, LaneTensors, LaneVectors, Launch, SweepArgs, sweep_plan};
 pub use state::{LstmProject, LstmStateGradient, PROJECT_ENTRY, STATE_GRADIENT_ENTRY};
 
 use super::weight_drop::PHILOX;
-use super::{CaseOperand, Fill, Fragment, MAX_WORKGROUPS, ShapeError, at_least, multiple_of, operand};
+use super::{
+    AdapterClass, Binding, CaseOperand, Dispatch, Fill, Fragment, Kernel, MAX_WORKGROUPS, Operand, ShapeError, at_least, multiple_of,
+    operand,
+};
+use crate::pool::CpuContext;
 use crate::rng::{Purpose, philox, tag};
 use crate::shape::PANEL_UNITS;
 
@@ -200,10 +204,63 @@ impl Cell {
 /// Rows of peephole weights: of i, f and o.
 pub const PEEPHOLES: usize = 3;
 
+/// Of one lane; both directions of a layer are one above the other.
 fn step_grid(n_rows: u32, hidden: u32) -> [u32; 3] {
-    let blocks = n_rows.div_ceil(STEP_ROWS).max(1);
-    let z = blocks.div_ceil(MAX_WORKGROUPS);
-    [hidden / PANEL_UNITS as u32, blocks.div_ceil(z), z]
+    [hidden / PANEL_UNITS as u32, n_rows.div_ceil(STEP_ROWS).max(1), 1]
+}
+
+/// Fails where a batch has more rows than the grid has workgroups for.
+fn step_rows(kernel: &'static str, n_rows: u32) -> Result<(), ShapeError> {
+    let most = STEP_ROWS * MAX_WORKGROUPS;
+    if n_rows <= most {
+        return Ok(());
+    }
+    Err(ShapeError { kernel, what: "rows (at most)".to_owned(), got: n_rows as usize, needed: most as usize })
+}
+
+/// A step kernel of two lanes in one launch: both directions of a layer, whose operands are the same spans at other offsets.
+struct BothLanes<K> {
+    lanes: [K; 2],
+    /// An array of two structs as WGSL lays it out.
+    params: Vec<u8>,
+}
+
+impl<K: Kernel + Pod> BothLanes<K> {
+    fn new(lanes: [K; 2]) -> Self {
+        let stride = size_of::<K>().next_multiple_of(16);
+        let mut params = vec![0; 2 * stride];
+        for (to, lane) in params.chunks_exact_mut(stride).zip(&lanes) {
+            to[..size_of::<K>()].copy_from_slice(bytemuck::bytes_of(lane));
+        }
+        Self { lanes, params }
+    }
+}
+
+impl<K: Kernel + Pod> Kernel for BothLanes<K> {
+    fn name(&self) -> &'static str {
+        self.lanes[0].name()
+    }
+
+    fn bindings(&self) -> &'static [Binding] {
+        self.lanes[0].bindings()
+    }
+
+    fn params(&self) -> &[u8] {
+        &self.params
+    }
+
+    fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
+        self.lanes.iter().try_for_each(|lane| lane.check(lens))
+    }
+
+    fn dispatch(&self, class: AdapterClass) -> Dispatch {
+        let one = self.lanes[0].dispatch(class);
+        Dispatch { grid: [one.grid[0], one.grid[1], 2], ..one }
+    }
+
+    fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
+        self.lanes.iter().for_each(|lane| lane.run(ctx, operands));
+    }
 }
 
 /// Fails where what a layer hands up, or what it adds to that, leaves its operand.

@@ -3,12 +3,13 @@
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
+use bytemuck::Pod;
 
 use super::norm::NORM_FACTORS;
 use super::rows::sums_width;
 use super::{
-    Cell, LstmNormBackward, LstmNormForward, LstmNormInput, LstmProject, LstmStateGradient, LstmStepBackward, LstmStepForward, NONE,
-    PEEPHOLES,
+    BothLanes, Cell, LstmNormBackward, LstmNormForward, LstmNormInput, LstmProject, LstmStateGradient, LstmStepBackward, LstmStepForward,
+    NONE, PEEPHOLES,
 };
 use crate::kernels::gemm::{Gemm, Matrix};
 use crate::kernels::reduce::ColumnSums;
@@ -149,10 +150,21 @@ pub struct LaneGradients {
     pub accumulate_dx: bool,
 }
 
+/// Where a lane's arenas begin in their spans: those of both directions of a layer may lie in one buffer, and the lanes then share launches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LaneStarts {
+    pub gates: u32,
+    pub h: u32,
+    pub c: u32,
+    pub carry: u32,
+    pub dh: u32,
+}
+
 /// One layer in one direction over a range of time.
 #[derive(Clone, Debug)]
 pub struct Lane {
     pub shape: LaneShape,
+    pub starts: LaneStarts,
     /// T of the arenas.
     pub n_steps: u32,
     /// Runs from the end of the range to its start.
@@ -182,6 +194,7 @@ pub(super) struct Places {
     rows: u32,
     n_steps: u32,
     shape: LaneShape,
+    starts: LaneStarts,
 }
 
 impl Places {
@@ -192,19 +205,19 @@ impl Places {
 
     /// Of step t: the gates, and with norms the products of the input and of h.
     pub fn gates(self, t: u32) -> u32 {
-        t * self.step()
+        self.starts.gates + t * self.step()
     }
 
     pub fn x(self, t: u32) -> u32 {
-        (self.n_steps + t) * self.step()
+        self.gates(self.n_steps + t)
     }
 
     pub fn y(self, t: u32) -> u32 {
-        (2 * self.n_steps + t) * self.step()
+        self.gates(2 * self.n_steps + t)
     }
 
     pub fn factors(self, t: u32) -> u32 {
-        3 * self.n_steps * self.step() + t * self.rows * NORM_FACTORS as u32
+        self.gates(3 * self.n_steps) + t * self.rows * NORM_FACTORS as u32
     }
 
     /// Where the gradients of the products of the input and of h end up.
@@ -216,31 +229,41 @@ impl Places {
         if self.shape.norms { self.y(t) } else { self.gates(t) }
     }
 
-    /// Of state t.
-    pub fn h(self, t: u32) -> u32 {
+    /// Of step t in anything `[T, B, R]` that begins at 0.
+    pub fn outer(self, t: u32) -> u32 {
         t * self.rows * self.shape.width
     }
 
+    /// Of state t.
+    pub fn h(self, t: u32) -> u32 {
+        self.starts.h + self.outer(t)
+    }
+
     pub fn masked(self, t: u32) -> u32 {
-        (self.n_steps + 1 + t) * self.rows * self.shape.width
+        self.h(self.n_steps + 1 + t)
     }
 
     /// What is handed up from step t.
     pub fn output(self, t: u32) -> u32 {
-        self.shape.outputs_at((self.n_steps * self.rows) as usize, self.rows as usize) as u32 + t * self.rows * self.shape.width
+        self.h(t) + self.shape.outputs_at((self.n_steps * self.rows) as usize, self.rows as usize) as u32
     }
 
     pub fn c(self, t: u32) -> u32 {
-        t * self.rows * self.shape.hidden
+        self.starts.c + t * self.rows * self.shape.hidden
     }
 
     pub fn m(self, t: u32) -> u32 {
-        (self.n_steps + 1 + t) * self.rows * self.shape.hidden
+        self.c(self.n_steps + 1 + t)
+    }
+
+    /// Of the gradient of h at step t.
+    pub fn dh(self, t: u32) -> u32 {
+        self.starts.dh + self.outer(t)
     }
 
     /// In the carry: the sums, and the gradient of m.
     pub fn sums(self) -> u32 {
-        self.rows * (self.shape.width + self.shape.hidden)
+        self.starts.carry + self.rows * (self.shape.width + self.shape.hidden)
     }
 
     pub fn dm(self) -> u32 {
@@ -271,8 +294,27 @@ impl Lane {
         self.residual.filter(|&part| grads.dh_out.is_some() && grads.dx[part].is_some())
     }
 
+    /// Whether each step of both can be one launch: like lanes, whose operands are the same spans.
+    fn can_share_launches(&self, other: &Self) -> bool {
+        let spans = |lane: &Self| {
+            let LaneTensors { weight_hh, weight_hr, .. } = lane.tensors;
+            let of_grads = lane.backward.as_ref().map(|grads| {
+                let dx = lane.passed_on().and_then(|part| grads.dx[part]).map(|to| to.span);
+                (grads.dh_out.map(|(span, _)| span), dx, grads.carry, grads.dh)
+            });
+            let input = lane.residual_input().map(|input| input.span);
+            ([weight_hh.0, lane.vectors().span, lane.gates, lane.h, lane.c], weight_hr.map(|(span, _)| span), lane.rows, input, of_grads)
+        };
+        let unlike_in_draws_only = |cell: Cell| Cell { lane: 0, drop_tag: 0, peephole: 0, ..cell };
+        self.shape == other.shape
+            && (self.range.clone(), self.use_lengths) == (other.range.clone(), other.use_lengths)
+            && unlike_in_draws_only(self.cell) == unlike_in_draws_only(other.cell)
+            && self.starts != other.starts
+            && spans(self) == spans(other)
+    }
+
     pub(super) fn places(&self, n_rows: u32) -> Places {
-        Places { rows: n_rows, n_steps: self.n_steps, shape: self.shape }
+        Places { rows: n_rows, n_steps: self.n_steps, shape: self.shape, starts: self.starts }
     }
 
     /// The vectors; without any the recurrent weights stand for their bucket.
@@ -324,7 +366,8 @@ pub type Launch<'l> = &'l mut dyn FnMut(&dyn Kernel, &[Span]) -> Result<()>;
 ///
 /// Launches: forward 1 + T a lane; backward T + 5 and more where T x B is above 65,535. A second part of the input adds 1 and 2, recurrent dropout 1.
 /// Sums over the hidden units want launches of their own: a projection adds T forward, T + 1 backward; norms T + 1 and T + 3; both 2 T + 1 and 2 T + 4.
-/// Dropout and residual connections between layers add none.
+/// Dropout and residual connections between layers add none. Both directions of a layer share their step kernels, a lane for each z of the grid,
+/// where their arenas lie in the same buffers and their weights in one bucket.
 ///
 /// # Errors
 /// The launch's, or a lane that contradicts itself.
@@ -332,12 +375,17 @@ pub fn sweep_plan(args: &SweepArgs<'_>, launch: Launch<'_>) -> Result<()> {
     for lane in args.lanes {
         lane.check(args.gradients)?;
     }
+    let together = matches!(args.lanes, [a, b] if a.can_share_launches(b));
+    let groups = args.lanes.chunks(if together { 2 } else { 1 });
     if !args.gradients {
-        return args.lanes.iter().try_for_each(|lane| forward_plan(args, lane, launch));
+        for lane in args.lanes {
+            input_products(args, lane, launch)?;
+        }
+        return groups.into_iter().try_for_each(|group| forward_steps(args, group, launch));
     }
     // The steps of all lanes first: those of a residual one put down what the products of any of them are added to.
-    for lane in args.lanes {
-        backward_steps(args, lane, launch)?;
+    for group in groups {
+        backward_steps(args, group, launch)?;
     }
     for lane in args.lanes {
         input_gradients(args, lane, launch)?;
@@ -359,12 +407,23 @@ fn panels(offset: u32, columns: u32) -> Matrix {
     Matrix::panels(offset as usize, columns as usize)
 }
 
-fn forward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result<()> {
+/// Launches the same kernel for one lane, or for both at once.
+fn launch_lanes<K: Kernel + Pod>(launch: Launch<'_>, kernels: impl Iterator<Item = K>, operands: &[Span]) -> Result<()> {
+    let mut kernels = kernels;
+    match (kernels.next(), kernels.next()) {
+        (Some(first), Some(second)) => launch(&BothLanes::new([first, second]), operands),
+        (Some(only), None) => launch(&only, operands),
+        (None, _) => Ok(()),
+    }
+}
+
+/// The input's products of all steps, with norms normalised.
+fn input_products(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result<()> {
     let (rows, at, shape) = (args.n_rows, lane.places(args.n_rows), lane.shape);
-    let (hidden, width, gates) = (shape.hidden, shape.width, shape.hidden * GATES as u32);
+    let gates = shape.hidden * GATES as u32;
     let first = lane.range.start;
     let n_places = (lane.range.end - first) * rows;
-    let LaneTensors { weight_ih, weight_hh, weight_hr, .. } = lane.tensors;
+    let weight_ih = lane.tensors.weight_ih;
     for (column, part) in Lane::parts(&lane.x) {
         let x = row_major(part.offset + first * rows * part.width, part.width);
         let weight = panels(weight_ih.1 + column * PANEL as u32, lane.inputs());
@@ -373,214 +432,314 @@ fn forward_plan(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result
         launch(&kernel, &[part.span, weight_ih.0, weight_ih.0, lane.gates])?;
     }
     if shape.norms {
-        let kernel = LstmNormInput { n_rows: n_places, hidden, units: shape.units, x: at.x(first), factors: at.factors(first) };
+        let kernel =
+            LstmNormInput { n_rows: n_places, hidden: shape.hidden, units: shape.units, x: at.x(first), factors: at.factors(first) };
         launch(&kernel, &[lane.gates])?;
     }
-    let (vectors, cell) = (lane.vectors(), lane.whole_cell());
-    let row_words = lane.rows.unwrap_or(weight_hh.0);
-    let input = lane.residual_input();
-    let input_words = input.map_or(weight_hh.0, |input| input.span);
-    // What is handed up, and what is added to it.
-    let handed = |t: u32, is_own: bool| {
-        let output = if shape.outputs && is_own { at.output(t) } else { NONE };
-        (output, input.filter(|_| is_own).map_or(NONE, |input| input.offset + at.h(t)))
-    };
-    let mut step = |t: u32, initial: bool| {
-        let (before, after) = if lane.reverse { (t + 1, t) } else { (t, t + 1) };
-        let masked = |state: u32| if shape.masks { at.masked(state) } else { NONE };
-        if shape.norms && !initial {
-            let from = if shape.masks { at.masked(before) } else { at.h(before) };
-            let kernel = product([rows, gates, width], row_major(from, width), panels(weight_hh.1, width), row_major(at.y(t), gates));
-            launch(&kernel, &[lane.h, weight_hh.0, weight_hh.0, lane.gates])?;
-            let own = |offset: u32| if shape.projects { NONE } else { offset };
-            let (output, input) = handed(t, !shape.projects);
-            let kernel = LstmNormForward {
-                cell,
-                n_rows: rows,
-                hidden,
-                units: shape.units,
-                gates: at.gates(t),
-                x: at.x(t),
-                y: at.y(t),
-                factors: at.factors(t),
-                bias_ih: vectors.bias_ih,
-                bias_hh: vectors.bias_hh,
-                norm_ih: vectors.norm_ih,
-                norm_hh: vectors.norm_hh,
-                norm_c: vectors.norm_c,
-                h_prev: own(at.h(before)),
-                h: own(at.h(after)),
-                masked: own(masked(after)),
-                output,
-                input,
-                c_prev: at.c(before),
-                c: at.c(after),
-                m: if shape.projects { at.m(t) } else { NONE },
-                t,
-                use_lengths: u32::from(lane.use_lengths),
-            };
-            launch(&kernel, &[lane.gates, lane.h, lane.c, row_words, args.flags, vectors.span, input_words])?;
-        } else {
-            let (output, input) = handed(t, !shape.projects && !initial);
-            let kernel = LstmStepForward {
-                cell,
-                n_rows: rows,
-                hidden: if initial { width } else { hidden },
-                width,
-                weight_hh: weight_hh.1,
-                bias_ih: vectors.bias_ih,
-                bias_hh: vectors.bias_hh,
-                gates: at.gates(t),
-                h_prev: at.h(before),
-                h: at.h(after),
-                masked_prev: masked(before),
-                masked: masked(if initial { before } else { after }),
-                output,
-                input,
-                c_prev: at.c(before),
-                c: at.c(after),
-                m: if shape.projects { at.m(t) } else { NONE },
-                t,
-                use_lengths: u32::from(lane.use_lengths),
-                initial: u32::from(initial),
-            };
-            launch(&kernel, &[weight_hh.0, lane.gates, lane.h, lane.c, row_words, args.flags, vectors.span, input_words])?;
-        }
-        let Some(weight_hr) = weight_hr.filter(|_| !initial) else { return Ok(()) };
-        let (output, input) = handed(t, true);
-        let kernel = LstmProject {
-            cell: Cell { peephole: NONE, ..cell },
-            n_rows: rows,
-            hidden,
-            width,
-            weight_hr: weight_hr.1,
-            m: at.m(t),
-            h_prev: at.h(before),
-            h: at.h(after),
-            masked_prev: masked(before),
-            masked: masked(after),
-            output,
-            input,
-            t,
-            use_lengths: u32::from(lane.use_lengths),
-        };
-        launch(&kernel, &[weight_hr.0, lane.c, lane.h, row_words, input_words])
-    };
-    let mut order = steps(lane, false);
-    if let (true, Some(first)) = (shape.masks, order.clone().next()) {
-        step(first, true)?;
+    Ok(())
+}
+
+/// The steps forward of lanes that share their launches.
+fn forward_steps(args: &SweepArgs<'_>, lanes: &[Lane], launch: Launch<'_>) -> Result<()> {
+    let Some(lane) = lanes.first() else { return Ok(()) };
+    let (n_rows, shape) = (args.n_rows, lane.shape);
+    let (weight_hh, vectors) = (lane.tensors.weight_hh.0, lane.vectors().span);
+    let row_words = lane.rows.unwrap_or(weight_hh);
+    let input_words = lane.residual_input().map_or(weight_hh, |input| input.span);
+    if shape.masks && !lane.range.is_empty() {
+        let kernels = lanes.iter().filter_map(|lane| steps(lane, false).next().map(|t| forward_kernel(lane, n_rows, t, true)));
+        launch_lanes(launch, kernels, &[weight_hh, lane.gates, lane.h, lane.c, row_words, args.flags, vectors, input_words])?;
     }
-    order.try_for_each(|t| step(t, false))
+    let mut orders: Vec<_> = lanes.iter().map(|lane| steps(lane, false)).collect();
+    for _ in lane.range.clone() {
+        let now: Vec<(&Lane, u32)> = lanes.iter().zip(&mut orders).filter_map(|(lane, order)| Some((lane, order.next()?))).collect();
+        if shape.norms {
+            for &(lane, t) in &now {
+                let kernel = recurrent_product(lane, n_rows, t);
+                let (weight_hh, ..) = lane.tensors.weight_hh;
+                launch(&kernel, &[lane.h, weight_hh, weight_hh, lane.gates])?;
+            }
+            let kernels = now.iter().map(|&(lane, t)| norm_kernel(lane, n_rows, t));
+            launch_lanes(launch, kernels, &[lane.gates, lane.h, lane.c, row_words, args.flags, vectors, input_words])?;
+        } else {
+            let kernels = now.iter().map(|&(lane, t)| forward_kernel(lane, n_rows, t, false));
+            launch_lanes(launch, kernels, &[weight_hh, lane.gates, lane.h, lane.c, row_words, args.flags, vectors, input_words])?;
+        }
+        if let Some((weight_hr, _)) = lane.tensors.weight_hr {
+            let kernels = now.iter().filter_map(|&(lane, t)| project_kernel(lane, n_rows, t));
+            launch_lanes(launch, kernels, &[weight_hr, lane.c, lane.h, row_words, input_words])?;
+        }
+    }
+    Ok(())
+}
+
+/// Which states a step of a lane lies between.
+fn around(lane: &Lane, t: u32) -> (u32, u32) {
+    if lane.reverse { (t + 1, t) } else { (t, t + 1) }
+}
+
+/// Where the masked copy of a state lies.
+fn masked_of(lane: &Lane, at: Places, state: u32) -> u32 {
+    if lane.shape.masks { at.masked(state) } else { NONE }
+}
+
+/// What is handed up from a step, and what is added to it.
+fn handed(lane: &Lane, at: Places, t: u32) -> (u32, u32) {
+    let output = if lane.shape.outputs { at.output(t) } else { NONE };
+    (output, lane.residual_input().map_or(NONE, |input| input.offset + at.outer(t)))
+}
+
+fn forward_kernel(lane: &Lane, n_rows: u32, t: u32, initial: bool) -> LstmStepForward {
+    let (at, shape, vectors, (before, after)) = (lane.places(n_rows), lane.shape, lane.vectors(), around(lane, t));
+    let (output, input) = if shape.projects || initial { (NONE, NONE) } else { handed(lane, at, t) };
+    LstmStepForward {
+        cell: lane.whole_cell(),
+        n_rows,
+        hidden: if initial { shape.width } else { shape.hidden },
+        width: shape.width,
+        weight_hh: lane.tensors.weight_hh.1,
+        bias_ih: vectors.bias_ih,
+        bias_hh: vectors.bias_hh,
+        gates: at.gates(t),
+        h_prev: at.h(before),
+        h: at.h(after),
+        masked_prev: masked_of(lane, at, before),
+        masked: masked_of(lane, at, if initial { before } else { after }),
+        output,
+        input,
+        c_prev: at.c(before),
+        c: at.c(after),
+        m: if shape.projects { at.m(t) } else { NONE },
+        t,
+        use_lengths: u32::from(lane.use_lengths),
+        initial: u32::from(initial),
+    }
+}
+
+/// The recurrent product by itself, where it is normalised.
+fn recurrent_product(lane: &Lane, n_rows: u32, t: u32) -> Gemm {
+    let (at, LaneShape { hidden, width, masks, .. }, (before, _)) = (lane.places(n_rows), lane.shape, around(lane, t));
+    let (gates, from) = (hidden * GATES as u32, if masks { at.masked(before) } else { at.h(before) });
+    product([n_rows, gates, width], row_major(from, width), panels(lane.tensors.weight_hh.1, width), row_major(at.y(t), gates))
+}
+
+fn norm_kernel(lane: &Lane, n_rows: u32, t: u32) -> LstmNormForward {
+    let (at, shape, vectors, (before, after)) = (lane.places(n_rows), lane.shape, lane.vectors(), around(lane, t));
+    let own = |offset: u32| if shape.projects { NONE } else { offset };
+    let (output, input) = if shape.projects { (NONE, NONE) } else { handed(lane, at, t) };
+    LstmNormForward {
+        cell: lane.whole_cell(),
+        n_rows,
+        hidden: shape.hidden,
+        units: shape.units,
+        gates: at.gates(t),
+        x: at.x(t),
+        y: at.y(t),
+        factors: at.factors(t),
+        bias_ih: vectors.bias_ih,
+        bias_hh: vectors.bias_hh,
+        norm_ih: vectors.norm_ih,
+        norm_hh: vectors.norm_hh,
+        norm_c: vectors.norm_c,
+        h_prev: own(at.h(before)),
+        h: own(at.h(after)),
+        masked: own(masked_of(lane, at, after)),
+        output,
+        input,
+        c_prev: at.c(before),
+        c: at.c(after),
+        m: if shape.projects { at.m(t) } else { NONE },
+        t,
+        use_lengths: u32::from(lane.use_lengths),
+    }
+}
+
+fn project_kernel(lane: &Lane, n_rows: u32, t: u32) -> Option<LstmProject> {
+    let (at, (before, after)) = (lane.places(n_rows), around(lane, t));
+    let (output, input) = handed(lane, at, t);
+    Some(LstmProject {
+        cell: Cell { peephole: NONE, ..lane.cell },
+        n_rows,
+        hidden: lane.shape.hidden,
+        width: lane.shape.width,
+        weight_hr: lane.tensors.weight_hr?.1,
+        m: at.m(t),
+        h_prev: at.h(before),
+        h: at.h(after),
+        masked_prev: masked_of(lane, at, before),
+        masked: masked_of(lane, at, after),
+        output,
+        input,
+        t,
+        use_lengths: u32::from(lane.use_lengths),
+    })
 }
 
 /// A lane's steps in the order of a sweep: that of the state, or of its gradient.
-fn steps(lane: &Lane, gradients: bool) -> impl Iterator<Item = u32> + Clone {
+fn steps(lane: &Lane, gradients: bool) -> impl Iterator<Item = u32> + Clone + use<> {
     let (start, end, falls) = (lane.range.start, lane.range.end, lane.reverse != gradients);
     (start..end).map(move |t| if falls { end - 1 - (t - start) } else { t })
 }
 
-fn backward_steps(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result<()> {
+/// A step of a lane backward.
+#[derive(Clone, Copy)]
+struct Back<'l> {
+    lane: &'l Lane,
+    grads: &'l LaneGradients,
+    t: u32,
+    /// The first of its sweep.
+    last: bool,
+    /// No step: only the initial h's gradient, which lies behind the one at `t`; the initial c's lies in the carry already.
+    initial: bool,
+}
+
+/// The steps of lanes that share their launches.
+fn backward_steps(args: &SweepArgs<'_>, lanes: &[Lane], launch: Launch<'_>) -> Result<()> {
+    let (Some(lane), n_rows) = (lanes.first(), args.n_rows) else { return Ok(()) };
     let Some(grads) = &lane.backward else { return Ok(()) };
-    let (rows, at, shape) = (args.n_rows, lane.places(args.n_rows), lane.shape);
-    let (hidden, width) = (shape.hidden, shape.width);
-    let LaneTensors { weight_hh, weight_hr, .. } = lane.tensors;
-    let (vectors, cell) = (lane.vectors(), lane.whole_cell());
-    let row_words = lane.rows.unwrap_or(weight_hh.0);
-    let passed_on = lane.passed_on().and_then(|part| grads.dx[part]);
+    let mut orders: Vec<_> = lanes.iter().map(|lane| steps(lane, true)).collect();
+    let mut last_steps: Vec<u32> = Vec::new();
+    for i in 0..=lane.range.len() {
+        let initial = i == lane.range.len();
+        if !initial {
+            last_steps = orders.iter_mut().filter_map(Iterator::next).collect();
+        }
+        if last_steps.is_empty() {
+            break;
+        }
+        let now: Vec<Back<'_>> = lanes
+            .iter()
+            .zip(&last_steps)
+            .filter_map(|(lane, &t)| Some(Back { lane, grads: lane.backward.as_ref()?, t, last: i == 0, initial }))
+            .collect();
+        backward_step(args.flags, &now, n_rows, lane, grads, launch)?;
+    }
+    Ok(())
+}
+
+/// One step of lanes that share their launches; `lane` and `grads` are the first of them, whose spans are those of all.
+fn backward_step(flags: Span, now: &[Back<'_>], n_rows: u32, lane: &Lane, grads: &LaneGradients, launch: Launch<'_>) -> Result<()> {
+    let LaneTensors { weight_hh: (weight_hh, _), weight_hr, .. } = lane.tensors;
+    let row_words = lane.rows.unwrap_or(weight_hh);
+    let vectors = lane.vectors().span;
+    let dh_out = grads.dh_out.map_or(lane.c, |(span, _)| span);
     // Nothing is written to the flags: they stand where no dx is.
-    let dx_span = passed_on.map_or(args.flags, |to| to.span);
-    let use_lengths = u32::from(lane.use_lengths);
-    let mut step = |t: u32, last: bool, initial: bool| {
-        let (before, later) = if lane.reverse { (t + 1, t.wrapping_sub(1)) } else { (t, t + 1) };
-        let (last, initial_word) = (u32::from(last), u32::from(initial));
-        let dz_after = if last == 1 { 0 } else { at.dy(if initial { t } else { later }) };
-        let dh_out = grads.dh_out.map_or(NONE, |(_, offset)| offset + at.h(t));
-        let dx = passed_on.filter(|_| !initial).map_or(NONE, |to| to.offset + at.h(t));
-        let dh_out_span = grads.dh_out.map_or(lane.c, |(span, _)| span);
-        let plain = LstmStepBackward {
-            cell,
-            n_rows: rows,
-            hidden,
-            width,
-            weight: weight_hh.1,
-            gates: at.gates(t),
-            dz_after,
-            c_prev: at.c(before),
-            dh_out,
-            dx,
-            carry: 0,
-            t,
-            last,
-            use_lengths,
-            initial: initial_word,
+    let dx = lane.passed_on().and_then(|part| grads.dx[part]).map_or(flags, |to| to.span);
+    let Some(dh) = grads.dh.filter(|_| lane.shape.needs_dh()) else {
+        let operands = [weight_hh, lane.gates, lane.c, dh_out, grads.carry, row_words, vectors, dx];
+        return launch_lanes(launch, now.iter().map(|back| back.step_kernel(n_rows)), &operands);
+    };
+    let operands = [weight_hh, lane.gates, dh_out, dh, grads.carry, row_words, dx];
+    launch_lanes(launch, now.iter().map(|back| back.state_kernel(n_rows)), &operands)?;
+    if now.iter().any(|back| back.initial) {
+        return Ok(());
+    }
+    if !lane.shape.norms {
+        let Some((weight_hr, _)) = weight_hr else { return Ok(()) };
+        let operands = [weight_hr, lane.gates, lane.c, dh, grads.carry, row_words, vectors, flags];
+        return launch_lanes(launch, now.iter().filter_map(|back| back.projected_kernel(n_rows)), &operands);
+    }
+    for back in now {
+        let (Some((weight_hr, from)), Some(dh), at) = (back.lane.tensors.weight_hr, back.grads.dh, back.lane.places(n_rows)) else {
+            continue;
+        };
+        let LaneShape { hidden, width, .. } = back.lane.shape;
+        let kernel = product([n_rows, hidden, width], row_major(at.dh(back.t), width), row_major(from, hidden), row_major(at.dm(), hidden));
+        launch(&kernel, &[dh, weight_hr, weight_hr, back.grads.carry])?;
+    }
+    let operands = [lane.gates, lane.c, dh, grads.carry, row_words, vectors];
+    launch_lanes(launch, now.iter().map(|back| back.norm_kernel(n_rows)), &operands)
+}
+
+impl Back<'_> {
+    /// The gradient of the recurrent product that the step after left; unused in the first of a sweep.
+    fn dz_after(&self, at: Places) -> u32 {
+        let later = if self.lane.reverse { self.t.wrapping_sub(1) } else { self.t + 1 };
+        if self.last { 0 } else { at.dy(if self.initial { self.t } else { later }) }
+    }
+
+    fn dh_out(&self, at: Places) -> u32 {
+        self.grads.dh_out.map_or(NONE, |(_, offset)| offset + at.outer(self.t))
+    }
+
+    fn dx(&self, at: Places) -> u32 {
+        let to = self.lane.passed_on().filter(|_| !self.initial).and_then(|part| self.grads.dx[part]);
+        to.map_or(NONE, |to| to.offset + at.outer(self.t))
+    }
+
+    fn step_kernel(&self, n_rows: u32) -> LstmStepBackward {
+        let (at, shape, lane) = (self.lane.places(n_rows), self.lane.shape, self.lane);
+        LstmStepBackward {
+            cell: lane.whole_cell(),
+            n_rows,
+            hidden: shape.hidden,
+            width: shape.width,
+            weight: lane.tensors.weight_hh.1,
+            gates: at.gates(self.t),
+            dz_after: self.dz_after(at),
+            c_prev: at.c(around(lane, self.t).0),
+            dh_out: self.dh_out(at),
+            dx: self.dx(at),
+            carry: lane.starts.carry,
+            t: self.t,
+            last: u32::from(self.last),
+            use_lengths: u32::from(lane.use_lengths),
+            initial: u32::from(self.initial),
             projected: 0,
-        };
-        let Some(dh) = grads.dh.filter(|_| shape.needs_dh()) else {
-            return launch(&plain, &[weight_hh.0, lane.gates, lane.c, dh_out_span, grads.carry, row_words, vectors.span, dx_span]);
-        };
-        let kernel = LstmStateGradient {
-            cell: Cell { peephole: NONE, ..cell },
-            n_rows: rows,
-            hidden,
-            width,
-            weight_hh: weight_hh.1,
-            dz_after,
-            dh_out,
-            dx,
-            dh: at.h(t),
-            carry: 0,
-            t,
-            last,
-            use_lengths,
-            initial: initial_word,
-        };
-        launch(&kernel, &[weight_hh.0, lane.gates, dh_out_span, dh, grads.carry, row_words, dx_span])?;
-        if initial {
-            return Ok(());
         }
-        if !shape.norms {
-            let Some(weight_hr) = weight_hr else { return Ok(()) };
-            let kernel = LstmStepBackward { weight: weight_hr.1, dz_after: NONE, dh_out: at.h(t), dx: NONE, projected: 1, ..plain };
-            return launch(&kernel, &[weight_hr.0, lane.gates, lane.c, dh, grads.carry, row_words, vectors.span, args.flags]);
+    }
+
+    /// Behind a projection, from the gradient of h.
+    fn projected_kernel(&self, n_rows: u32) -> Option<LstmStepBackward> {
+        let (weight, dh_out) = (self.lane.tensors.weight_hr?.1, self.lane.places(n_rows).dh(self.t));
+        Some(LstmStepBackward { weight, dz_after: NONE, dh_out, dx: NONE, projected: 1, ..self.step_kernel(n_rows) })
+    }
+
+    fn state_kernel(&self, n_rows: u32) -> LstmStateGradient {
+        let (at, shape, lane) = (self.lane.places(n_rows), self.lane.shape, self.lane);
+        LstmStateGradient {
+            cell: Cell { peephole: NONE, ..lane.cell },
+            n_rows,
+            hidden: shape.hidden,
+            width: shape.width,
+            weight_hh: lane.tensors.weight_hh.1,
+            dz_after: self.dz_after(at),
+            dh_out: self.dh_out(at),
+            dx: self.dx(at),
+            dh: at.dh(self.t),
+            carry: lane.starts.carry,
+            t: self.t,
+            last: u32::from(self.last),
+            use_lengths: u32::from(lane.use_lengths),
+            initial: u32::from(self.initial),
         }
-        if let Some(weight_hr) = weight_hr {
-            let kernel =
-                product([rows, hidden, width], row_major(at.h(t), width), row_major(weight_hr.1, hidden), row_major(at.dm(), hidden));
-            launch(&kernel, &[dh, weight_hr.0, weight_hr.0, grads.carry])?;
-        }
-        let kernel = LstmNormBackward {
-            cell,
-            n_rows: rows,
-            hidden,
+    }
+
+    fn norm_kernel(&self, n_rows: u32) -> LstmNormBackward {
+        let (at, shape, lane) = (self.lane.places(n_rows), self.lane.shape, self.lane);
+        let vectors = lane.vectors();
+        LstmNormBackward {
+            cell: lane.whole_cell(),
+            n_rows,
+            hidden: shape.hidden,
             units: shape.units,
-            width,
-            gates: at.gates(t),
-            x: at.x(t),
-            y: at.y(t),
-            factors: at.factors(t),
+            width: shape.width,
+            gates: at.gates(self.t),
+            x: at.x(self.t),
+            y: at.y(self.t),
+            factors: at.factors(self.t),
             norm_ih: vectors.norm_ih,
             norm_hh: vectors.norm_hh,
             norm_c: vectors.norm_c,
-            c_prev: at.c(before),
-            dh: if shape.projects { NONE } else { at.h(t) },
+            c_prev: at.c(around(lane, self.t).0),
+            dh: if shape.projects { NONE } else { at.dh(self.t) },
             from_carry: if shape.projects { at.dm() } else { NONE },
-            carry: 0,
-            t,
-            last,
-            use_lengths,
-        };
-        launch(&kernel, &[lane.gates, lane.c, dh, grads.carry, row_words, vectors.span])
-    };
-    let mut first = None;
-    for t in steps(lane, true) {
-        step(t, first.is_none(), false)?;
-        first = Some(t);
+            carry: lane.starts.carry,
+            t: self.t,
+            last: u32::from(self.last),
+            use_lengths: u32::from(lane.use_lengths),
+        }
     }
-    // The initial h's gradient; the initial c's lies in `carry` already.
-    if let Some(t) = first {
-        step(t, false, true)?;
-    }
-    Ok(())
 }
 
 /// The second part of a backward plan: gradients of the input.
@@ -632,12 +791,13 @@ pub(super) fn weight_gradients(args: &SweepArgs<'_>, lane: &Lane, launch: Launch
         let h = if shape.masks { at.masked(before) } else { at.h(before) };
         launch(&sum([width, gates], h, at.dy(0), panels(to_hh.1, width)), &[lane.h, lane.gates, lane.gates, to_hh.0])?;
         if let (Some(to), Some(dh)) = (grads.tensors.weight_hr, grads.dh) {
-            launch(&sum([width, hidden], 0, at.m(0), row_major(to.1, hidden)), &[dh, lane.c, lane.c, to.0])?;
+            launch(&sum([width, hidden], at.dh(0), at.m(0), row_major(to.1, hidden)), &[dh, lane.c, lane.c, to.0])?;
         }
         let Some(to) = grads.tensors.vectors else { continue };
         if to.bias_ih != NONE || to.bias_hh != NONE {
             let (out, second_out) = if to.bias_ih == NONE { (to.bias_hh, NONE) } else { (to.bias_ih, to.bias_hh) };
-            let sums = ColumnSums { n_rows: k, n_cols: gates, row_stride: gates, offset: row * gates, out, second_out, accumulate };
+            let sums =
+                ColumnSums { n_rows: k, n_cols: gates, row_stride: gates, offset: at.gates(0) + row * gates, out, second_out, accumulate };
             launch(&sums, &[lane.gates, to.span])?;
         }
     }

@@ -4,7 +4,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::rows::{Arrival, CellRow, hand_up, settle, state_gradient};
-use super::{CELL_FRAGMENTS, Cell, NONE, SUM_REASON, case_rows, cells, parts, step_grid};
+use super::{CELL_FRAGMENTS, Cell, NONE, SUM_REASON, case_rows, cells, parts, step_grid, step_rows};
 use crate::for_isa;
 use crate::kernels::microkernel::{self, Ends, Factors, Left, MatrixMut, Stored};
 use crate::kernels::{
@@ -58,6 +58,7 @@ impl Kernel for LstmProject {
     fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
         const NAME: &str = "lstm_project";
         let (rows, hidden, width) = (self.n_rows as usize, self.hidden as usize, self.width as usize);
+        step_rows(NAME, self.n_rows)?;
         multiple_of(NAME, "hidden", self.hidden, PANEL_UNITS)?;
         multiple_of(NAME, "width", self.width, PANEL_UNITS)?;
         loop_trips(NAME, "hidden", self.hidden)?;
@@ -166,6 +167,7 @@ impl Kernel for LstmStateGradient {
     fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
         const NAME: &str = "lstm_state_gradient";
         let (rows, hidden, width) = (self.n_rows as usize, self.hidden as usize, self.width as usize);
+        step_rows(NAME, self.n_rows)?;
         multiple_of(NAME, "hidden", self.hidden, PANEL_UNITS)?;
         multiple_of(NAME, "width", self.width, PANEL_UNITS)?;
         loop_trips(NAME, "4 x hidden", self.hidden * GATES as u32)?;

@@ -35,8 +35,6 @@ pub fn sweep(args: &SweepArgs<'_>, launch: Launch<'_>) -> Result<()> {
         // What is not there is a span of no words.
         let nothing = weight_hh.0.part(0, 0);
         let weight_hr = lane.tensors.weight_hr.unwrap_or((nothing, 0));
-        let part = |part: Option<LanePart>| part.map_or(nothing, |part| part.span);
-        let places = |parts: [Option<LanePart>; 2]| parts.map(|part| part.map(|part| (part.offset as usize, part.width as usize)));
         let sweep = Sweep {
             n_rows: args.n_rows as usize,
             shape: lane.shape,
@@ -52,24 +50,34 @@ pub fn sweep(args: &SweepArgs<'_>, launch: Launch<'_>) -> Result<()> {
         };
         let weights = [weight_ih.0, weight_hh.0, weight_hr.0, vectors.span];
         let rows = lane.rows.unwrap_or(nothing);
+        // The lane's own part of arenas that both directions share.
+        let (starts, shape, n_rows) = (lane.starts, lane.shape, args.n_rows as usize);
+        let places = lane.n_steps as usize * n_rows;
+        let own = |span: Span, start: u32, len: usize| span.part(start as usize, len);
+        let part_of = |part: Option<LanePart>| part.map_or(nothing, |part| own(part.span, part.offset, places * part.width as usize));
+        let widths = |parts: [Option<LanePart>; 2]| parts.map(|part| part.map(|part| part.width as usize));
+        let gates = own(lane.gates, starts.gates, shape.gates_len(places));
+        let h = own(lane.h, starts.h, shape.h_len(places, n_rows));
+        let c = own(lane.c, starts.c, shape.c_len(places, n_rows));
         match &lane.backward {
             Some(grads) if args.gradients => {
                 let kernel = SweepBackward {
                     sweep,
                     dh_out: grads.dh_out.map(|(_, offset)| offset as usize),
-                    dx: places(grads.dx),
+                    dx: widths(grads.dx),
                     accumulate_dx: grads.accumulate_dx,
                     passed_on: lane.passed_on(),
                 };
                 let dh_out = grads.dh_out.map_or(nothing, |(span, _)| span);
-                let dh = grads.dh.unwrap_or(nothing);
-                let others = [lane.gates, lane.c, dh_out, dh, grads.carry, rows, part(grads.dx[0]), part(grads.dx[1])];
+                let dh = grads.dh.map_or(nothing, |dh| own(dh, starts.dh, shape.dh_len(places)));
+                let carry = own(grads.carry, starts.carry, shape.carry_len(n_rows));
+                let others = [gates, c, dh_out, dh, carry, rows, part_of(grads.dx[0]), part_of(grads.dx[1])];
                 launch_all(launch, &kernel, &weights, &others)?;
                 weight_gradients(&one, lane, launch)?;
             }
             _ => {
-                let kernel = SweepForward { sweep, x: places(lane.x) };
-                let others = [part(lane.x[0]), part(lane.x[1]), lane.gates, lane.h, lane.c, rows, args.flags];
+                let kernel = SweepForward { sweep, x: widths(lane.x) };
+                let others = [part_of(lane.x[0]), part_of(lane.x[1]), gates, h, c, rows, args.flags];
                 launch_all(launch, &kernel, &weights, &others)?;
             }
         }
@@ -265,8 +273,8 @@ impl<'a> GateWeights<'a> {
 /// All steps forward: gates, h and c.
 struct SweepForward {
     sweep: Sweep,
-    /// Offset and width of the input's parts.
-    x: [Option<(usize, usize)>; 2],
+    /// Widths of the input's parts.
+    x: [Option<usize>; 2],
 }
 
 const FORWARD_BINDINGS: &[Binding] = &[
@@ -308,8 +316,8 @@ impl Kernel for SweepForward {
         const NAME: &str = "lstm_sweep_forward";
         let (s, places) = (&self.sweep, self.sweep.n_steps * self.sweep.n_rows);
         s.check(NAME, lens)?;
-        for ((offset, width), len) in self.x.iter().flatten().zip(&lens[4..]) {
-            at_least(NAME, "x", *len, offset + s.range.end * s.n_rows * width)?;
+        for (width, len) in self.x.iter().flatten().zip(&lens[4..]) {
+            at_least(NAME, "x", *len, s.range.end * s.n_rows * width)?;
         }
         at_least(NAME, "gates", lens[6], s.shape.gates_len(places))?;
         at_least(NAME, "h", lens[7], s.shape.h_len(places, s.n_rows))?;
@@ -332,7 +340,7 @@ impl Kernel for SweepForward {
         let vectors = vectors.as_slice();
         let words = s.row_words(row_words);
         let x_parts = [(self.x[0], x0), (self.x[1], x1)];
-        let x_parts = x_parts.map(|(place, x)| place.map_or((&[][..], 0), |(offset, width)| (&x.as_slice()[offset..], width)));
+        let x_parts = x_parts.map(|(width, x)| width.map_or((&[][..], 0), |width| (x.as_slice(), width)));
         // Few rows in all do not pay for packing; with the widest vectors weights lie as they are wanted.
         let does_pack = microkernel::tile_cols(isa) < PANEL && rows * s.range.len() > 4 * microkernel::TILE_ROWS;
         let packed_len = if does_pack { (inputs + width) * gate_cols } else { 0 };
@@ -505,8 +513,8 @@ impl Kernel for SweepForward {
 struct SweepBackward {
     sweep: Sweep,
     dh_out: Option<usize>,
-    /// Where the gradients of the input's parts start and how wide they are, as far as they are wanted, and whether they are added to what is there.
-    dx: [Option<(usize, usize)>; 2],
+    /// Widths of the gradients of the input's parts, as far as they are wanted, and whether they are added to what is there.
+    dx: [Option<usize>; 2],
     accumulate_dx: bool,
     /// Which of them the gradient of the outputs is added to, as it comes.
     passed_on: Option<usize>,
@@ -542,8 +550,8 @@ impl Kernel for SweepBackward {
         at_least(NAME, "dh", lens[7], s.shape.dh_len(places))?;
         at_least(NAME, "carry", lens[8], s.shape.carry_len(s.n_rows))?;
         s.check_rows(NAME, lens[9])?;
-        for ((offset, width), len) in self.dx.iter().zip(&lens[10..]).filter_map(|(dx, len)| dx.map(|dx| (dx, len))) {
-            at_least(NAME, "dx", *len, offset + s.range.end * s.n_rows * width)?;
+        for (width, len) in self.dx.iter().zip(&lens[10..]).filter_map(|(dx, len)| dx.map(|dx| (dx, len))) {
+            at_least(NAME, "dx", *len, s.range.end * s.n_rows * width)?;
         }
         Ok(())
     }
@@ -564,7 +572,7 @@ impl Kernel for SweepBackward {
         let dh_out = self.dh_out.map(|offset| &dh_out.as_slice()[offset..]);
         let words = s.row_words(row_words);
         // Transposed weights: of the parts of the input, of h, of the projection; then what came through the recurrent product, and dm.
-        let dx_widths = self.dx.map(|dx| dx.map_or(0, |(_, width)| width));
+        let dx_widths = self.dx.map(|width| width.unwrap_or(0));
         let [ih0_len, ih1_len] = dx_widths.map(|n| if n == 0 { 0 } else { microkernel::packed_len(isa, gate_cols, n) });
         let hh_len = microkernel::packed_len(isa, gate_cols, width);
         let hr_len = if s.shape.projects { microkernel::packed_len(isa, width, hidden) } else { 0 };
@@ -590,9 +598,8 @@ impl Kernel for SweepBackward {
         let (carry_h, rest) = carry.as_mut_slice().split_at_mut(rows * width);
         let (dc, rest) = rest.split_at_mut(rows * hidden);
         let of_rows = |data, width| Rows { data, width };
-        let steps_of =
-            |dx: Option<(usize, usize)>, to| dx.map(|(offset, width)| Steps::new(part_mut(to, offset), s.range.end, rows, width));
-        let dx = (steps_of(self.dx[0], dx0), steps_of(self.dx[1], dx1));
+        let steps_of = |data, width: usize| Steps::new(data, s.range.end, rows, width);
+        let dx = (self.dx[0].map(|width| steps_of(dx0.as_mut_slice(), width)), self.dx[1].map(|width| steps_of(dx1.as_mut_slice(), width)));
         let dh = s.shape.needs_dh().then(|| Steps::new(dh.as_mut_slice(), s.n_steps, rows, width));
         let sums = of_rows(&mut rest[..rows * sums_width], sums_width);
         let work = (
@@ -709,9 +716,4 @@ fn take_passed_on(to: &mut [f32], from: &[f32], add: bool) {
     } else {
         to.copy_from_slice(from);
     }
-}
-
-/// The words of a written operand from `offset` on.
-fn part_mut<'a>(operand: &'a mut Operand<'_>, offset: usize) -> &'a mut [f32] {
-    &mut operand.as_mut_slice()[offset..]
 }
