@@ -12,7 +12,7 @@ use super::typed::{RUN, Size, Typed, choice};
 use crate::comm::plan::Algorithm;
 use crate::store::Which;
 use crate::store::interchange::{Format, Part};
-use crate::train::profile::{Lengths, Workload};
+use crate::train::profile::{Lengths, Mode, Workload};
 
 /// The whole command line.
 #[derive(Debug, Parser)]
@@ -259,12 +259,15 @@ pub struct ProfileRingArgs {
 pub struct ProfileStepArgs {
     #[command(flatten)]
     pub typed: Typed,
-    /// A fixed piece of work instead of a model of one's own: A series, B characters, C words, D large
+    /// A fixed piece of work instead of a model of one's own: A series, B characters, C words, D large, E a long layer alone
     #[arg(long, value_name = "LETTER", help_heading = RUN, ignore_case = true, value_parser = workloads())]
     pub workload: Option<String>,
-    /// Steps that are timed, after the warm-up
-    #[arg(long, value_name = "N", help_heading = RUN, default_value = "20")]
-    pub steps: Size,
+    /// Steps that are timed, after the warm-up [default: 20; infer-step 2000; infer-seq 100]
+    #[arg(long, value_name = "N", help_heading = RUN)]
+    pub steps: Option<Size>,
+    /// What a step is: training, or using the network at one time step a call or at a whole sequence a call, at batch 1 unless --batch-size says more
+    #[arg(long, value_name = "WHAT", help_heading = RUN, default_value = "train", value_parser = choice::<Mode>())]
+    pub mode: Mode,
     /// uniform trains on sequences of 1 to --seq-len steps too, in batches of like length, and tells their speed beside that of full ones
     #[arg(long, value_name = "WHICH", help_heading = RUN, default_value = "full", value_parser = choice::<Lengths>())]
     pub lengths: Lengths,
@@ -391,7 +394,8 @@ const PROFILE_EXAMPLES: &str = "\
 Examples:
   carrousel profile step --workload B --devices cpu:2 --steps 50 --json
   carrousel profile step --task lm --layers 2 --hidden 512 --devices gpu:0,cpu
-  carrousel profile step --task classify --hidden 128 --lengths uniform";
+  carrousel profile step --task classify --hidden 128 --lengths uniform
+  carrousel profile step --workload B --mode infer-step --devices cpu:1";
 
 const PROFILE_RING_EXAMPLES: &str = "\
 Examples:
@@ -443,8 +447,25 @@ pub const PROFILED: &[&str] = &[
     "accumulate",
     "seed",
 ];
+/// Of these the ones that say something about training alone.
+pub const TRAINED: &[&str] = &[
+    "dropout",
+    "recurrent_dropout",
+    "weight_drop",
+    "recurrent_grad_clip",
+    "lr",
+    "optimizer",
+    "momentum",
+    "nesterov",
+    "weight_decay",
+    "l1",
+    "clip_norm",
+    "clip_value",
+    "balance",
+    "accumulate",
+];
 /// Flags of `profile step` that are no keys.
-const OF_PROFILE: &[&str] = &["workload", "steps", "lengths", "json", "quiet", "verbose", "help"];
+const OF_PROFILE: &[&str] = &["workload", "steps", "mode", "lengths", "json", "quiet", "verbose", "help"];
 
 /// The command line's description, with the defaults in its help.
 pub fn command() -> clap::Command {

@@ -12,7 +12,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::args::{
     CompareArgs, CompletionsArgs, DevicesArgs, EvaluateArgs, ExportArgs, ForecastArgs, GenerateArgs, Global, ImportArgs, InspectArgs,
-    ManArgs, PROFILED, ProfileRingArgs, ProfileStepArgs, TrainArgs, Trained,
+    ManArgs, PROFILED, ProfileRingArgs, ProfileStepArgs, TRAINED, TrainArgs, Trained,
 };
 use super::resolve::{self, Layers};
 use super::{Done, INTERRUPTED, print, report};
@@ -36,7 +36,7 @@ use crate::store::config::{RunConfig, Task};
 use crate::store::{RunFolder, default_run_path, interchange};
 use crate::train::devices::{self, DeviceKind};
 use crate::train::dry_run::dry_run;
-use crate::train::profile::{self, Workload};
+use crate::train::profile::{self, Measured, Mode, Workload};
 use crate::train::run::{RunOptions, run};
 use crate::usage::UsageError;
 
@@ -319,19 +319,33 @@ pub fn devices(args: &DevicesArgs) -> anyhow::Result<Done> {
 
 pub fn profile_step(args: &ProfileStepArgs) -> anyhow::Result<Done> {
     let layers = Layers::new(&args.typed, None)?;
-    hold("--steps", args.steps.0, args.steps.0 > 0, "at least 1")?;
+    let steps = args.steps.map_or(args.mode.usual_steps(), |steps| steps.0);
+    hold("--steps", steps, steps > 0, "at least 1")?;
     if let Some(key) = layers.given().find(|key| !PROFILED.contains(key)) {
         return Err(UsageError(format!("{} means nothing for profile step, which trains on made-up data", layers.name(key))).into());
     }
-    let free = ["devices", "balance", "accumulate", "seed"];
-    if let (Some(workload), Some(key)) = (&args.workload, layers.given().find(|key| !free.contains(key))) {
+    let infers = args.mode != Mode::Train;
+    if let Some(key) = layers.given().find(|key| infers && TRAINED.contains(key)) {
+        let problem = format!("{} means nothing for --mode infer-step or infer-seq, which trains nothing; leave it out", layers.name(key));
+        return Err(UsageError(problem).into());
+    }
+    if args.mode == Mode::InferStep && layers.is_given("seq_len") {
+        return Err(UsageError("--seq-len means nothing for --mode infer-step, whose calls are one time step; leave it out".to_owned()).into());
+    }
+    let free = |key: &&str| ["devices", "balance", "accumulate", "seed"].contains(key) || infers && *key == "batch_size";
+    if let (Some(workload), Some(key)) = (&args.workload, layers.given().find(|key| !free(key))) {
         let problem = format!("{} cannot be used with --workload {workload}, whose model is fixed; give one of them", layers.name(key));
         return Err(UsageError(problem).into());
     }
     let config = resolve::settle(&layers)?;
     let named = args.workload.as_deref().and_then(|letter| Workload::named(&letter.to_ascii_uppercase()));
-    let workload = named.unwrap_or_else(|| workload(&config));
-    let summary = profile::profile_step(&workload, &config.devices, &config.balance, config.accumulate, args.steps.0, args.lengths)?;
+    let mut workload = named.unwrap_or_else(|| workload(&config));
+    if infers {
+        workload.n_rows = if layers.is_given("batch_size") { config.batch_size } else { 1 };
+    }
+    let RunConfig { devices, balance, accumulate, .. } = &config;
+    let measured = Measured { mode: args.mode, devices, balance, accumulate: *accumulate, steps, lengths: args.lengths };
+    let summary = profile::profile_step(&workload, measured)?;
     Ok(Done::new(summary.clone(), vec![report::scores("profile step", &summary)]))
 }
 
@@ -403,5 +417,5 @@ fn workload(config: &RunConfig) -> Workload {
         tied: config.tied,
         lstm: config.lstm,
     };
-    Workload { model, optimizer: config.optimizer, n_steps: config.seq_len, n_rows: config.batch_size, carries: config.task == Task::Lm }
+    Workload { model, optimizer: config.optimizer, n_steps: config.seq_len, n_rows: config.batch_size, carries: config.task == Task::Lm, layer_alone: false }
 }

@@ -12,7 +12,7 @@ use super::{
     AdapterClass, Binding, Case, Dispatch, Entry, Fill, Fragment, Kernel, MAX_WORKGROUPS, ODD, Operand, Shader, ShapeError, Tolerance,
     at_least, kernel_basics, operand, read, read_write,
 };
-use crate::pool::{CpuContext, Divide};
+use crate::pool::{CpuContext, Divide, Rows};
 use crate::shape::{PANEL, round_up};
 
 /// Columns a row-major matrix reports as its panel width.
@@ -205,6 +205,9 @@ pub(crate) fn product(ctx: &mut CpuContext, g: &Gemm, a: &[f32], b: &[f32], bias
         return;
     }
     let c = &mut c[g.c.offset as usize..];
+    if m == 1 && k > 0 && g.trans_a == 0 && g.trans_b == 1 && !g.b.is_panels() && !g.c.is_panels() {
+        return one_row(ctx, g, &a[g.a.offset as usize..][..k], &b[g.b.offset as usize..], bias, &mut c[..n]);
+    }
     let c = if g.c.is_panels() {
         MatrixMut::panels(c, m, n, g.c.panel as usize, g.c.panel_stride as usize)
     } else {
@@ -271,6 +274,17 @@ pub(crate) fn product(ctx: &mut CpuContext, g: &Gemm, a: &[f32], b: &[f32], bias
                 }
             }
         }
+    });
+}
+
+/// One row by a transposed matrix, as the head reads one step: packing would cost more than the product.
+fn one_row(ctx: &CpuContext, g: &Gemm, a: &[f32], b: &[f32], bias: Option<&[f32]>, c: &mut [f32]) {
+    let (isa, stride) = (ctx.isa, g.b.row_stride as usize);
+    let min_cols = (1usize << 19).div_ceil(a.len());
+    let n = c.len();
+    ctx.pool.run(Rows { data: c, width: 1 }, n, min_cols, &|c: Rows<'_>, cols: Range<usize>| {
+        let ends = Ends { add: g.accumulate == 1, bias: bias.map(|bias| &bias[cols.clone()]) };
+        microkernel::dots(isa, a, &b[cols.start * stride..], stride, c.data, ends);
     });
 }
 

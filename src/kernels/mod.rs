@@ -12,6 +12,7 @@ pub mod loss;
 pub mod lstm;
 pub mod microkernel;
 pub mod pooling;
+pub mod probe;
 pub mod reduce;
 pub mod update;
 

@@ -431,7 +431,7 @@ pub fn hash(tensors: &Tensors) -> String {
     hasher.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect()
 }
 
-fn open_device(kind: &DeviceKind) -> Result<Box<dyn Backend>> {
+pub(super) fn open_device(kind: &DeviceKind) -> Result<Box<dyn Backend>> {
     match *kind {
         DeviceKind::Cpu { threads } => open::cpu(threads),
         DeviceKind::Gpu { index } => open::gpu(index),
