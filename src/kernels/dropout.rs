@@ -113,6 +113,7 @@ pub const ENTRY: Entry = Entry {
     tolerance: Tolerance { absolute: 0.0, relative: 2e-7, reason: "one product; what is dropped must be equal bit for bit" },
     cases: || ODD.iter().enumerate().map(|(i, &t)| case(t, ODD[(i + 1) % 5], ODD[(i + 3) % 5])).chain([case(1100, 65, 256)]).collect(),
     bench_cases: || vec![case(100, 50, 256)],
+    sized: |s| vec![case(s.n_steps, s.n_rows, s.padded_hidden())],
     shaders: &[&DROPOUT],
 };
 

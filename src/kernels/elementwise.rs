@@ -91,6 +91,7 @@ pub const ADD_ENTRY: Entry = Entry {
     tolerance: Tolerance { absolute: 2e-7, relative: 2e-7, reason: REASON },
     cases: || lengths().map(add_case).collect(),
     bench_cases: || vec![add_case(1 << 20)],
+    sized: |s| vec![add_case(s.places() * s.padded_hidden())],
     shaders: &[&ADD],
 };
 
@@ -110,6 +111,7 @@ pub const SCALE_ENTRY: Entry = Entry {
     tolerance: Tolerance { absolute: 0.0, relative: 2e-7, reason: "one product, rounded once" },
     cases: || lengths().map(scale_case).collect(),
     bench_cases: || vec![scale_case(1 << 20)],
+    sized: |s| vec![scale_case(s.n_parameters())],
     shaders: &[&SCALE],
 };
 

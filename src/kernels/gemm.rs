@@ -9,8 +9,8 @@ use bytemuck::{Pod, Zeroable};
 
 use super::microkernel::{self, Ends, Factors, Left, MatrixMut, Stored};
 use super::{
-    AdapterClass, Binding, Case, Dispatch, Entry, Fill, Fragment, Kernel, MAX_WORKGROUPS, ODD, Operand, Shader, ShapeError, Tolerance,
-    at_least, kernel_basics, operand, read, read_write,
+    AdapterClass, Binding, Case, Dispatch, Entry, Fill, Fragment, Kernel, MAX_WORKGROUPS, ODD, Operand, Shader, ShapeError, Sizes,
+    Tolerance, at_least, kernel_basics, operand, read, read_write,
 };
 use crate::pool::{CpuContext, Divide, Rows};
 use crate::shape::{PANEL, round_up};
@@ -298,6 +298,7 @@ pub const ENTRY: Entry = Entry {
     },
     cases,
     bench_cases,
+    sized,
     shaders: &[&GEMM_TILED, &GEMM_DIRECT],
 };
 
@@ -344,6 +345,11 @@ fn cases() -> Vec<Case> {
             }
         }
     }
+    // One row, as a network is asked step by step: by panels of weights, by a head that is stored in rows.
+    for (n, k) in [(64, 17), (128, 300)] {
+        cases.push(case(1, n, k, (0, 0), 1, 1, (false, true, false)));
+        cases.push(case(1, n + 1, k, (0, 1), 1, 1, (false, false, false)));
+    }
     // As the sweep uses them: panels of gates.
     for (m, n, k) in [(17, 128, 33), (65, 192, 16), (3, 64, 1)] {
         cases.push(case(m, n, k, (0, 0), 0, 0, (false, true, false)));
@@ -355,6 +361,16 @@ fn cases() -> Vec<Case> {
     // More blocks of rows than one dimension of a dispatch holds.
     cases.push(case(65_536 * DIRECT_BLOCK[0] + 5, 3, 1, (0, 0), 0, 0, (false, false, false)));
     cases
+}
+
+/// The products of a layer over all steps: of the input, of its gradient, of the weights' gradient.
+fn sized(s: Sizes) -> Vec<Case> {
+    let (places, gates, inputs) = (s.places(), 4 * s.padded_hidden(), s.padded_inputs());
+    vec![
+        case(places, gates, inputs, (0, 0), 0, 0, (false, true, false)),
+        case(places, inputs, gates, (0, 1), 0, 0, (false, true, false)),
+        case(inputs, gates, places.min(MAX_K), (1, 0), 1, 0, (false, false, true)),
+    ]
 }
 
 fn bench_cases() -> Vec<Case> {

@@ -991,4 +991,30 @@ mod tests {
             products_are_exact(64, avx512);
         }
     }
+
+    #[test]
+    fn one_row_by_panels_or_by_rows_is_exact_in_every_instruction_set() {
+        let sets = [Isa::Baseline, Isa::detect()].into_iter();
+        #[cfg(target_arch = "x86_64")]
+        let sets = sets.chain(is_x86_feature_detected!("fma").then_some(Isa::Avx2).filter(|_| Isa::detect() != Isa::Baseline));
+        for (isa, n, k) in sets.flat_map(|isa| [64, 128, 192].into_iter().flat_map(move |n| [1, 5, 33, 70].map(|k| (isa, n, k)))) {
+            let (a, b, bias, before) = (whole(k, 1), whole(k * n, 2), whole(n, 3), whole(n, 4));
+            let want = |add: bool, b: &dyn Fn(usize, usize) -> f32| -> Vec<f32> {
+                let sum = |col: usize| a.iter().enumerate().map(|(i, a)| a * b(i, col)).sum::<f32>();
+                (0..n).map(|col| sum(col) + bias[col] + if add { before[col] } else { 0.0 }).collect()
+            };
+            for add in [false, true] {
+                let ends = Ends { add, bias: Some(&bias) };
+                let mut c = before.clone();
+                let factors = Factors::of_panels(k, Left::Rows(&a, k), &b);
+                if tile_cols(isa) <= PANEL {
+                    multiply(isa, &mut MatrixMut::row_major(&mut c, 1, n, n), [Some(factors), None], ends);
+                    assert_eq!(c, want(add, &|i, col| b[col / PANEL * PANEL * k + i * PANEL + col % PANEL]), "{isa:?} {n} x {k} by panels");
+                }
+                let mut c = before[..n - 3].to_vec();
+                dots(isa, &a, &b, k, &mut c, ends);
+                assert_eq!(c, want(add, &|i, col| b[col * k + i])[..n - 3], "{isa:?} {n} x {k} by rows");
+            }
+        }
+    }
 }

@@ -3,12 +3,11 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use tracing::debug_span;
 
 use crate::backend::{Backend, BufferId, Span, read_now};
 use crate::infer::session::DEADLINE;
-use crate::kernels::lstm::{
-    Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneTensors, LaneVectors, SweepArgs,
-};
+use crate::kernels::lstm::{Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneTensors, LaneVectors, SweepArgs};
 use crate::rng::{Purpose, StepKey, Stream};
 use crate::shape::{ALIGN, GATES, pad_inner, pad_units, round_up};
 
@@ -128,15 +127,16 @@ impl LayerAlone {
     /// # Errors
     /// The device's.
     pub fn step(&mut self) -> Result<Duration> {
+        let _span = debug_span!("compute").entered();
         let start = Instant::now();
         let (backend, lanes) = (self.backend.as_mut(), std::slice::from_ref(&self.lane));
         if let Some(backward) = &self.lane.backward {
             backend.clear(backward.carry)?;
         }
-        for gradients in [false, true] {
-            backend.sweep(&SweepArgs { n_rows: self.sizes.n_rows as u32, lanes, flags: self.flags, gradients })?;
-        }
-        backend.wait(DEADLINE)?;
+        let args = SweepArgs { n_rows: self.sizes.n_rows as u32, lanes, flags: self.flags, gradients: false };
+        debug_span!("forward").in_scope(|| backend.sweep(&args))?;
+        debug_span!("backward").in_scope(|| backend.sweep(&SweepArgs { gradients: true, ..args }))?;
+        debug_span!("wait").in_scope(|| backend.wait(DEADLINE))?;
         Ok(start.elapsed())
     }
 
@@ -182,4 +182,3 @@ impl LayerAlone {
         self.backend.write(at, &[value + by])
     }
 }
-

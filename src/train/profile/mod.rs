@@ -1,6 +1,7 @@
 //! `profile`: what a step costs, on synthetic data of the size that was asked for.
 
 mod inference;
+pub mod kernels;
 pub mod layer;
 
 use std::sync::Arc;
@@ -80,9 +81,14 @@ impl Workload {
         Some(match name {
             "A" => Self { model: series(8, 1, 64), optimizer: adam, n_steps: 48, n_rows: 64, carries: false, layer_alone: false },
             "B" => Self { model: tokens(96, 128, 256), optimizer: adam, n_steps: 100, n_rows: 50, carries: false, layer_alone: false },
-            "C" => {
-                Self { model: tokens(10_000, 200, 200), optimizer: optimizer(Rule::Sgd, 0.1, 5.0), n_steps: 20, n_rows: 20, carries: true, layer_alone: false }
-            }
+            "C" => Self {
+                model: tokens(10_000, 200, 200),
+                optimizer: optimizer(Rule::Sgd, 0.1, 5.0),
+                n_steps: 20,
+                n_rows: 20,
+                carries: true,
+                layer_alone: false,
+            },
             "D" => Self { model: series(512, 2, 1024), optimizer: adam, n_steps: 64, n_rows: 64, carries: false, layer_alone: false },
             "E" => Self { model: series(768, 1, 768), optimizer: adam, n_steps: 1024, n_rows: 16, carries: false, layer_alone: true },
             _ => return None,
