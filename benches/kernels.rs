@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use carrousel::backend::{Backend, Span};
 use carrousel::kernels::gemm::Gemm;
 use carrousel::kernels::lstm::LstmStepForward;
-use carrousel::kernels::{ALL, Access, Case, Entry, Fill, Tolerance};
+use carrousel::kernels::{ALL, Case, Entry, Tolerance};
 use criterion::{BenchmarkId, Criterion, Throughput};
 
 use crate::adapters::{DEADLINE, Device};
@@ -47,16 +47,9 @@ pub fn bench(criterion: &mut Criterion) {
     }
 }
 
-/// Floating-point operations, or else the bytes that must move: what is read once, what is written once.
+/// Floating-point operations, or else the bytes that must move.
 fn throughput(case: &Case) -> Throughput {
-    if case.flop > 0 {
-        return Throughput::Elements(case.flop);
-    }
-    let words = case.kernel.bindings().iter().zip(&case.operands).map(|(binding, operand)| match (binding.access, &operand.fill) {
-        (Access::Read, _) | (Access::ReadWrite, Fill::Poison) => operand.len,
-        (Access::ReadWrite, _) => 2 * operand.len,
-    });
-    Throughput::Bytes(4 * words.sum::<usize>() as u64)
+    if case.flop > 0 { Throughput::Elements(case.flop) } else { Throughput::Bytes(case.bytes()) }
 }
 
 /// The time of `n` launches, until the device has done them; uploads do not count.

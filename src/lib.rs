@@ -13,6 +13,7 @@ pub mod params;
 pub mod pool;
 pub mod rng;
 pub mod shape;
+pub mod spans;
 pub mod store;
 pub mod train;
 pub mod usage;

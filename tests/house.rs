@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 /// Folders and files of `src`, floor by floor. What stands on one floor does not import each other.
 const FLOORS: [&[&str]; 8] = [
-    &["shape", "params", "rng", "pool", "usage"],
+    &["shape", "params", "rng", "pool", "spans", "usage"],
     &["kernels", "comm"],
     &["backend"],
     &["data", "model", "optim"],

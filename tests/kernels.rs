@@ -1,7 +1,9 @@
 //! Every kernel of the catalogue, every case, every device, judged by the oracle; and what the catalogue itself must keep to.
 
 use carrousel::backend::Backend;
-use carrousel::kernels::{ALL, Access, AdapterClass, Binding, Case, Dispatch, Entry, Fill, Kernel, MAX_WORKGROUPS, Operand, ShapeError};
+use carrousel::kernels::{
+    ALL, Access, AdapterClass, Binding, Case, Dispatch, Entry, Fill, Kernel, MAX_WORKGROUPS, Operand, ShapeError, Sizes,
+};
 use carrousel::pool::{CpuContext, Isa};
 
 use crate::adapters::{Device, devices};
@@ -167,7 +169,7 @@ macro_rules! judged {
 
 judged! {
     embedding_gather gemm weight_drop lstm_norm_input lstm_step_forward lstm_norm_forward lstm_project pool_steps softmax_cross_entropy squared_error pool_steps_gradient lstm_state_gradient lstm_step_backward lstm_norm_backward column_sums
-    embedding_gradient sum block_squares non_finite scale sgd rmsprop adam
+    embedding_gradient sum block_squares non_finite scale sgd rmsprop adam multiply_add
 }
 
 #[test]
@@ -224,10 +226,13 @@ fn weight_drop_drops_the_same_weights_everywhere_and_the_share_it_was_told() {
     }
 }
 
+/// A layer whose sizes are none of the tiles'.
+const SIZES: Sizes = Sizes { n_steps: 5, n_rows: 7, inputs: 19, hidden: 33, n_classes: 11 };
+
 /// Every entry with each of its cases.
 fn each_case(mut f: impl FnMut(&Entry, &Case)) {
     for entry in ALL {
-        for case in (entry.cases)().iter().chain(&(entry.bench_cases)()) {
+        for case in (entry.cases)().iter().chain(&(entry.bench_cases)()).chain(&(entry.sized)(SIZES)) {
             f(entry, case);
         }
     }

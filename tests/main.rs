@@ -16,6 +16,7 @@ mod model; // whole networks against an f64 network
 mod observe; // events, metrics, pictures
 mod optim; // update rules against torch.optim in f64; schedules
 mod oracle; // every kernel in naive f64
+mod profiles; // what measurements measure, and the trace
 mod runs; // what tests of whole runs share
 mod sequences; // labelled sequences from the file to the scores
 mod shaders; // every shader parses, validates, fits its Rust twin, and translates

@@ -1,8 +1,8 @@
 //! Operands between guard bands, so that a write beside an operand shows, and a read beside it spoils the result.
 
 use carrousel::backend::{Backend, BufferId, Span, read_now};
-use carrousel::kernels::{CaseOperand, Fill};
-use carrousel::rng::{Purpose, StepKey, Stream};
+use carrousel::kernels::CaseOperand;
+pub use carrousel::kernels::POISON_WORD;
 
 use crate::adapters::{DEADLINE, Device};
 use crate::compare::{What, unchanged};
@@ -11,22 +11,9 @@ use crate::compare::{What, unchanged};
 pub const GUARD: usize = 64;
 /// What guard bands hold: a NaN with a payload that nothing computes, and as an index far outside of everything.
 pub const GUARD_WORD: u32 = 0x7fc5_a5a5;
-/// What an output holds before it is written, another NaN.
-pub const POISON_WORD: u32 = 0x7fc0_dead;
-
 /// The words an operand holds before a launch.
 pub fn words_of(operand: &CaseOperand, seed: u64, idx: usize) -> Vec<u32> {
-    let mut stream = Stream::new(StepKey::new(seed, 0), Purpose::Test, idx as u32, 0);
-    let words: Vec<u32> = match &operand.fill {
-        Fill::Uniform { low, high } => (0..operand.len).map(|_| (low + (high - low) * stream.uniform()).to_bits()).collect(),
-        Fill::Indices { below } => (0..operand.len).map(|_| stream.below(*below)).collect(),
-        Fill::Words(words) => words.clone(),
-        Fill::Floats(values) => values.iter().map(|v| v.to_bits()).collect(),
-        Fill::Zeros => vec![0; operand.len],
-        Fill::Poison => vec![POISON_WORD; operand.len],
-    };
-    assert_eq!(words.len(), operand.len, "a fill that is not as long as its operand");
-    words
+    operand.words(seed, idx)
 }
 
 /// An operand in a buffer of its own.

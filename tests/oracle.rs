@@ -11,6 +11,7 @@ use carrousel::kernels::lstm::{
     Cell, LstmNormBackward, LstmNormForward, LstmNormInput, LstmProject, LstmStateGradient, LstmStepBackward, LstmStepForward, NONE,
 };
 use carrousel::kernels::pooling::PoolSteps;
+use carrousel::kernels::probe::{CHAINS, MultiplyAdd};
 use carrousel::kernels::reduce::{BlockSquares, ColumnSums, NonFinite, Sum};
 use carrousel::kernels::update::{Adam, Regular, Rmsprop, Sgd};
 use carrousel::kernels::weight_drop::WeightDrop;
@@ -80,6 +81,7 @@ const ORACLES: &[(&str, Oracle)] = &[
     ("sgd", sgd),
     ("rmsprop", rmsprop),
     ("adam", adam),
+    ("multiply_add", multiply_add),
 ];
 
 /// What the operands must hold after kernel `name` with these parameters; none where there is no such oracle.
@@ -1060,6 +1062,19 @@ fn scale(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
         y[at] = f64::from(k.a) * x.f(0, at);
     }
     vec![Want::Floats(y)]
+}
+
+fn multiply_add(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
+    let k: MultiplyAdd = parse(params);
+    let mut out = x.target(0);
+    for (i, out) in out.iter_mut().enumerate().take(k.len as usize) {
+        let number = |n: u32| {
+            let start = f64::from(n) / 32.0 + (i % 16) as f64 / 16.0;
+            (0..k.trips).fold(start, |x, _| x * f64::from(k.shrink) + f64::from(k.shift))
+        };
+        *out = (0..CHAINS).map(number).sum();
+    }
+    vec![Want::Floats(out)]
 }
 
 /// The gradient that counts in an update.

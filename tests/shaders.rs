@@ -11,6 +11,7 @@ use carrousel::kernels::lstm::{
     LstmNormBackward, LstmNormForward, LstmNormInput, LstmProject, LstmStateGradient, LstmStepBackward, LstmStepForward, NONE, STEP_ROWS,
 };
 use carrousel::kernels::pooling::{POOL_VECTORS, PoolSteps};
+use carrousel::kernels::probe::{MULTIPLY_ADD_WORKGROUP, MultiplyAdd};
 use carrousel::kernels::reduce::{BlockSquares, ColumnSums, NON_FINITE_BLOCK, NonFinite, REDUCE_WORKGROUP, SUM_COLUMNS, Sum};
 use carrousel::kernels::update::{Adam, Rmsprop, Sgd};
 use carrousel::kernels::weight_drop::{DROP_VECTORS, WeightDrop};
@@ -83,6 +84,7 @@ fn rust_layout(kernel: &str) -> (usize, Vec<Field>) {
             Adam: len, step_size, beta1, beta2, root2, eps, shrink,
             regular.grad_scale, regular.clip_value, regular.weight_decay, regular.l1
         ),
+        "multiply_add" => layout!(MultiplyAdd: len, trips, shrink, shift),
         other => panic!("{other} has no table of parameters here"),
     }
 }
@@ -272,6 +274,7 @@ fn numbers_that_stand_in_wgsl_and_in_rust_are_the_same() {
                 same("rows a workgroup", get("TILE_ROWS"), DIRECT_BLOCK[0]);
                 same("columns a workgroup", invocations * get("TILE_COLS"), DIRECT_BLOCK[1]);
             }
+            "multiply_add" => same("outputs a workgroup", invocations, MULTIPLY_ADD_WORKGROUP),
             other => panic!("{other}: which numbers does it share with Rust?"),
         }
     });

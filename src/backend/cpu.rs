@@ -121,7 +121,7 @@ impl Backend for CpuBackend {
     }
 
     fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> Result<()> {
-        let _span = tracing::trace_span!("launch", kernel = kernel.name()).entered();
+        let _span = tracing::debug_span!("launch", kernel = kernel.name()).entered();
         let bindings = kernel.bindings();
         ensure!(bindings.len() == operands.len(), "{} takes {} operands, not {}", kernel.name(), bindings.len(), operands.len());
         const MOST: usize = 13;

@@ -87,6 +87,10 @@ pub trait Backend {
     fn clear(&mut self, span: Span) -> Result<()>;
     /// Runs a kernel on spans, one for each of its bindings.
     fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> Result<()>;
+    /// How this backend runs a kernel: the instruction set, or the shader with its constants.
+    fn variant(&self, _kernel: &dyn Kernel) -> String {
+        self.info().driver.clone()
+    }
     /// How this backend sweeps; the default is the plan of launches in `kernels::lstm`. A backend around another hands its plan on.
     fn plan(&self) -> SweepPlan {
         sweep_plan

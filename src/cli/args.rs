@@ -12,7 +12,7 @@ use super::typed::{RUN, Size, Typed, choice};
 use crate::comm::plan::Algorithm;
 use crate::store::Which;
 use crate::store::interchange::{Format, Part};
-use crate::train::profile::{Lengths, Workload};
+use crate::train::profile::{Lengths, Mode, Workload};
 
 /// The whole command line.
 #[derive(Debug, Parser)]
@@ -93,6 +93,9 @@ pub struct TrainArgs {
     /// Read options from a TOML file, whose keys are the flags' names with underscores; flags go before it
     #[arg(long, value_name = "FILE", help_heading = RUN)]
     pub config: Option<PathBuf>,
+    /// Write what every worker, its ring and its GPU did when, as JSON for ui.perfetto.dev or chrome://tracing
+    #[arg(long, value_name = "FILE", help_heading = RUN, conflicts_with = "dry_run")]
+    pub trace: Option<PathBuf>,
 }
 
 /// What every command on a trained network takes.
@@ -234,10 +237,41 @@ pub enum ProfileCommand {
     /// Time training steps on made-up data
     #[command(after_help = PROFILE_EXAMPLES)]
     Step(Box<ProfileStepArgs>),
+    /// Time each kernel alone, beside what the device can do at best
+    #[command(after_help = PROFILE_KERNELS_EXAMPLES)]
+    Kernels(ProfileKernelsArgs),
     /// Time all-reduces between ranks that are threads of this process, beside what the machine's memory allows
     #[command(after_help = PROFILE_RING_EXAMPLES)]
     Ring(ProfileRingArgs),
 }
+
+#[derive(Debug, Args)]
+pub struct ProfileKernelsArgs {
+    /// auto, or a comma list of cpu, cpu:THREADS, gpu:INDEX; each is measured in its turn
+    #[arg(long, value_name = "LIST", default_value = "auto")]
+    pub devices: String,
+    /// Kernels to measure, with commas; all by default
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub kernel: Vec<String>,
+    /// Time steps of the layer and its batch that kernels are measured for, instead of sizes of real models [default with another size: 100]
+    #[arg(long, value_name = "T", help_heading = SIZES)]
+    pub seq_len: Option<Size>,
+    /// Sequences at a time [default with another size: 50]
+    #[arg(long, value_name = "B", help_heading = SIZES)]
+    pub batch_size: Option<Size>,
+    /// Numbers that the layer reads at each step [default with another size: 128]
+    #[arg(long, value_name = "I", help_heading = SIZES)]
+    pub input: Option<Size>,
+    /// Hidden units [default with another size: 256]
+    #[arg(long, value_name = "H", help_heading = SIZES)]
+    pub hidden: Option<Size>,
+    /// Classes of the head and of the embedding [default with another size: 96]
+    #[arg(long, value_name = "V", help_heading = SIZES)]
+    pub classes: Option<Size>,
+}
+
+/// Flags that say how large a layer is.
+const SIZES: &str = "Sizes";
 
 #[derive(Debug, Args)]
 pub struct ProfileRingArgs {
@@ -259,15 +293,21 @@ pub struct ProfileRingArgs {
 pub struct ProfileStepArgs {
     #[command(flatten)]
     pub typed: Typed,
-    /// A fixed piece of work instead of a model of one's own: A series, B characters, C words, D large
+    /// A fixed piece of work instead of a model of one's own: A series, B characters, C words, D large, E a long layer alone
     #[arg(long, value_name = "LETTER", help_heading = RUN, ignore_case = true, value_parser = workloads())]
     pub workload: Option<String>,
-    /// Steps that are timed, after the warm-up
-    #[arg(long, value_name = "N", help_heading = RUN, default_value = "20")]
-    pub steps: Size,
+    /// Steps that are timed, after the warm-up [default: 20; infer-step 2000; infer-seq 100]
+    #[arg(long, value_name = "N", help_heading = RUN)]
+    pub steps: Option<Size>,
+    /// What a step is: training, or using the network at one time step a call or at a whole sequence a call, at batch 1 unless --batch-size says more
+    #[arg(long, value_name = "WHAT", help_heading = RUN, default_value = "train", value_parser = choice::<Mode>())]
+    pub mode: Mode,
     /// uniform trains on sequences of 1 to --seq-len steps too, in batches of like length, and tells their speed beside that of full ones
     #[arg(long, value_name = "WHICH", help_heading = RUN, default_value = "full", value_parser = choice::<Lengths>())]
     pub lengths: Lengths,
+    /// Write what every worker, its ring and its GPU did when, as JSON for ui.perfetto.dev or chrome://tracing
+    #[arg(long, value_name = "FILE", help_heading = RUN)]
+    pub trace: Option<PathBuf>,
 }
 
 /// The letters of the pieces of work that there are.
@@ -391,7 +431,16 @@ const PROFILE_EXAMPLES: &str = "\
 Examples:
   carrousel profile step --workload B --devices cpu:2 --steps 50 --json
   carrousel profile step --task lm --layers 2 --hidden 512 --devices gpu:0,cpu
-  carrousel profile step --task classify --hidden 128 --lengths uniform";
+  carrousel profile step --task classify --hidden 128 --lengths uniform
+  carrousel profile step --workload B --mode infer-step --devices cpu:1
+  carrousel profile step --workload B --devices gpu:0,cpu --steps 5 --trace trace.json";
+
+const PROFILE_KERNELS_EXAMPLES: &str = "\
+GB/s count what must be read and written once, so a kernel whose operands stay in a cache may be above memory's ceiling.
+
+Examples:
+  carrousel profile kernels --devices cpu:1,gpu:0
+  carrousel profile kernels --kernel gemm,lstm_step_forward --hidden 1024 --batch-size 64 --json";
 
 const PROFILE_RING_EXAMPLES: &str = "\
 Examples:
@@ -443,8 +492,25 @@ pub const PROFILED: &[&str] = &[
     "accumulate",
     "seed",
 ];
+/// Of these the ones that say something about training alone.
+pub const TRAINED: &[&str] = &[
+    "dropout",
+    "recurrent_dropout",
+    "weight_drop",
+    "recurrent_grad_clip",
+    "lr",
+    "optimizer",
+    "momentum",
+    "nesterov",
+    "weight_decay",
+    "l1",
+    "clip_norm",
+    "clip_value",
+    "balance",
+    "accumulate",
+];
 /// Flags of `profile step` that are no keys.
-const OF_PROFILE: &[&str] = &["workload", "steps", "lengths", "json", "quiet", "verbose", "help"];
+const OF_PROFILE: &[&str] = &["workload", "steps", "mode", "lengths", "trace", "json", "quiet", "verbose", "help"];
 
 /// The command line's description, with the defaults in its help.
 pub fn command() -> clap::Command {

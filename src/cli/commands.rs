@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -12,7 +12,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::args::{
     CompareArgs, CompletionsArgs, DevicesArgs, EvaluateArgs, ExportArgs, ForecastArgs, GenerateArgs, Global, ImportArgs, InspectArgs,
-    ManArgs, PROFILED, ProfileRingArgs, ProfileStepArgs, TrainArgs, Trained,
+    ManArgs, PROFILED, ProfileKernelsArgs, ProfileRingArgs, ProfileStepArgs, TRAINED, TrainArgs, Trained,
 };
 use super::resolve::{self, Layers};
 use super::{Done, INTERRUPTED, print, report};
@@ -30,13 +30,15 @@ use crate::infer::predictions::Predictions;
 use crate::infer::session::Session;
 use crate::infer::task::Corpus;
 use crate::infer::{evaluate as evaluation, generate::GenerateOptions};
+use crate::kernels::Sizes;
 use crate::model::config::{Input, ModelConfig, Output, Pooling};
-use crate::observe::{Bus, Level};
+use crate::observe::{Bus, Level, Trace};
 use crate::store::config::{RunConfig, Task};
 use crate::store::{RunFolder, default_run_path, interchange};
 use crate::train::devices::{self, DeviceKind};
 use crate::train::dry_run::dry_run;
-use crate::train::profile::{self, Workload};
+use crate::train::profile::kernels::{Asked, profile_kernels as measure_kernels};
+use crate::train::profile::{self, Measured, Mode, Workload};
 use crate::train::run::{RunOptions, run};
 use crate::usage::UsageError;
 
@@ -56,8 +58,24 @@ pub fn train(args: &TrainArgs, bus: &mut Bus) -> anyhow::Result<Done> {
     }
     let out = out.unwrap_or_else(|| default_run_path(config.task.name()));
     let stop = stop_at_signals().context("cannot listen for signals")?;
-    let outcome = run(config, RunOptions { out, resume: args.resume, wrap: None }, bus, &stop)?;
+    let options = RunOptions { out, resume: args.resume, wrap: None };
+    let outcome = traced(args.trace.as_deref(), bus, |bus| run(config, options, bus, &stop))?;
     Ok(Done { interrupted: outcome.interrupted, summary: outcome.summary, tables: outcome.tables })
+}
+
+/// Does the work, and leaves a trace of it in the file if there is to be one, also of work that failed.
+fn traced<T>(path: Option<&Path>, bus: &mut Bus, work: impl FnOnce(&mut Bus) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let Some(path) = path else { return work(bus) };
+    let trace = Trace::create(path)?;
+    let outcome = trace.watch(|| work(bus));
+    let finished = trace.finish();
+    let outcome = outcome?;
+    let n_lost = finished?;
+    if n_lost > 0 {
+        bus.warn(format!("{n_lost} events had no place in {}: trace fewer steps", path.display()));
+    }
+    bus.log(Level::Info, &format!("wrote the trace {}; ui.perfetto.dev or chrome://tracing shows it", path.display()));
+    Ok(outcome)
 }
 
 /// A flag that the first Ctrl-C or SIGTERM sets; the second one ends the process at once.
@@ -317,22 +335,69 @@ pub fn devices(args: &DevicesArgs) -> anyhow::Result<Done> {
     Ok(Done::new(summary, tables))
 }
 
-pub fn profile_step(args: &ProfileStepArgs) -> anyhow::Result<Done> {
+pub fn profile_step(args: &ProfileStepArgs, bus: &mut Bus) -> anyhow::Result<Done> {
     let layers = Layers::new(&args.typed, None)?;
-    hold("--steps", args.steps.0, args.steps.0 > 0, "at least 1")?;
+    let steps = args.steps.map_or(args.mode.usual_steps(), |steps| steps.0);
+    hold("--steps", steps, steps > 0, "at least 1")?;
     if let Some(key) = layers.given().find(|key| !PROFILED.contains(key)) {
         return Err(UsageError(format!("{} means nothing for profile step, which trains on made-up data", layers.name(key))).into());
     }
-    let free = ["devices", "balance", "accumulate", "seed"];
-    if let (Some(workload), Some(key)) = (&args.workload, layers.given().find(|key| !free.contains(key))) {
+    let infers = args.mode != Mode::Train;
+    if let Some(key) = layers.given().find(|key| infers && TRAINED.contains(key)) {
+        let problem = format!("{} means nothing for --mode infer-step or infer-seq, which trains nothing; leave it out", layers.name(key));
+        return Err(UsageError(problem).into());
+    }
+    if args.mode == Mode::InferStep && layers.is_given("seq_len") {
+        return Err(
+            UsageError("--seq-len means nothing for --mode infer-step, whose calls are one time step; leave it out".to_owned()).into()
+        );
+    }
+    let free = |key: &&str| ["devices", "balance", "accumulate", "seed"].contains(key) || infers && *key == "batch_size";
+    if let (Some(workload), Some(key)) = (&args.workload, layers.given().find(|key| !free(key))) {
         let problem = format!("{} cannot be used with --workload {workload}, whose model is fixed; give one of them", layers.name(key));
         return Err(UsageError(problem).into());
     }
     let config = resolve::settle(&layers)?;
     let named = args.workload.as_deref().and_then(|letter| Workload::named(&letter.to_ascii_uppercase()));
-    let workload = named.unwrap_or_else(|| workload(&config));
-    let summary = profile::profile_step(&workload, &config.devices, &config.balance, config.accumulate, args.steps.0, args.lengths)?;
+    let mut workload = named.unwrap_or_else(|| workload(&config));
+    if infers {
+        workload.n_rows = if layers.is_given("batch_size") { config.batch_size } else { 1 };
+    }
+    let RunConfig { devices, balance, accumulate, .. } = &config;
+    let measured = Measured { mode: args.mode, devices, balance, accumulate: *accumulate, steps, lengths: args.lengths };
+    let summary = traced(args.trace.as_deref(), bus, |_| profile::profile_step(&workload, measured))?;
     Ok(Done::new(summary.clone(), vec![report::scores("profile step", &summary)]))
+}
+
+/// Floats of the largest operand that a kernel is measured with: 1 GiB, of which there are several.
+const MOST_FLOATS: usize = 1 << 28;
+
+pub fn profile_kernels(args: &ProfileKernelsArgs, bus: &mut Bus) -> anyhow::Result<Done> {
+    let given = [
+        ("--seq-len", args.seq_len, 100),
+        ("--batch-size", args.batch_size, 50),
+        ("--input", args.input, 128),
+        ("--hidden", args.hidden, 256),
+        ("--classes", args.classes, 96),
+    ];
+    for (flag, size, _) in given {
+        let size = size.map_or(1, |size| size.0);
+        hold(flag, size, (1..=1 << 20).contains(&size), "from 1 to 1048576")?;
+    }
+    let [t, b, i, h, v] = given.map(|(_, size, usual)| size.map_or(usual, |size| size.0));
+    // The largest operands: gates and logits of all steps, and the parameters.
+    let floats = (t * b).saturating_mul((4 * h).max(i).max(v)).max((4 * h).saturating_mul(i + h)).max(v.saturating_mul(i));
+    if floats > MOST_FLOATS {
+        let problem = format!("these sizes need an operand of {} million numbers; stay below {}", floats >> 20, MOST_FLOATS >> 20);
+        return Err(UsageError(problem).into());
+    }
+    let is_sized = given.iter().any(|(_, size, _)| size.is_some());
+    let sizes = is_sized.then_some(Sizes { n_steps: t as u32, n_rows: b as u32, inputs: i as u32, hidden: h as u32, n_classes: v as u32 });
+    let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let (devices, reasons) = devices::resolve(&devices::parse(&args.devices)?, devices::adapters, n_cores)?;
+    reasons.iter().for_each(|reason| bus.log(Level::Info, reason));
+    let summary = measure_kernels(&Asked { kernels: args.kernel.clone(), sizes }, &devices)?;
+    Ok(Done::new(summary.clone(), vec![report::scores("profile kernels", &summary)]))
 }
 
 /// As many features as are named, or as many as sequences of measurements often have.
@@ -403,5 +468,12 @@ fn workload(config: &RunConfig) -> Workload {
         tied: config.tied,
         lstm: config.lstm,
     };
-    Workload { model, optimizer: config.optimizer, n_steps: config.seq_len, n_rows: config.batch_size, carries: config.task == Task::Lm }
+    Workload {
+        model,
+        optimizer: config.optimizer,
+        n_steps: config.seq_len,
+        n_rows: config.batch_size,
+        carries: config.task == Task::Lm,
+        layer_alone: false,
+    }
 }

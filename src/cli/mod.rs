@@ -110,7 +110,8 @@ fn run(command: &Command, global: Global, bus: &mut Bus) -> anyhow::Result<Done>
         Command::Completions(args) => commands::completions(args, global),
         Command::Man(args) => commands::man(args, global),
         Command::Devices(args) => commands::devices(args),
-        Command::Profile(ProfileCommand::Step(args)) => commands::profile_step(args),
+        Command::Profile(ProfileCommand::Step(args)) => commands::profile_step(args, bus),
+        Command::Profile(ProfileCommand::Kernels(args)) => commands::profile_kernels(args, bus),
         Command::Profile(ProfileCommand::Ring(args)) => commands::profile_ring(args),
     }
 }

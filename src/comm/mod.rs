@@ -291,6 +291,12 @@ fn plan_of<'a>(
     plans.entry(key).or_insert_with(|| Entry { plan: make(algorithm, world, rank, len), segments: plan::segments(world, len) })
 }
 
+/// Bytes that a step of floats receives.
+fn step_bytes(step: &Step) -> u64 {
+    let floats: usize = step.recvs.iter().map(|recv| recv.segment.len()).sum();
+    (floats * size_of::<f32>()) as u64
+}
+
 /// Runs one step: everything out, then everything in.
 fn run_step(
     port: &mut Port,
@@ -301,6 +307,7 @@ fn run_step(
     isa: Isa,
     segments: &[Range<usize>],
 ) -> Result<(), CommError> {
+    let _span = tracing::debug_span!("phase", operation = %header.operation, stage = header.stage, bytes = step_bytes(step)).entered();
     let of = |segment: &Range<usize>| Header { start: segment.start, n_elements: segment.len(), ..header };
     for Transfer { peer, segment } in &step.sends {
         // The message is cut as the plan is, so there is such a part.

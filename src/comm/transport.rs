@@ -264,6 +264,8 @@ impl Port {
             return Err(CommError::PeerGone { rank: peer });
         };
         let blame = || board.blame(peer, expected.operation, *deadline);
+        // In a trace: who waits for whom.
+        let _span = tracing::debug_span!("wait", rank = *rank as u64, for_rank = peer as u64).entered();
         let Message { header, payload } = match look(inlet, *spins).map_err(|_| blame())? {
             Some(message) => message,
             None => {

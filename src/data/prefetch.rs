@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, bounded};
@@ -50,7 +50,7 @@ impl Prefetch {
                 }
             }
         };
-        let thread = thread::Builder::new().name("prefetch".to_string()).spawn(work).map_err(|e| DataError::Prefetch {
+        let thread = crate::spans::spawn("prefetch".to_string(), work).map_err(|e| DataError::Prefetch {
             epoch: start_epoch,
             idx: start_idx,
             problem: format!("no thread: {e}"),

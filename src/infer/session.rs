@@ -8,8 +8,9 @@ use anyhow::{Context, Result, ensure};
 
 use super::evaluate::Forward;
 use super::task::{DATA_FILE, DataRecord, DataSpec, model_config};
-use crate::backend::{Backend, read_now};
+use crate::backend::{Backend, DeviceInfo, Span, read_now};
 use crate::data::{Batch, Input, Target};
+use crate::model::config::ModelConfig;
 use crate::model::state::Carried;
 use crate::model::{Model, Pass, Share, Words};
 use crate::store::config::RunConfig;
@@ -24,8 +25,102 @@ pub struct Session {
     pub spec: DataSpec,
     /// The checkpoint's step.
     pub step: u64,
+    replica: Replica,
+}
+
+/// A model on its device that is asked again and again; what a call reads back lies in memory that the next one takes over.
+pub struct Replica {
     backend: Box<dyn Backend>,
     model: Model,
+    /// The flag, outputs, the final state: as the last call read them.
+    words: Vec<f32>,
+    spans: Vec<Span>,
+    streams: Vec<u32>,
+}
+
+/// Outputs of a call: rows of `stride` floats, the first `n_outputs` of each meant.
+#[derive(Clone, Copy, Debug)]
+pub struct Outputs<'a> {
+    pub words: &'a [f32],
+    pub stride: usize,
+    pub n_outputs: usize,
+}
+
+impl<'a> Outputs<'a> {
+    /// Row by row, without padding.
+    pub fn rows(self) -> impl Iterator<Item = &'a [f32]> {
+        self.words.chunks(self.stride).map(move |row| &row[..self.n_outputs])
+    }
+}
+
+impl Replica {
+    /// Puts parameters (tensors in the table's order, each in PyTorch's) onto `backend`.
+    ///
+    /// # Errors
+    /// A model that does not fit the device, tensors of other shapes.
+    pub fn new(config: ModelConfig, params: &[Vec<f32>], mut backend: Box<dyn Backend>) -> Result<Self> {
+        let mut model = Model::new(config, backend.as_mut())?;
+        model.write_params(backend.as_mut(), params)?;
+        Ok(Self { backend, model, words: Vec::new(), spans: Vec::new(), streams: Vec::new() })
+    }
+
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// What drives the device.
+    pub fn info(&self) -> &DeviceInfo {
+        self.backend.info()
+    }
+
+    /// Runs time steps `[T, B]` from `state`, or from the beginning where that is empty or not given, and leaves the last state there. The outputs are
+    /// those of every row that the head reads (`[T, B]` for classes of steps, else `[B]`), or of the last step's alone.
+    ///
+    /// # Errors
+    /// Something that is not finite; the device's.
+    pub fn ask(
+        &mut self,
+        input: Words<'_>,
+        [n_steps, n_rows]: [usize; 2],
+        state: Option<&mut Vec<f32>>,
+        last_only: bool,
+    ) -> Result<Outputs<'_>> {
+        let backend = self.backend.as_mut();
+        if self.streams.len() != n_rows {
+            self.streams = (0..n_rows as u32).collect();
+        }
+        let share = Share {
+            n_steps,
+            n_rows,
+            input,
+            targets: None,
+            weights: &[],
+            lengths: None,
+            streams: &self.streams,
+            state: state.as_ref().filter(|state| !state.is_empty()).map(|state| state.as_slice()),
+            final_gradient: None,
+            scale: 0.0,
+        };
+        self.model.lower_flags(backend)?;
+        self.model.run(backend, &share, Pass { key: None, gradients: false, part: 0 }, &mut |_, _, _| Ok(()))?;
+        let (outputs, stride) = self.model.outputs(n_steps, n_rows);
+        let n_outputs = self.model.config().n_outputs();
+        let outputs = if last_only { outputs.part(outputs.len - n_rows * stride, n_rows * stride) } else { outputs };
+        self.spans.clear();
+        self.spans.extend([self.model.flag(), outputs]);
+        if state.is_some() {
+            self.spans.extend(self.model.final_state(n_steps, n_rows));
+        }
+        self.words = backend.read(&self.spans, std::mem::take(&mut self.words))?.wait(DEADLINE)?;
+        let (words, left) = self.words[1..].split_at(outputs.len);
+        if let Some(state) = state {
+            state.clear();
+            state.extend_from_slice(left);
+        }
+        // What stands in the padding of a row is zero times weights that are zero.
+        check_finite(self.words[0].to_bits() == 0 && words.iter().all(|output| output.is_finite()))?;
+        Ok(Outputs { words, stride, n_outputs })
+    }
 }
 
 /// Reads the configuration of a run folder.
@@ -64,15 +159,14 @@ impl Session {
     ///
     /// # Errors
     /// A model that does not fit the device, tensors of other shapes.
-    pub fn with(config: RunConfig, spec: DataSpec, step: u64, params: &[Vec<f32>], mut backend: Box<dyn Backend>) -> Result<Self> {
-        let mut model = Model::new(model_config(&config, &spec), backend.as_mut())?;
-        model.write_params(backend.as_mut(), params)?;
-        Ok(Self { config, spec, step, backend, model })
+    pub fn with(config: RunConfig, spec: DataSpec, step: u64, params: &[Vec<f32>], backend: Box<dyn Backend>) -> Result<Self> {
+        let replica = Replica::new(model_config(&config, &spec), params, backend)?;
+        Ok(Self { config, spec, step, replica })
     }
 
     /// The device's name.
     pub fn device(&self) -> &str {
-        &self.backend.info().spec
+        &self.replica.info().spec
     }
 
     /// Feeds tokens of one stream, carrying its state, and gives the logits after the last of them.
@@ -80,31 +174,8 @@ impl Session {
     /// # Errors
     /// Something that is not finite; the device's.
     pub fn feed(&mut self, tokens: &[u32], state: &mut Vec<f32>) -> Result<Vec<f32>> {
-        let (n_steps, n_outputs) = (tokens.len(), self.model.config().n_outputs());
-        let backend = self.backend.as_mut();
-        let share = Share {
-            n_steps,
-            n_rows: 1,
-            input: Words::Tokens(tokens),
-            targets: None,
-            weights: &[],
-            lengths: None,
-            streams: &[0],
-            state: (!state.is_empty()).then_some(state.as_slice()),
-            final_gradient: None,
-            scale: 0.0,
-        };
-        self.model.lower_flags(backend)?;
-        self.model.run(backend, &share, Pass { key: None, gradients: false, part: 0 }, &mut |_, _, _| Ok(()))?;
-        let (span, stride) = self.model.outputs(n_steps, 1);
-        let last = span.part((n_steps - 1) * stride, n_outputs);
-        let mut spans = vec![self.model.flag(), last];
-        spans.extend(self.model.final_state(n_steps, 1));
-        let mut words = backend.read(&spans, Vec::new())?.wait(DEADLINE)?;
-        *state = words.split_off(1 + n_outputs);
-        let flag = words.remove(0);
-        check_finite(flag.to_bits() == 0 && words.iter().all(|logit| logit.is_finite()))?;
-        Ok(words)
+        let outputs = self.replica.ask(Words::Tokens(tokens), [tokens.len(), 1], Some(state), true)?;
+        Ok(outputs.words[..outputs.n_outputs].to_vec())
     }
 }
 
@@ -185,7 +256,8 @@ impl Forward for Session {
     fn forward(&mut self, batch: &Arc<Batch>, carried: Option<&mut Carried>, wants_outputs: bool) -> Result<(f64, Vec<f32>)> {
         let rows = 0..batch.n_rows;
         let state = carried.as_ref().map(|c| c.rows(rows.clone()));
-        let passed = pass_forward(self.backend.as_mut(), &mut self.model, batch, state.as_deref(), [carried.is_some(), wants_outputs])?;
+        let Replica { backend, model, .. } = &mut self.replica;
+        let passed = pass_forward(backend.as_mut(), model, batch, state.as_deref(), [carried.is_some(), wants_outputs])?;
         check_finite(!passed.non_finite && passed.loss.is_finite())?;
         if let Some(carried) = carried {
             carried.put(rows, &passed.state);
@@ -194,6 +266,6 @@ impl Forward for Session {
     }
 
     fn carried(&self, n_streams: usize) -> Carried {
-        Carried::new(self.model.config(), n_streams)
+        Carried::new(self.replica.model.config(), n_streams)
     }
 }

@@ -55,6 +55,7 @@ pub const SCALE_ENTRY: Entry = Entry {
     tolerance: Tolerance { absolute: 0.0, relative: 2e-7, reason: "one product, rounded once" },
     cases: || lengths().map(scale_case).collect(),
     bench_cases: || vec![scale_case(1 << 20)],
+    sized: |s| vec![scale_case(s.n_parameters())],
     shaders: &[&SCALE],
 };
 

@@ -190,6 +190,7 @@ pub const GATHER_ENTRY: Entry = Entry {
             .collect()
     },
     bench_cases: || vec![gather_case(5000, 128, 96)],
+    sized: |s| vec![gather_case(s.places(), s.padded_inputs(), s.n_classes)],
     shaders: &[&GATHER],
 };
 
@@ -219,6 +220,7 @@ pub const GRADIENT_ENTRY: Entry = Entry {
             .collect()
     },
     bench_cases: || vec![gradient_case(5000, 128, 96)],
+    sized: |s| vec![gradient_case(s.places(), s.padded_inputs(), s.n_classes)],
     shaders: &[&GRADIENT],
 };
 

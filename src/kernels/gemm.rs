@@ -9,10 +9,10 @@ use bytemuck::{Pod, Zeroable};
 
 use super::microkernel::{self, Ends, Factors, Left, MatrixMut, Stored};
 use super::{
-    AdapterClass, Binding, Case, Dispatch, Entry, Fill, Fragment, Kernel, MAX_WORKGROUPS, ODD, Operand, Shader, ShapeError, Tolerance,
-    at_least, kernel_basics, operand, read, read_write,
+    AdapterClass, Binding, Case, Dispatch, Entry, Fill, Fragment, Kernel, MAX_WORKGROUPS, ODD, Operand, Shader, ShapeError, Sizes,
+    Tolerance, at_least, kernel_basics, operand, read, read_write,
 };
-use crate::pool::{CpuContext, Divide};
+use crate::pool::{CpuContext, Divide, Rows};
 use crate::shape::{PANEL, round_up};
 
 /// Columns a row-major matrix reports as its panel width.
@@ -205,6 +205,9 @@ pub(crate) fn product(ctx: &mut CpuContext, g: &Gemm, a: &[f32], b: &[f32], bias
         return;
     }
     let c = &mut c[g.c.offset as usize..];
+    if m == 1 && k > 0 && g.trans_a == 0 && g.trans_b == 1 && !g.b.is_panels() && !g.c.is_panels() {
+        return one_row(ctx, g, &a[g.a.offset as usize..][..k], &b[g.b.offset as usize..], bias, &mut c[..n]);
+    }
     let c = if g.c.is_panels() {
         MatrixMut::panels(c, m, n, g.c.panel as usize, g.c.panel_stride as usize)
     } else {
@@ -274,6 +277,17 @@ pub(crate) fn product(ctx: &mut CpuContext, g: &Gemm, a: &[f32], b: &[f32], bias
     });
 }
 
+/// One row by a transposed matrix, as the head reads one step: packing would cost more than the product.
+fn one_row(ctx: &CpuContext, g: &Gemm, a: &[f32], b: &[f32], bias: Option<&[f32]>, c: &mut [f32]) {
+    let (isa, stride) = (ctx.isa, g.b.row_stride as usize);
+    let min_cols = (1usize << 19).div_ceil(a.len());
+    let n = c.len();
+    ctx.pool.run(Rows { data: c, width: 1 }, n, min_cols, &|c: Rows<'_>, cols: Range<usize>| {
+        let ends = Ends { add: g.accumulate == 1, bias: bias.map(|bias| &bias[cols.clone()]) };
+        microkernel::dots(isa, a, &b[cols.start * stride..], stride, c.data, ends);
+    });
+}
+
 /// The catalogue's line.
 pub const ENTRY: Entry = Entry {
     name: "gemm",
@@ -284,6 +298,7 @@ pub const ENTRY: Entry = Entry {
     },
     cases,
     bench_cases,
+    sized,
     shaders: &[&GEMM_TILED, &GEMM_DIRECT],
 };
 
@@ -330,6 +345,11 @@ fn cases() -> Vec<Case> {
             }
         }
     }
+    // One row, as a network is asked step by step: by panels of weights, by a head that is stored in rows.
+    for (n, k) in [(64, 17), (128, 300)] {
+        cases.push(case(1, n, k, (0, 0), 1, 1, (false, true, false)));
+        cases.push(case(1, n + 1, k, (0, 1), 1, 1, (false, false, false)));
+    }
     // As the sweep uses them: panels of gates.
     for (m, n, k) in [(17, 128, 33), (65, 192, 16), (3, 64, 1)] {
         cases.push(case(m, n, k, (0, 0), 0, 0, (false, true, false)));
@@ -341,6 +361,16 @@ fn cases() -> Vec<Case> {
     // More blocks of rows than one dimension of a dispatch holds.
     cases.push(case(65_536 * DIRECT_BLOCK[0] + 5, 3, 1, (0, 0), 0, 0, (false, false, false)));
     cases
+}
+
+/// The products of a layer over all steps: of the input, of its gradient, of the weights' gradient.
+fn sized(s: Sizes) -> Vec<Case> {
+    let (places, gates, inputs) = (s.places(), 4 * s.padded_hidden(), s.padded_inputs());
+    vec![
+        case(places, gates, inputs, (0, 0), 0, 0, (false, true, false)),
+        case(places, inputs, gates, (0, 1), 0, 0, (false, true, false)),
+        case(inputs, gates, places.min(MAX_K), (1, 0), 1, 0, (false, false, true)),
+    ]
 }
 
 fn bench_cases() -> Vec<Case> {

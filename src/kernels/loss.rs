@@ -237,6 +237,7 @@ pub const SOFTMAX_ENTRY: Entry = Entry {
         sizes.enumerate().map(|(i, (n, v))| softmax_case(n, v, u32::from(i % 3 != 1), 1.0)).chain([softmax_case(9, 33, 1, 80.0)]).collect()
     },
     bench_cases: || vec![softmax_case(5000, 96, 1, 1.0), softmax_case(400, 10_000, 1, 1.0)],
+    sized: |s| vec![softmax_case(s.places(), s.n_classes, 1, 1.0)],
     shaders: &[&SOFTMAX],
 };
 
@@ -268,6 +269,7 @@ pub const MSE_ENTRY: Entry = Entry {
             .collect()
     },
     bench_cases: || vec![squared_case(4096, 26, 1)],
+    sized: |s| vec![squared_case(s.n_rows, s.n_classes, 1)],
     shaders: &[&SQUARED],
 };
 

@@ -365,6 +365,8 @@ pub fn multiply(isa: Isa, c: &mut MatrixMut<'_>, factors: [Option<Factors<'_>>; 
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => avx512(c, &factors, ends),
             #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 if is_one_wide_row(c, &factors) => avx2_row(c, &factors, ends),
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2(c, &factors, ends),
             #[cfg(target_arch = "aarch64")]
             _ => tiles::<vectors::Neon, 4>(c, &factors, ends),
@@ -384,6 +386,159 @@ unsafe fn avx512(c: &mut MatrixMut<'_>, factors: &[Option<Factors<'_>>; 2], ends
 #[target_feature(enable = "avx2,fma")]
 unsafe fn avx2(c: &mut MatrixMut<'_>, factors: &[Option<Factors<'_>>; 2], ends: Ends<'_>) {
     unsafe { tiles::<vectors::Avx2, 2>(c, factors, ends) }
+}
+
+/// Whether there is one row, and B lies in stretches of 64 columns.
+#[cfg(target_arch = "x86_64")]
+fn is_one_wide_row(c: &MatrixMut<'_>, factors: &[Option<Factors<'_>>; 2]) -> bool {
+    let fits = |f: &Factors<'_>| f.k == 0 || f.panel == usize::MAX || f.panel.is_multiple_of(PANEL);
+    let whole = c.cols.is_multiple_of(PANEL) && (c.panel == usize::MAX || c.panel.is_multiple_of(PANEL));
+    c.rows == 1 && whole && c.first_col.is_multiple_of(PANEL) && factors.iter().flatten().all(fits)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2_row(c: &mut MatrixMut<'_>, factors: &[Option<Factors<'_>>; 2], ends: Ends<'_>) {
+    unsafe { one_row::<vectors::Avx2, 8>(c, factors, ends) }
+}
+
+/// One row: a tile of two vectors would wait for its own sums, and read a panel of weights in four passes; one of eight does neither, and streams.
+///
+/// # Safety
+/// As [`tiles`], and `V::LANES * N` columns of B lie together.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn one_row<V: Simd, const N: usize>(c: &mut MatrixMut<'_>, factors: &[Option<Factors<'_>>; 2], ends: Ends<'_>) {
+    for col in (0..c.cols).step_by(V::LANES * N) {
+        let walks = factors.each_ref().map(|f| {
+            let Some(f) = f.as_ref().filter(|f| f.k > 0) else { return NO_WALK };
+            let a = match f.a {
+                Left::Rows(a, _) | Left::Packed(a) => a.as_ptr(),
+            };
+            Walk { k: f.k, a, b: f.b[f.tile_at(col)..].as_ptr(), b_stride: f.row_stride, ..NO_WALK }
+        });
+        let bias = ends.bias.map_or(std::ptr::null(), |b| b[col..].as_ptr());
+        // SAFETY: `col` is below the columns, which are whole tiles.
+        unsafe { tile::<V, 1, N>(&walks, c.column(col), 0, ends.add, bias) };
+    }
+}
+
+/// One row A `[k]` by rows of B `[n, k]`, a transposed matrix: C `[n]` = A B^T, or added to C, with a bias. Sums run over `V::LANES` columns at a time.
+pub fn dots(isa: Isa, a: &[f32], b: &[f32], b_stride: usize, c: &mut [f32], ends: Ends<'_>) {
+    let (n, k) = (c.len(), a.len());
+    assert!(k <= b_stride && (n == 0 || (n - 1) * b_stride + k <= b.len()), "the rows within their slice");
+    assert!(ends.bias.is_none_or(|b| b.len() >= n), "a bias for every column");
+    // SAFETY: lengths are checked above; an `Isa` other than the baseline is only made after the processor reported it.
+    unsafe {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512_dots(a, b, b_stride, c, ends),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2_dots(a, b, b_stride, c, ends),
+            #[cfg(target_arch = "aarch64")]
+            _ => rows_dots::<vectors::Neon>(a, b, b_stride, c, ends),
+            #[cfg(not(target_arch = "aarch64"))]
+            _ => rows_dots::<Portable>(a, b, b_stride, c, ends),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
+unsafe fn avx512_dots(a: &[f32], b: &[f32], b_stride: usize, c: &mut [f32], ends: Ends<'_>) {
+    unsafe { rows_dots::<vectors::Avx512>(a, b, b_stride, c, ends) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2_dots(a: &[f32], b: &[f32], b_stride: usize, c: &mut [f32], ends: Ends<'_>) {
+    unsafe { rows_dots::<vectors::Avx2>(a, b, b_stride, c, ends) }
+}
+
+/// Rows of B that [`dots`] reads side by side, so that sums do not wait for themselves.
+const DOT_ROWS: usize = 8;
+
+/// # Safety
+/// Lengths as [`dots`] checks them; the processor has V's instructions.
+#[inline(always)]
+unsafe fn rows_dots<V: Simd>(a: &[f32], b: &[f32], b_stride: usize, c: &mut [f32], ends: Ends<'_>) {
+    let whole = a.len() / V::LANES * V::LANES;
+    for (block, c) in c.chunks_mut(DOT_ROWS).enumerate() {
+        let first = block * DOT_ROWS;
+        // Rows beyond the last repeat it.
+        let rows: [&[f32]; DOT_ROWS] = std::array::from_fn(|r| &b[(first + r.min(c.len() - 1)) * b_stride..][..a.len()]);
+        // SAFETY: whole vectors within rows of `a.len()`; `lanes` is the largest vector.
+        let sums: [f32; DOT_ROWS] = unsafe {
+            let mut sums = [V::zero(); DOT_ROWS];
+            for at in (0..whole).step_by(V::LANES) {
+                let x = V::load(a.as_ptr().add(at));
+                for (sum, row) in sums.iter_mut().zip(&rows) {
+                    *sum = sum.fma(x, V::load(row.as_ptr().add(at)));
+                }
+            }
+            sums.map(|sum| {
+                let mut lanes = [0f32; 16];
+                sum.store(lanes.as_mut_ptr());
+                lanes[..V::LANES].iter().sum()
+            })
+        };
+        for (r, (c, sum)) in c.iter_mut().zip(sums).enumerate() {
+            let rest: f32 = a[whole..].iter().zip(&rows[r][whole..]).map(|(x, y)| x * y).sum();
+            let start = if ends.add { *c } else { 0.0 };
+            *c = start + (sum + rest) + ends.bias.map_or(0.0, |bias| bias[first + r]);
+        }
+    }
+}
+
+/// Multiplies and adds registers `trips` times in as many chains as there are sums in the highest tile, and tells how many operations that were.
+pub fn multiply_registers(isa: Isa, trips: usize) -> u64 {
+    // SAFETY: an `Isa` other than the baseline is only made after the processor reported it.
+    unsafe {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512_chains(trips),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2_chains(trips),
+            #[cfg(target_arch = "aarch64")]
+            _ => chains::<vectors::Neon>(trips),
+            #[cfg(not(target_arch = "aarch64"))]
+            _ => chains::<Portable>(trips),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
+unsafe fn avx512_chains(trips: usize) -> u64 {
+    unsafe { chains::<vectors::Avx512>(trips) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2_chains(trips: usize) -> u64 {
+    unsafe { chains::<vectors::Avx2>(trips) }
+}
+
+/// # Safety
+/// The processor has V's instructions.
+#[inline(always)]
+unsafe fn chains<V: Simd>(trips: usize) -> u64 {
+    const CHAINS: usize = 12;
+    let mut lanes = [0f32; 16];
+    // SAFETY: one float is splat, and `lanes` is the largest vector.
+    unsafe {
+        let (shrink, shift) = (V::splat(&0.999_9), V::splat(&1e-4));
+        let mut sums = [V::splat(&0.5); CHAINS];
+        for _ in 0..trips {
+            for sum in &mut sums {
+                *sum = shift.fma(shrink, *sum);
+            }
+        }
+        let total = sums.into_iter().fold(V::zero(), |total, sum| total.add(sum));
+        total.store(lanes.as_mut_ptr());
+    }
+    std::hint::black_box(lanes);
+    (trips * CHAINS * V::LANES * 2) as u64
 }
 
 /// Rows are cut evenly, since a tile of 1 to 3 rows waits for its own sums: 13 are 5 + 4 + 4, not 6 + 6 + 1.
@@ -407,6 +562,10 @@ struct Walk {
     does_prefetch: bool,
 }
 
+/// A walk over nothing.
+const NO_WALK: Walk =
+    Walk { k: 0, a: std::ptr::null(), a_stride: 0, b: std::ptr::null(), b_stride: 0, ahead: std::ptr::null(), does_prefetch: false };
+
 /// All tiles: panels of B outside, so that one stays in the nearest cache while the rows pass.
 ///
 /// # Safety
@@ -414,15 +573,13 @@ struct Walk {
 #[inline(always)]
 unsafe fn tiles<V: Simd, const N: usize>(c: &mut MatrixMut<'_>, factors: &[Option<Factors<'_>>; 2], ends: Ends<'_>) {
     let width = V::LANES * N;
-    let none =
-        Walk { k: 0, a: std::ptr::null(), a_stride: 0, b: std::ptr::null(), b_stride: 0, ahead: std::ptr::null(), does_prefetch: false };
     for col in (0..c.cols).step_by(width) {
         let valid = width.min(c.cols - col);
         let bias = ends.bias.map_or(std::ptr::null(), |b| b[col..].as_ptr());
         // Behind the last panel comes the first: a sweep reads it again at once.
         let next = if col + width < c.cols { col + width } else { 0 };
         for (block, (row, n_rows)) in row_cuts(c.rows).enumerate() {
-            let mut walks = [none; 2];
+            let mut walks = [NO_WALK; 2];
             for (walk, f) in walks.iter_mut().zip(factors) {
                 if let Some(f) = f
                     && f.k > 0
@@ -832,6 +989,32 @@ mod tests {
         #[cfg(target_arch = "x86_64")]
         if Isa::detect() == Isa::Avx512 {
             products_are_exact(64, avx512);
+        }
+    }
+
+    #[test]
+    fn one_row_by_panels_or_by_rows_is_exact_in_every_instruction_set() {
+        let sets = [Isa::Baseline, Isa::detect()].into_iter();
+        #[cfg(target_arch = "x86_64")]
+        let sets = sets.chain(is_x86_feature_detected!("fma").then_some(Isa::Avx2).filter(|_| Isa::detect() != Isa::Baseline));
+        for (isa, n, k) in sets.flat_map(|isa| [64, 128, 192].into_iter().flat_map(move |n| [1, 5, 33, 70].map(|k| (isa, n, k)))) {
+            let (a, b, bias, before) = (whole(k, 1), whole(k * n, 2), whole(n, 3), whole(n, 4));
+            let want = |add: bool, b: &dyn Fn(usize, usize) -> f32| -> Vec<f32> {
+                let sum = |col: usize| a.iter().enumerate().map(|(i, a)| a * b(i, col)).sum::<f32>();
+                (0..n).map(|col| sum(col) + bias[col] + if add { before[col] } else { 0.0 }).collect()
+            };
+            for add in [false, true] {
+                let ends = Ends { add, bias: Some(&bias) };
+                let mut c = before.clone();
+                let factors = Factors::of_panels(k, Left::Rows(&a, k), &b);
+                if tile_cols(isa) <= PANEL {
+                    multiply(isa, &mut MatrixMut::row_major(&mut c, 1, n, n), [Some(factors), None], ends);
+                    assert_eq!(c, want(add, &|i, col| b[col / PANEL * PANEL * k + i * PANEL + col % PANEL]), "{isa:?} {n} x {k} by panels");
+                }
+                let mut c = before[..n - 3].to_vec();
+                dots(isa, &a, &b, k, &mut c, ends);
+                assert_eq!(c, want(add, &|i, col| b[col * k + i])[..n - 3], "{isa:?} {n} x {k} by rows");
+            }
         }
     }
 }

@@ -11,11 +11,14 @@ pub mod loss;
 pub mod lstm;
 pub mod microkernel;
 pub mod pooling;
+pub mod probe;
 pub mod reduce;
 pub mod update;
 pub mod weight_drop;
 
 use crate::pool::CpuContext;
+use crate::rng::{Purpose, StepKey, Stream};
+use crate::shape::{GATES, pad_units};
 
 /// Workgroups of one dimension of a dispatch that every adapter accepts.
 pub const MAX_WORKGROUPS: u32 = 65_535;
@@ -237,6 +240,9 @@ pub enum Fill {
     Poison,
 }
 
+/// What an output holds before it is written: not a number, and none that anything computes.
+pub const POISON_WORD: u32 = 0x7fc0_dead;
+
 /// One operand of a case.
 #[derive(Clone, Debug)]
 pub struct CaseOperand {
@@ -244,18 +250,89 @@ pub struct CaseOperand {
     pub fill: Fill,
 }
 
+impl CaseOperand {
+    /// The words it holds before a launch; `idx` is its number among the operands, so that two of them differ.
+    pub fn words(&self, seed: u64, idx: usize) -> Vec<u32> {
+        let mut stream = Stream::new(StepKey::new(seed, 0), Purpose::Test, idx as u32, 0);
+        let words: Vec<u32> = match &self.fill {
+            Fill::Uniform { low, high } => (0..self.len).map(|_| (low + (high - low) * stream.uniform()).to_bits()).collect(),
+            Fill::Indices { below } => (0..self.len).map(|_| stream.below(*below)).collect(),
+            Fill::Words(words) => words.clone(),
+            Fill::Floats(values) => values.iter().map(|v| v.to_bits()).collect(),
+            Fill::Zeros => vec![0; self.len],
+            Fill::Poison => vec![POISON_WORD; self.len],
+        };
+        assert_eq!(words.len(), self.len, "a fill that is not as long as its operand");
+        words
+    }
+}
+
 /// Shorthand for a [`CaseOperand`].
 pub fn operand(len: usize, fill: Fill) -> CaseOperand {
     CaseOperand { len, fill }
 }
 
-/// A kernel with operands, for tests, benches and warm-up.
+/// A kernel with operands, for tests, benches and measurements.
 pub struct Case {
     pub label: String,
     pub kernel: Box<dyn Kernel>,
     pub operands: Vec<CaseOperand>,
     /// Floating-point operations of a launch, 0 where bytes matter.
     pub flop: u64,
+}
+
+impl Case {
+    /// Bytes that must move at least: what is read once, what is written once.
+    pub fn bytes(&self) -> u64 {
+        let words = self.kernel.bindings().iter().zip(&self.operands).map(|(binding, operand)| match (binding.access, &operand.fill) {
+            (Access::Read, _) | (Access::ReadWrite, Fill::Poison) => operand.len,
+            (Access::ReadWrite, _) => 2 * operand.len,
+        });
+        4 * words.sum::<usize>() as u64
+    }
+
+    /// Whether a launch goes on from what the one before left.
+    pub fn is_in_place(&self) -> bool {
+        let written =
+            |(binding, operand): (&Binding, &CaseOperand)| binding.access == Access::ReadWrite && !matches!(operand.fill, Fill::Poison);
+        self.kernel.bindings().iter().zip(&self.operands).any(written)
+    }
+}
+
+/// The sizes of a layer and its batch, from which each kernel's own follow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// T.
+    pub n_steps: u32,
+    /// B.
+    pub n_rows: u32,
+    /// I: numbers at each step, or columns of an embedding.
+    pub inputs: u32,
+    /// H.
+    pub hidden: u32,
+    /// V.
+    pub n_classes: u32,
+}
+
+impl Sizes {
+    /// T x B.
+    pub fn places(self) -> u32 {
+        self.n_steps * self.n_rows
+    }
+
+    /// H and I with padding.
+    pub fn padded_hidden(self) -> u32 {
+        pad_units(self.hidden as usize) as u32
+    }
+
+    pub fn padded_inputs(self) -> u32 {
+        pad_units(self.inputs as usize) as u32
+    }
+
+    /// Floats of the layer's parameters.
+    pub fn n_parameters(self) -> u32 {
+        GATES as u32 * self.padded_hidden() * (self.padded_inputs() + self.padded_hidden() + 2)
+    }
 }
 
 /// One line of the catalogue.
@@ -266,11 +343,13 @@ pub struct Entry {
     pub cases: fn() -> Vec<Case>,
     /// Sizes as in real models.
     pub bench_cases: fn() -> Vec<Case>,
+    /// As a layer of these sizes launches it.
+    pub sized: fn(Sizes) -> Vec<Case>,
     /// Every shader variant of the kernel.
     pub shaders: &'static [&'static Shader],
 }
 
-/// All kernels, in order of first use in a training step.
+/// All kernels, in order of first use in a training step; the last is used by measurements only.
 pub const ALL: &[Entry] = &[
     embedding::GATHER_ENTRY,
     gemm::ENTRY,
@@ -295,6 +374,7 @@ pub const ALL: &[Entry] = &[
     update::SGD_ENTRY,
     update::RMSPROP_ENTRY,
     update::ADAM_ENTRY,
+    probe::MULTIPLY_ADD_ENTRY,
 ];
 
 /// The sizes at which every kernel is tested: below, at and above the tile sizes.

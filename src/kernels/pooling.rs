@@ -174,6 +174,7 @@ pub const ENTRY: Entry = Entry {
     tolerance: Tolerance { absolute: 2e-6, relative: 1e-5, reason: "up to 2,100 numbers added one after another, divided by as many" },
     cases: || sizes().map(|(size, which, use_lengths)| pool_case(size, which, use_lengths)).collect(),
     bench_cases: || vec![pool_case([100, 64, 256], ALL_STEPS, true)],
+    sized: |s| vec![pool_case([s.n_steps, s.n_rows, s.padded_hidden()], ALL_STEPS, true)],
     shaders: &[&POOL],
 };
 
@@ -197,6 +198,7 @@ pub const GRADIENT_ENTRY: Entry = Entry {
     tolerance: Tolerance { absolute: 0.0, relative: 5e-7, reason: "a division and a product" },
     cases: || sizes().map(|(size, which, use_lengths)| gradient_case(size, which, use_lengths)).collect(),
     bench_cases: || vec![gradient_case([100, 64, 256], ALL_STEPS, true)],
+    sized: |s| vec![gradient_case([s.n_steps, s.n_rows, s.padded_hidden()], ALL_STEPS, true)],
     shaders: &[&GRADIENT],
 };
 

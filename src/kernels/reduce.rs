@@ -247,6 +247,7 @@ pub const COLUMNS_ENTRY: Entry = Entry {
         sizes.enumerate().map(|(i, (n_rows, n_cols))| column_case(n_rows, n_cols, i as u32 % 2, i % 3 == 0)).collect()
     },
     bench_cases: || vec![column_case(5000, 1024, 0, false)],
+    sized: |s| vec![column_case(s.places().min(MAX_LOOP_TRIPS), 4 * s.padded_hidden(), 0, false)],
     shaders: &[&COLUMN_SUMS],
 };
 
@@ -272,6 +273,7 @@ pub const SUM_ENTRY: Entry = Entry {
     tolerance: Tolerance { absolute: 5e-3, relative: 1e-5, reason: ORDER },
     cases: || ODD.iter().map(|&n| (n, 2)).chain([(0, 0), (300_001, 1)]).map(|(len, offset)| sum_case(len, offset)).collect(),
     bench_cases: || vec![sum_case(1 << 20, 0)],
+    sized: |s| vec![sum_case(s.places(), 0)],
     shaders: &[&SUM],
 };
 
@@ -290,6 +292,7 @@ pub const BLOCK_SQUARES_ENTRY: Entry = Entry {
     tolerance: Tolerance { absolute: 1e-4, relative: 1e-5, reason: ORDER },
     cases: || [1, 65, 4096, 4097, 3 * 4096 - 1, 70_000 * 4096 / 64].into_iter().map(|len| squares_case(len, 1)).collect(),
     bench_cases: || vec![squares_case(1 << 20, 0)],
+    sized: |s| vec![squares_case(s.n_parameters(), 0)],
     shaders: &[&BLOCK_SQUARES],
 };
 
@@ -311,6 +314,7 @@ pub const NON_FINITE_ENTRY: Entry = Entry {
     tolerance: Tolerance { absolute: 0.0, relative: 0.0, reason: "a count is exact" },
     cases: || [0, 1, 65, 4097, 100_000].into_iter().map(non_finite_case).collect(),
     bench_cases: || vec![non_finite_case(1 << 20)],
+    sized: |s| vec![non_finite_case(s.n_parameters())],
     shaders: &[&NON_FINITE],
 };
 

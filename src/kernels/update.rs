@@ -271,6 +271,7 @@ pub const SGD_ENTRY: Entry = Entry {
     tolerance: Tolerance { absolute: 5e-7, relative: 1e-6, reason: REASON },
     cases: || each_length(sgd_case),
     bench_cases: || vec![sgd_case(1 << 20, 0)],
+    sized: |s| vec![sgd_case(s.n_parameters(), 0)],
     shaders: &[&SGD],
 };
 
@@ -280,6 +281,7 @@ pub const RMSPROP_ENTRY: Entry = Entry {
     tolerance: Tolerance { absolute: 5e-7, relative: 2e-6, reason: REASON },
     cases: || each_length(rmsprop_case),
     bench_cases: || vec![rmsprop_case(1 << 20, 0)],
+    sized: |s| vec![rmsprop_case(s.n_parameters(), 0)],
     shaders: &[&RMSPROP],
 };
 
@@ -289,5 +291,6 @@ pub const ADAM_ENTRY: Entry = Entry {
     tolerance: Tolerance { absolute: 5e-7, relative: 2e-6, reason: REASON },
     cases: || each_length(adam_case),
     bench_cases: || vec![adam_case(1 << 20, 0)],
+    sized: |s| vec![adam_case(s.n_parameters(), 0)],
     shaders: &[&ADAM],
 };

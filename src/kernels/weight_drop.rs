@@ -101,6 +101,7 @@ pub const ENTRY: Entry = Entry {
     tolerance: Tolerance { absolute: 0.0, relative: 2e-7, reason: "one product; what is dropped must be equal bit for bit" },
     cases: || [4, 64, 260, 4096, 66_564, 17_825_792].map(case).into(),
     bench_cases: || vec![case(4 * 256 * 256)],
+    sized: |s| vec![case(4 * s.padded_hidden() * s.padded_hidden())],
     shaders: &[&WEIGHT_DROP],
 };
 

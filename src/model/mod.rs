@@ -8,6 +8,7 @@ pub mod init;
 pub mod state;
 
 use anyhow::{Context, Result, ensure};
+use tracing::debug_span;
 
 use self::config::{Input, LayerParams, ModelConfig, ModelParams, Output, Pooling, Reading};
 use crate::backend::{Backend, BufferId, Limits, Span};
@@ -456,14 +457,17 @@ impl Model {
             return self.run_empty(backend, pass, ready);
         }
         self.reserve(backend, share.n_steps, share.n_rows, pass.gradients)?;
-        self.upload(backend, share, pass)?;
+        debug_span!("upload").in_scope(|| self.upload(backend, share, pass))?;
         let workspace = self.workspace.take().context("the workspace was just reserved")?;
-        let forward = self.forward(backend, &workspace, share, pass);
+        let forward = debug_span!("forward").in_scope(|| self.forward(backend, &workspace, share, pass));
         let done = forward.and_then(|mut forward| {
             if share.targets.is_some() {
-                self.loss_of(backend, &workspace, share, pass)?;
+                debug_span!("loss").in_scope(|| self.loss_of(backend, &workspace, share, pass))?;
             }
-            if pass.gradients { self.backward(backend, &workspace, share, pass, &mut forward, ready) } else { Ok(()) }
+            if !pass.gradients {
+                return Ok(());
+            }
+            debug_span!("backward").in_scope(|| self.backward(backend, &workspace, share, pass, &mut forward, ready))
         });
         self.workspace = Some(workspace);
         done

@@ -12,8 +12,10 @@ mod meter;
 pub mod plot;
 pub mod sinks;
 mod table;
+mod trace;
 
 pub use bus::{Bus, Exhibit, Level, RunInfo, Sink};
 pub use event::{CheckpointKind, Event, StartDevice};
 pub use meter::{Throughput, Trend};
 pub use table::Table;
+pub use trace::Trace;

@@ -23,6 +23,7 @@ use crate::model::state::Carried;
 use crate::optim::OptimizerConfig;
 use crate::params::ParamTable;
 use crate::rng::StepKey;
+use crate::spans;
 
 /// What all replicas have in common.
 #[derive(Clone, Debug)]
@@ -136,7 +137,7 @@ impl Group {
                 let spec = WorkerSpec { model, optimizer, update, rank, world, accumulate, deadline: DEADLINE };
                 serve(spec, backend, ring, &inbox, &outbox);
             };
-            let thread = std::thread::Builder::new().name(format!("carrousel-{}", device.spec)).spawn(body);
+            let thread = spans::spawn(format!("carrousel-{rank}-{}", device.spec), body);
             let thread = thread.with_context(|| format!("cannot start the thread of {}", device.spec))?;
             let mut member =
                 Member { name: device.spec.clone(), info: DeviceInfo::default(), commands: Some(commands), answers, thread: Some(thread) };
@@ -213,6 +214,7 @@ impl Group {
         carried: Option<&mut Carried>,
         numbers: StepNumbers,
     ) -> Result<Stepped> {
+        let _span = tracing::debug_span!("step", step = numbers.step).entered();
         let scale = (1.0 / numbers.divisor) as f32;
         let generation = 0;
         // Owners have sums of their own segments only, others all of them.
@@ -310,6 +312,7 @@ impl Group {
         carried: Option<&mut Carried>,
         wants_outputs: bool,
     ) -> Result<(f64, Vec<f32>)> {
+        let _span = tracing::debug_span!("evaluate").entered();
         for (member, rows) in self.members.iter_mut().zip(shares) {
             member.tell(Command::Evaluate(EvaluateWork {
                 batch: Arc::clone(batch),
@@ -431,7 +434,7 @@ pub fn hash(tensors: &Tensors) -> String {
     hasher.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect()
 }
 
-fn open_device(kind: &DeviceKind) -> Result<Box<dyn Backend>> {
+pub(super) fn open_device(kind: &DeviceKind) -> Result<Box<dyn Backend>> {
     match *kind {
         DeviceKind::Cpu { threads } => open::cpu(threads),
         DeviceKind::Gpu { index } => open::gpu(index),

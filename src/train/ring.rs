@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use crossbeam::channel::{Receiver, Sender, bounded};
+use tracing::debug_span;
 
 use crate::backend::Readback;
 use crate::comm::{Communicator, Shared};
 use crate::kernels::reduce::block_squares;
 use crate::pool::CpuContext;
 use crate::shape::BLOCK;
+use crate::spans;
 
 /// Who updates which part of the parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,8 +79,7 @@ impl Ring {
         let name = format!("carrousel-ring-{}", comm.rank());
         let ctx = CpuContext::new(1)?;
         let worker = RingThread { comm, update, ctx, deadline, sums: Vec::new(), squares: Vec::new(), time: Duration::ZERO };
-        let thread =
-            std::thread::Builder::new().name(name).spawn(move || worker.serve(&inbox, &outbox)).context("cannot start a ring thread")?;
+        let thread = spans::spawn(name, move || worker.serve(&inbox, &outbox)).context("cannot start a ring thread")?;
         Ok(Self { jobs: Some(jobs), done, deadline, thread: Some(thread) })
     }
 
@@ -196,7 +197,8 @@ impl RingThread {
     }
 
     fn reduce(&mut self, bucket: usize, words: Box<dyn Readback>, message: Option<Shared>) -> Result<Returned> {
-        let mut memory = words.wait(self.deadline)?;
+        let _span = debug_span!("bucket", bucket).entered();
+        let mut memory = debug_span!("readback").in_scope(|| words.wait(self.deadline))?;
         let start = Instant::now();
         let mut message = message.filter(|message| message.len() == memory.len()).unwrap_or_else(|| self.comm.shared(memory.len()));
         message.fill(&memory);
@@ -215,6 +217,7 @@ impl RingThread {
     }
 
     fn exchange(&mut self, header: Vec<u8>) -> Result<Sums> {
+        let _span = debug_span!("exchange").entered();
         let buckets: Vec<Returned> = self.sums.drain(..).collect::<Result<_>>()?;
         let start = Instant::now();
         let mut told = (header.len() as u64).to_le_bytes().to_vec();
@@ -245,7 +248,8 @@ impl RingThread {
     }
 
     fn spread(&mut self, mut returned: Returned, own: Box<dyn Readback>) -> Result<Returned> {
-        let own = own.wait(self.deadline)?;
+        let _span = debug_span!("spread", bucket = returned.bucket).entered();
+        let own = debug_span!("readback").in_scope(|| own.wait(self.deadline))?;
         let start = Instant::now();
         returned.message.fill_own(&own);
         self.comm.all_gather_shared(&mut returned.message)?;

@@ -526,7 +526,7 @@ impl Trainer<'_> {
                 self.checkpoint(CheckpointKind::Final, None)?;
                 return Ok(true);
             }
-            let Some(next) = prefetch.next() else { break };
+            let Some(next) = tracing::debug_span!("data").in_scope(|| prefetch.next()) else { break };
             let (epoch, idx, batch) = next?;
             ensure!((epoch, idx) == (self.position.epoch, self.position.batch), "the data came out of order: {epoch}/{idx}");
             self.step(Arc::new(batch), corpus)?;
@@ -656,6 +656,7 @@ impl Trainer<'_> {
     }
 
     fn checkpoint(&mut self, kind: CheckpointKind, valid_loss: Option<f64>) -> Result<()> {
+        let _span = tracing::debug_span!("checkpoint").entered();
         if self.folder.last().is_some_and(|last| last.step == self.position.step) {
             return Ok(());
         }

@@ -112,6 +112,9 @@ impl Backend for Watched {
         *time += start.elapsed();
         Ok(())
     }
+    fn variant(&self, kernel: &dyn Kernel) -> String {
+        self.inner.variant(kernel)
+    }
     fn plan(&self) -> SweepPlan {
         self.inner.plan()
     }

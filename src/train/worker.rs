@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use crossbeam::channel::{Receiver, Sender};
+use tracing::debug_span;
 
 use super::ring::{Returned, Ring, Sums, Update, norm_of};
 use crate::backend::{Backend, BufferId, DeviceInfo, Span, read_now};
@@ -299,6 +300,7 @@ impl Worker {
     fn step(&mut self, work: &StepWork) -> Result<StepAnswer> {
         ensure!(self.pending.is_none(), "a step was begun before the one before was committed");
         self.evaluated = None;
+        let _span = debug_span!("compute", step = work.step, rank = self.spec.rank).entered();
         let start = Instant::now();
         let parts = split_even(work.rows.len(), self.spec.accumulate);
         let parts: Vec<Range<usize>> = parts.into_iter().filter(|p| !p.is_empty()).collect();
@@ -351,7 +353,7 @@ impl Worker {
             if self.squares.is_some() { spans[2..].iter().take(self.model.grads().len()).map(|s| s.len).sum() } else { 0 };
         let tail = backend.read(&spans, std::mem::take(&mut self.tail))?;
         backend.submit()?;
-        let words = tail.wait(self.spec.deadline)?;
+        let words = debug_span!("readback").in_scope(|| tail.wait(self.spec.deadline))?;
         let compute = start.elapsed();
         let loss: f64 = words[..n_parts].iter().map(|&l| f64::from(l)).sum();
         let mut non_finite = words[n_parts].to_bits() != 0 || !loss.is_finite();
@@ -364,11 +366,11 @@ impl Worker {
         self.tail = words;
         let (mut waited, mut ring_time, mut bytes_sent) = (Duration::ZERO, Duration::ZERO, 0);
         if let Some(ring) = &self.ring {
-            let sums = ring.exchange(vec![u8::from(non_finite)])?;
+            let sums = debug_span!("wait for ring").in_scope(|| ring.exchange(vec![u8::from(non_finite)]))?;
             waited = start.elapsed() - compute;
             (norm, ring_time, bytes_sent) = (sums.norm, sums.ring_time, sums.bytes_sent);
             non_finite |= sums.headers.iter().any(|h| h.first() != Some(&0)) || !norm.is_finite();
-            self.receive(sums, work, norm, non_finite)?;
+            debug_span!("receive").in_scope(|| self.receive(sums, work, norm, non_finite))?;
         } else {
             non_finite |= !norm.is_finite();
             let factor = self.spec.optimizer.clip_factor(norm);
@@ -448,6 +450,7 @@ impl Worker {
     }
 
     fn commit(&mut self) -> Result<()> {
+        let _span = debug_span!("update").entered();
         let backend = self.backend.as_mut();
         match self.pending.take().context("a commit without a step")? {
             Pending::Sums { step, lr, factor } => {
@@ -474,6 +477,7 @@ impl Worker {
     }
 
     fn evaluate(&mut self, work: &EvaluateWork) -> Result<EvaluateAnswer> {
+        let _span = debug_span!("evaluate", rank = self.spec.rank).entered();
         let backend = self.backend.as_mut();
         if work.rows.is_empty() {
             return Ok(EvaluateAnswer { loss: 0.0, non_finite: false, state: Vec::new(), outputs: Vec::new() });

@@ -4,6 +4,7 @@
 //! that they may take long (`pace`), at most 4,096. After a device is lost wgpu accepts and drops commands silently, so every method here asks first and returns `DeviceError::Lost`.
 
 pub mod adapters;
+mod clock;
 mod health;
 mod pace;
 mod pipelines;
@@ -16,13 +17,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use self::adapters::{AdapterKind, AdapterSummary};
+use self::clock::Clock;
 use self::health::{Deadline, Health};
 use self::pace::Pace;
 use self::pipelines::{Pipelines, SLOT_BYTES};
 use self::readback::{Pending, Staging};
 use self::recording::{MAX_OPERANDS, Recording, Words};
 use super::{Backend, BufferId, DeviceInfo, Limits, Readback, Span};
-use crate::kernels::{Access, AdapterClass, Kernel};
+use crate::kernels::{Access, AdapterClass, Dispatch, Kernel};
 use crate::shape::{ALIGN, round_up};
 use crate::usage::UsageError;
 
@@ -30,6 +32,9 @@ use crate::usage::UsageError;
 const SHADER_VARIANTS: u32 = 2;
 /// Bytes written that make a submit of their own, so that staging memory stays bounded.
 const MAX_WRITTEN_BYTES: u64 = 64 << 20;
+
+/// How long the end of a backend waits for the times of its last passes.
+const LAST_TIMES: Duration = Duration::from_secs(10);
 
 struct Memory {
     buffer: wgpu::Buffer,
@@ -48,6 +53,7 @@ pub struct GpuBackend {
     buffers: Vec<Option<Memory>>,
     pipelines: Pipelines,
     recording: Recording,
+    clock: Option<Clock>,
     pace: Pace,
     staging: Arc<Staging>,
     last: Option<wgpu::SubmissionIndex>,
@@ -62,7 +68,13 @@ impl GpuBackend {
     /// There is no such adapter, or it gives no device.
     pub fn new(index: usize) -> Result<Self> {
         let (adapter, summary) = adapters::open(index)?;
-        let descriptor = wgpu::DeviceDescriptor { label: Some("carrousel"), required_limits: adapter.limits(), ..Default::default() };
+        let timing = if Clock::is_wanted() { adapter.features() & wgpu::Features::TIMESTAMP_QUERY } else { wgpu::Features::empty() };
+        let descriptor = wgpu::DeviceDescriptor {
+            label: Some("carrousel"),
+            required_features: timing,
+            required_limits: adapter.limits(),
+            ..Default::default()
+        };
         let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
             .with_context(|| format!("gpu:{index} ({}) gives no device", summary.name))?;
         let health = Health::watch(&device, format!("gpu:{index} ({})", summary.name));
@@ -76,6 +88,7 @@ impl GpuBackend {
             is_gpu: true,
         };
         let recording = Recording::new(&device);
+        let clock = if timing.is_empty() { None } else { Clock::new(&device, &queue, info.spec.clone()) };
         health.check()?;
         Ok(Self {
             info,
@@ -88,6 +101,7 @@ impl GpuBackend {
             buffers: Vec::new(),
             pipelines: Pipelines::default(),
             recording,
+            clock,
             pace: Pace::new(is_software),
             staging: Arc::default(),
             last: None,
@@ -129,9 +143,14 @@ impl GpuBackend {
         }
         let n_commands = self.recording.len();
         let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        self.recording.encode(&self.queue, &self.pipelines, &mut encoder);
+        self.recording.encode(&self.queue, &self.pipelines, &mut encoder, self.clock.as_mut());
         let pending = parts.map(|parts| Pending::encode(&self.staging, &self.device, parts, &mut encoder));
+        let times = self.clock.as_mut().and_then(|clock| clock.resolve(&self.device, &mut encoder));
         self.last = Some(self.queue.submit([encoder.finish()]));
+        if let Some(clock) = &mut self.clock {
+            times.into_iter().for_each(|times| clock.submitted(times));
+            clock.tell();
+        }
         self.written_bytes = 0;
         if n_commands > 0 && self.class == AdapterClass::Hardware {
             self.pace.watch(&self.queue, n_commands);
@@ -227,6 +246,8 @@ impl Backend for GpuBackend {
 
     fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> Result<()> {
         let name = kernel.name();
+        // Asked for before the launch has a span of its own.
+        let within = if self.clock.is_some() { tracing::Span::current().metadata().map_or("launches", |span| span.name()) } else { "" };
         let _span = tracing::trace_span!("launch", kernel = name).entered();
         let bindings = kernel.bindings();
         ensure!(bindings.len() == operands.len(), "{name} takes {} operands, not {}", bindings.len(), operands.len());
@@ -273,7 +294,13 @@ impl Backend for GpuBackend {
         let params = kernel.params();
         ensure!(params.len() as u64 <= SLOT_BYTES, "{name} has {} bytes of parameters, the most is {SLOT_BYTES}", params.len());
         let pipeline = self.pipelines.find_or_make(&self.device, &self.health, &dispatch, bindings, params.len())?;
-        self.recording.launch(&self.device, &self.health, &self.pipelines, pipeline, operands, &words, params, dispatch.grid)
+        self.recording.launch(&self.device, &self.health, &self.pipelines, pipeline, operands, &words, params, dispatch.grid, within)
+    }
+
+    fn variant(&self, kernel: &dyn Kernel) -> String {
+        let Dispatch { shader, overrides, .. } = kernel.dispatch(self.class);
+        let constants = overrides.iter().map(|(name, value)| format!(" {name}={value}"));
+        std::iter::once(shader.name.to_owned()).chain(constants).collect()
     }
 
     fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>> {
@@ -295,9 +322,22 @@ impl Backend for GpuBackend {
 
     fn wait(&mut self, deadline: Duration) -> Result<()> {
         self.flush(None)?;
-        match &self.last {
-            Some(index) => Ok(self.health.wait_for(&self.device, index, Deadline::after(deadline))?),
-            None => Ok(()),
+        if let Some(index) = &self.last {
+            self.health.wait_for(&self.device, index, Deadline::after(deadline))?;
+        }
+        if let Some(clock) = &mut self.clock {
+            clock.tell();
+        }
+        Ok(())
+    }
+}
+
+impl Drop for GpuBackend {
+    /// What was submitted last has times to tell, too.
+    fn drop(&mut self) {
+        if let (Some(clock), Some(index)) = (&mut self.clock, &self.last) {
+            let _ = self.health.wait_for(&self.device, index, Deadline::after(LAST_TIMES));
+            clock.tell();
         }
     }
 }

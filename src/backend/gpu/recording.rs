@@ -7,6 +7,7 @@ use std::collections::HashMap;
 
 use anyhow::Result;
 
+use super::clock::{Clock, Timed};
 use super::health::Health;
 use super::pipelines::{Pipelines, SLOT_BYTES};
 use crate::kernels::{BufferId, Span};
@@ -27,9 +28,21 @@ pub(super) struct Words {
 }
 
 enum Command {
-    Launch { pipeline: usize, group: wgpu::BindGroup, slot: u32, grid: [u32; 3] },
-    Copy { from: Words, to: Words },
-    Clear { words: Words },
+    /// `within` is the span that it was recorded in, where a clock asks for that.
+    Launch {
+        pipeline: usize,
+        group: wgpu::BindGroup,
+        slot: u32,
+        grid: [u32; 3],
+        within: &'static str,
+    },
+    Copy {
+        from: Words,
+        to: Words,
+    },
+    Clear {
+        words: Words,
+    },
 }
 
 /// What a bind group was made for.
@@ -94,6 +107,7 @@ impl Recording {
         words: &[Words],
         params: &[u8],
         grid: [u32; 3],
+        within: &'static str,
     ) -> Result<()> {
         let (layout, group_layout) = pipelines.layout_of(pipeline);
         let mut key = GroupKey { layout, spans: [None; MAX_OPERANDS] };
@@ -114,7 +128,7 @@ impl Recording {
         self.params.extend_from_slice(params);
         self.params.resize(slot + SLOT_BYTES as usize, 0);
         operands.iter().for_each(|span| self.touch(span.buffer));
-        self.commands.push(Command::Launch { pipeline, group, slot: slot as u32, grid });
+        self.commands.push(Command::Launch { pipeline, group, slot: slot as u32, grid, within });
         Ok(())
     }
 
@@ -152,11 +166,21 @@ impl Recording {
     }
 
     /// Empties the recording into an encoder; the parameters travel by the queue, ahead of the next submit.
-    pub(super) fn encode(&mut self, queue: &wgpu::Queue, pipelines: &Pipelines, encoder: &mut wgpu::CommandEncoder) {
+    /// With a clock launches of different spans are passes of their own.
+    pub(super) fn encode(
+        &mut self,
+        queue: &wgpu::Queue,
+        pipelines: &Pipelines,
+        encoder: &mut wgpu::CommandEncoder,
+        mut clock: Option<&mut Clock>,
+    ) {
         if !self.params.is_empty() {
             queue.write_buffer(&self.uniforms, 0, &self.params);
             self.params.clear();
         }
+        let is_launch = |command: &Command, of: &str| matches!(command, Command::Launch { within, .. } if *within == of);
+        let counts: Vec<u32> = if clock.is_some() { runs(&self.commands) } else { Vec::new() };
+        let mut counts = counts.into_iter();
         let mut commands = self.commands.drain(..).peekable();
         while let Some(command) = commands.next() {
             match command {
@@ -172,17 +196,23 @@ impl Recording {
                 Command::Clear { words } => {
                     encoder.clear_buffer(&words.buffer, words.offset as u64 * 4, Some(words.len as u64 * 4));
                 }
-                launch @ Command::Launch { .. } => {
-                    let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-                    let (mut next, mut bound) = (Some(launch), None);
-                    while let Some(Command::Launch { pipeline, group, slot, grid: [x, y, z] }) = next {
+                Command::Launch { pipeline, group, slot, grid, within } => {
+                    let mut pass = match &mut clock {
+                        Some(clock) => clock.begin(encoder, Timed { name: within, launches: counts.next().unwrap_or(0) }),
+                        None => encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default()),
+                    };
+                    let (mut next, mut bound) = (Some((pipeline, group, slot, grid)), None);
+                    while let Some((pipeline, group, slot, [x, y, z])) = next {
                         if bound != Some(pipeline) {
                             pass.set_pipeline(pipelines.get(pipeline));
                             bound = Some(pipeline);
                         }
                         pass.set_bind_group(0, &group, &[slot]);
                         pass.dispatch_workgroups(x, y, z);
-                        next = commands.next_if(|c| matches!(c, Command::Launch { .. }));
+                        next = match commands.next_if(|command| is_launch(command, within)) {
+                            Some(Command::Launch { pipeline, group, slot, grid, .. }) => Some((pipeline, group, slot, grid)),
+                            _ => None,
+                        };
                     }
                 }
             }
@@ -190,4 +220,22 @@ impl Recording {
         drop(commands);
         self.submit += 1;
     }
+}
+
+/// Lengths of the runs of launches that were recorded in one span.
+fn runs(commands: &[Command]) -> Vec<u32> {
+    let names = commands.iter().map(|command| match command {
+        Command::Launch { within, .. } => Some(*within),
+        _ => None,
+    });
+    let (mut lengths, mut last) = (Vec::new(), None);
+    for name in names {
+        match (name, lengths.last_mut()) {
+            (Some(_), Some(length)) if name == last => *length += 1,
+            (Some(_), _) => lengths.push(1),
+            (None, _) => {}
+        }
+        last = name;
+    }
+    lengths
 }

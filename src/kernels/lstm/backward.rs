@@ -215,6 +215,7 @@ pub const BACKWARD_ENTRY: Entry = Entry {
         odd.chain(projected).chain([backward_case(70_001, 1, false, false, ("plain", Cell::PLAIN), false)]).chain(initial).collect()
     },
     bench_cases: || [(64, 64), (50, 256), (64, 1024)].map(|(b, h)| backward_case(b, h, false, false, ("plain", Cell::PLAIN), false)).into(),
+    sized: |s| vec![backward_case(s.n_rows, s.padded_hidden(), false, false, ("plain", Cell::PLAIN), false)],
     shaders: &[&BACKWARD],
 };
 

@@ -259,6 +259,7 @@ pub const FORWARD_ENTRY: Entry = Entry {
             .collect()
     },
     bench_cases: || [(64, 64), (50, 256), (64, 1024)].map(|(b, h)| forward_case(b, h, false, ("plain", Cell::PLAIN), false)).into(),
+    sized: |s| vec![forward_case(s.n_rows, s.padded_hidden(), false, ("plain", Cell::PLAIN), false)],
     shaders: &[&FORWARD],
 };
 fn forward_case(n_rows: u32, hidden: u32, with_lengths: bool, (name, cell): (&str, Cell), initial: bool) -> Case {

@@ -381,6 +381,7 @@ pub const NORM_INPUT_ENTRY: Entry = Entry {
     tolerance: NORM_TOLERANCE,
     cases: || [(1, 1), (3, 17), (33, 33), (65, 5), (2, 300), (70_001, 3)].map(|(rows, units)| input_case(rows, units)).into(),
     bench_cases: || vec![input_case(5000, 256)],
+    sized: |s| vec![input_case(s.places(), s.hidden)],
     shaders: &[&INPUT],
 };
 
@@ -394,6 +395,7 @@ pub const NORM_FORWARD_ENTRY: Entry = Entry {
         sizes.into_iter().flat_map(each).chain([forward_case(70_001, 13, false, false, ("plain", Cell::PLAIN))]).collect()
     },
     bench_cases: || vec![forward_case(50, 256, false, false, ("plain", Cell::PLAIN))],
+    sized: |s| vec![forward_case(s.n_rows, s.hidden, false, false, ("plain", Cell::PLAIN))],
     shaders: &[&FORWARD],
 };
 
@@ -407,6 +409,7 @@ pub const NORM_BACKWARD_ENTRY: Entry = Entry {
         sizes.into_iter().flat_map(each).chain([backward_case(70_001, 13, false, false, false, ("plain", Cell::PLAIN))]).collect()
     },
     bench_cases: || vec![backward_case(50, 256, false, false, false, ("plain", Cell::PLAIN))],
+    sized: |s| vec![backward_case(s.n_rows, s.hidden, false, false, false, ("plain", Cell::PLAIN))],
     shaders: &[&BACKWARD],
 };
 

@@ -8,7 +8,7 @@ use super::{CELL_FRAGMENTS, Cell, NONE, SUM_REASON, case_rows, cells, parts, ste
 use crate::for_isa;
 use crate::kernels::microkernel::{self, Ends, Factors, Left, MatrixMut, Stored};
 use crate::kernels::{
-    AdapterClass, Binding, Case, Dispatch, Entry, Fill, Kernel, Operand, Shader, ShapeError, Tolerance, at_least, kernel_basics,
+    AdapterClass, Binding, Case, Dispatch, Entry, Fill, Kernel, Operand, Shader, ShapeError, Sizes, Tolerance, at_least, kernel_basics,
     loop_trips, multiple_of, operand, read, read_write,
 };
 use crate::pool::CpuContext;
@@ -244,6 +244,7 @@ pub const PROJECT_ENTRY: Entry = Entry {
         sizes.into_iter().flat_map(each).collect()
     },
     bench_cases: || vec![project_case(50, 512, 256, false, ("plain", Cell::PLAIN))],
+    sized: |s| vec![project_case(s.n_rows, s.padded_hidden(), projected(s), false, ("plain", Cell::PLAIN))],
     shaders: &[&PROJECT],
 };
 
@@ -258,8 +259,14 @@ pub const STATE_GRADIENT_ENTRY: Entry = Entry {
         sizes.into_iter().flat_map(each).collect()
     },
     bench_cases: || vec![gradient_case(50, 512, 256, false, false, false, ("plain", Cell::PLAIN))],
+    sized: |s| vec![gradient_case(s.n_rows, s.padded_hidden(), projected(s), false, false, false, ("plain", Cell::PLAIN))],
     shaders: &[&STATE_GRADIENT],
 };
+
+/// Units that a layer of these sizes is projected to: half.
+fn projected(s: Sizes) -> u32 {
+    crate::shape::pad_units(s.hidden as usize / 2) as u32
+}
 
 fn project_case(n_rows: u32, hidden: u32, width: u32, with_lengths: bool, (name, cell): (&str, Cell)) -> Case {
     let (h, r) = (pad_units(hidden as usize) as u32, pad_units(width as usize) as u32);

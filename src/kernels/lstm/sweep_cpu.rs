@@ -17,6 +17,7 @@ use super::rows::{
 };
 use super::{Cell, FLAG_NON_FINITE, LanePart, LaneShape, LaneVectors, Launch, NONE, PEEPHOLES, SweepArgs};
 use crate::for_isa;
+use crate::kernels::gemm::{self, Gemm, Matrix};
 use crate::kernels::lstm::norm::NORM_FACTORS;
 use crate::kernels::microkernel::{self, Ends, Factors, Left, MatrixMut, Steps, Stored};
 use crate::kernels::{AdapterClass, Binding, Dispatch, Kernel, Operand, ShapeError, Span, at_least, multiple_of, read, read_write};
@@ -198,6 +199,25 @@ impl Sweep {
         CellRow { cell: &self.cell, peephole, norm, t: t as u32 }
     }
 
+    /// The product of the steps of one row, `k` columns of them, with the weights from row `first` on; a later part is added to the one before.
+    fn input_product(&self, ctx: &mut CpuContext, [first, k]: [usize; 2], x: &[f32], weight_ih: &[f32], gates: &mut [f32]) {
+        let (start, n) = (self.range.start, self.gates());
+        let product = Gemm {
+            m: self.range.len() as u32,
+            n: n as u32,
+            k: k as u32,
+            trans_a: 0,
+            trans_b: 0,
+            accumulate: u32::from(first > 0),
+            use_bias: 0,
+            bias_offset: 0,
+            a: Matrix::row_major(start * k, k),
+            b: Matrix::panels(first * PANEL, self.inputs),
+            c: Matrix::row_major(start * n, n),
+        };
+        gemm::product(ctx, &product, x, weight_ih, None, gates);
+    }
+
     /// The arena of the gates as steps: gates, both normalised products, their factors.
     fn gate_steps<'a>(&self, gates: &'a mut [f32]) -> (Steps<'a>, Option<(Steps<'a>, Steps<'a>, Steps<'a>)>) {
         let (rows, n, width) = (self.n_rows, self.n_steps, self.gates());
@@ -341,8 +361,17 @@ impl Kernel for SweepForward {
         let words = s.row_words(row_words);
         let x_parts = [(self.x[0], x0), (self.x[1], x1)];
         let x_parts = x_parts.map(|(width, x)| width.map_or((&[][..], 0), |width| (x.as_slice(), width)));
+        // One row alone reads the weights of its input once for all steps, and those of h as they lie.
+        let is_single = rows == 1 && s.range.len() > 1 && !s.shape.norms;
+        if is_single {
+            let mut first = 0;
+            for (x, k) in x_parts.into_iter().filter(|&(_, k)| k > 0) {
+                s.input_product(ctx, [first, k], x, weight_ih, gates.as_mut_slice());
+                first += k;
+            }
+        }
         // Few rows in all do not pay for packing; with the widest vectors weights lie as they are wanted.
-        let does_pack = microkernel::tile_cols(isa) < PANEL && rows * s.range.len() > 4 * microkernel::TILE_ROWS;
+        let does_pack = microkernel::tile_cols(isa) < PANEL && rows > 1 && rows * s.range.len() > 4 * microkernel::TILE_ROWS;
         let packed_len = if does_pack { (inputs + width) * gate_cols } else { 0 };
         let hr_len = if s.shape.projects { microkernel::packed_len(isa, hidden, width) } else { 0 };
         let (packed, rest) = ctx.scratch.take(packed_len + hr_len + gate_cols).split_at_mut(packed_len);
@@ -432,7 +461,9 @@ impl Kernel for SweepForward {
                     }
                 } else {
                     let mut to = MatrixMut::row_major(z, live, gate_cols, gate_cols);
-                    if x1.is_some() {
+                    if is_single {
+                        microkernel::multiply(isa, &mut to, [Some(from_h), None], Ends { add: true, bias });
+                    } else if x1.is_some() {
                         microkernel::multiply(isa, &mut to, [x0, x1], Ends::default());
                         microkernel::multiply(isa, &mut to, [Some(from_h), None], Ends { add: true, bias });
                     } else {

@@ -1,15 +1,20 @@
-//! `profile step`: what a training step costs, on synthetic data of the size that was asked for.
+//! `profile`: what a step costs, on synthetic data of the size that was asked for.
+
+mod inference;
+pub mod kernels;
+pub mod layer;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use self::layer::{LayerAlone, LayerSizes};
 use super::balance::Balance;
 use super::devices::Resolved;
-use super::group::{Group, GroupSpec, StepNumbers, Wrap};
+use super::group::{Group, GroupSpec, StepNumbers, Wrap, open_device};
 use super::run::settle;
 use super::watched::{Notes, Watched, noted};
 use crate::backend::Backend;
@@ -24,6 +29,7 @@ use crate::model::init::{Init, initial};
 use crate::model::state::Carried;
 use crate::optim::{OptimizerConfig, Rule};
 use crate::rng::{Purpose, StepKey, Stream};
+use crate::shape::GATES;
 use crate::usage::UsageError;
 
 /// Steps before the clock starts: pipelines are built, memory is touched.
@@ -40,6 +46,8 @@ pub struct Workload {
     pub n_rows: usize,
     /// The state is carried from step to step.
     pub carries: bool,
+    /// Training is the first layer alone: the gradient of its outputs' sum, of its input too; no head, no update.
+    pub layer_alone: bool,
 }
 
 fn optimizer(rule: Rule, lr: f64, clip_norm: f64) -> OptimizerConfig {
@@ -47,7 +55,7 @@ fn optimizer(rule: Rule, lr: f64, clip_norm: f64) -> OptimizerConfig {
 }
 
 impl Workload {
-    /// One of the fixed workloads that tools are compared by: A series, B char-lm, C ptb-small, D large.
+    /// One of the fixed workloads that tools are compared by: A series, B char-lm, C ptb-small, D large, E long.
     pub fn named(name: &str) -> Option<Self> {
         let tokens = |vocabulary, width, hidden: usize| ModelConfig {
             input: config::Input::Tokens { vocabulary, width },
@@ -71,12 +79,18 @@ impl Workload {
         };
         let adam = optimizer(Rule::Adam, 1e-3, 0.0);
         Some(match name {
-            "A" => Self { model: series(8, 1, 64), optimizer: adam, n_steps: 48, n_rows: 64, carries: false },
-            "B" => Self { model: tokens(96, 128, 256), optimizer: adam, n_steps: 100, n_rows: 50, carries: false },
-            "C" => {
-                Self { model: tokens(10_000, 200, 200), optimizer: optimizer(Rule::Sgd, 0.1, 5.0), n_steps: 20, n_rows: 20, carries: true }
-            }
-            "D" => Self { model: series(512, 2, 1024), optimizer: adam, n_steps: 64, n_rows: 64, carries: false },
+            "A" => Self { model: series(8, 1, 64), optimizer: adam, n_steps: 48, n_rows: 64, carries: false, layer_alone: false },
+            "B" => Self { model: tokens(96, 128, 256), optimizer: adam, n_steps: 100, n_rows: 50, carries: false, layer_alone: false },
+            "C" => Self {
+                model: tokens(10_000, 200, 200),
+                optimizer: optimizer(Rule::Sgd, 0.1, 5.0),
+                n_steps: 20,
+                n_rows: 20,
+                carries: true,
+                layer_alone: false,
+            },
+            "D" => Self { model: series(512, 2, 1024), optimizer: adam, n_steps: 64, n_rows: 64, carries: false, layer_alone: false },
+            "E" => Self { model: series(768, 1, 768), optimizer: adam, n_steps: 1024, n_rows: 16, carries: false, layer_alone: true },
             _ => return None,
         })
     }
@@ -142,12 +156,122 @@ pub enum Lengths {
     Uniform,
 }
 
-/// Measures `steps` training steps. With [`Lengths::Uniform`] an epoch of unequal sequences, in batches of like length, is trained on between them:
-/// at least [`POOL`] batches, of which `tokens_per_second` counts the valid tokens, beside `dense_tokens_per_second` and their `ratio`.
+/// What a step is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Forward, loss, backward, update.
+    #[default]
+    Train,
+    /// One time step a call, with the state carried from call to call.
+    InferStep,
+    /// A whole sequence a call.
+    InferSeq,
+}
+
+impl Mode {
+    /// Steps that are timed where none are given: enough to take a second or so.
+    pub fn usual_steps(self) -> usize {
+        match self {
+            Self::Train => 20,
+            Self::InferStep => 2000,
+            Self::InferSeq => 100,
+        }
+    }
+}
+
+/// What is measured, and on what.
+#[derive(Clone, Copy, Debug)]
+pub struct Measured<'a> {
+    pub mode: Mode,
+    /// As typed.
+    pub devices: &'a str,
+    pub balance: &'a str,
+    pub accumulate: usize,
+    /// Steps or calls that are timed.
+    pub steps: usize,
+    pub lengths: Lengths,
+}
+
+/// Measures steps of a workload as asked.
 ///
 /// # Errors
-/// Devices that do not exist, a model that does not fit.
-pub fn profile_step(
+/// Devices that do not exist, or more than the work can use; a model that does not fit.
+pub fn profile_step(workload: &Workload, measured: Measured<'_>) -> Result<Map<String, Value>> {
+    let Measured { mode, devices, balance, accumulate, steps, lengths } = measured;
+    UsageError::unless(steps > 0, || "--steps 0 measures nothing: give a number from 1".to_owned())?;
+    if mode == Mode::Train && !workload.layer_alone {
+        return profile_training(workload, devices, balance, accumulate, steps, lengths);
+    }
+    let what = if mode == Mode::Train { "a layer alone" } else { "--mode infer-step or infer-seq" };
+    UsageError::unless(lengths == Lengths::Full, || format!("--lengths uniform is for training a model, not for {what}: leave it out"))?;
+    UsageError::unless(accumulate == 1, || format!("--accumulate is for training a model, not for {what}: leave it out"))?;
+    let n_workers = super::devices::parse(devices)?.n_workers();
+    UsageError::unless(n_workers.is_none_or(|n| n == 1), || {
+        format!("--devices {devices} names {} workers, but {what} runs on one: name one", n_workers.unwrap_or(0))
+    })?;
+    let (devices, ..) = settle(devices, balance)?;
+    let device = devices.first().context("no device was found")?;
+    match mode {
+        Mode::Train => profile_layer(workload, device, steps),
+        Mode::InferStep => inference::measure(workload, device, true, steps),
+        Mode::InferSeq => inference::measure(workload, device, false, steps),
+    }
+}
+
+/// A device without a worker around it.
+fn open_one(device: &Resolved) -> Result<Box<dyn Backend>> {
+    open_device(&device.kind)
+}
+
+/// Of times in order.
+fn median(times: &[f64]) -> f64 {
+    let n = times.len();
+    if n % 2 == 1 { times[n / 2] } else { (times[n / 2 - 1] + times[n / 2]) / 2.0 }
+}
+
+/// Measures a layer alone.
+fn profile_layer(workload: &Workload, device: &Resolved, steps: usize) -> Result<Map<String, Value>> {
+    let config::Input::Values { n_features } = workload.model.input else {
+        return Err(UsageError("a layer alone reads numbers, not tokens: choose another workload".to_owned()).into());
+    };
+    let sizes =
+        LayerSizes { n_steps: workload.n_steps, n_rows: workload.n_rows, n_inputs: n_features, hidden: workload.model.hidden.of(0) };
+    let mut layer = LayerAlone::new(sizes, open_one(device)?)?;
+    // As long as several steps of the other workloads.
+    layer.step()?;
+    let mut times = (0..steps).map(|_| Ok(layer.step()?.as_secs_f64())).collect::<Result<Vec<_>>>()?;
+    times.sort_by(f64::total_cmp);
+    let middle = median(&times);
+    let info = layer.backend().info().clone();
+    // Products forward, and for each two backward.
+    let flop = 6.0 * (sizes.n_steps * sizes.n_rows * GATES * sizes.hidden * (sizes.n_inputs + sizes.hidden)) as f64;
+    let mut summary = Map::new();
+    summary.insert("status".into(), json!("finished"));
+    summary.insert("ms_per_step".into(), json!(middle * 1e3));
+    summary.insert("us_per_time_step".into(), json!(middle * 1e6 / sizes.n_steps as f64));
+    summary.insert("tokens_per_second".into(), json!((sizes.n_steps * sizes.n_rows) as f64 / middle));
+    summary.insert("gflops".into(), json!(flop / middle / 1e9));
+    summary.insert("peak_rss_bytes".into(), json!(peak_rss_bytes()));
+    summary.insert("bytes_sent_per_step".into(), json!(0));
+    summary.insert("ring_wait_share".into(), json!(0.0));
+    summary.insert("devices".into(), json!([{ "device": device.spec, "name": info.name, "driver": info.driver }]));
+    summary.insert("parameters".into(), json!(layer.n_parameters()));
+    summary.insert("loss".into(), json!(layer.total()?));
+    drop(layer);
+    let notes = Notes::shared();
+    let mut layer = LayerAlone::new(sizes, Watched::timing(open_one(device)?, &notes))?;
+    layer.step()?;
+    noted(&notes).kernels.clear();
+    layer.step()?;
+    drop(layer);
+    summary.insert("kernels".into(), of_kernels(&noted(&notes), 1));
+    Ok(summary)
+}
+
+/// Measures `steps` training steps. With [`Lengths::Uniform`] an epoch of unequal sequences, in batches of like length, is trained on between them:
+/// at least [`POOL`] batches, of which `tokens_per_second` counts the valid tokens, beside `dense_tokens_per_second` and their `ratio`.
+fn profile_training(
     workload: &Workload,
     devices: &str,
     balance: &str,
@@ -155,7 +279,6 @@ pub fn profile_step(
     steps: usize,
     lengths: Lengths,
 ) -> Result<Map<String, Value>> {
-    UsageError::unless(steps > 0, || "--steps 0 measures nothing: give a number from 1".to_owned())?;
     let (devices, mut balance, _) = settle(devices, balance)?;
     let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate };
     let mut group = Group::start(spec, &devices, None)?;
@@ -203,11 +326,12 @@ pub fn profile_step(
         }
     }
     times.sort_by(f64::total_cmp);
-    let median = if steps % 2 == 1 { times[steps / 2] } else { (times[steps / 2 - 1] + times[steps / 2]) / 2.0 };
+    let median = median(&times);
     let wait_share = if ring.is_zero() { 0.0 } else { waited.as_secs_f64() / ring.as_secs_f64() };
     let mut summary = Map::new();
     summary.insert("status".into(), json!("finished"));
     summary.insert("ms_per_step".into(), json!(median * 1e3));
+    summary.insert("us_per_time_step".into(), json!(median * 1e6 / batch.n_steps as f64));
     summary.insert("tokens_per_second".into(), json!(batch.n_tokens as f64 / median));
     summary.insert("peak_rss_bytes".into(), json!(peak_rss_bytes()));
     summary.insert("bytes_sent_per_step".into(), json!(sent));
@@ -337,15 +461,19 @@ fn kernels(workload: &Workload, devices: &[Resolved], accumulate: usize) -> Resu
     }
     // Ends the workers, so that the last update is counted.
     drop(group);
-    let notes = noted(&notes);
+    Ok(of_kernels(&noted(&notes), STEPS))
+}
+
+/// By kernel: launches and milliseconds a step, the longest first.
+fn of_kernels(notes: &Notes, steps: u32) -> Value {
     let mut rows: Vec<_> = notes.kernels.iter().collect();
     rows.sort_by_key(|row| std::cmp::Reverse(row.1.1));
-    let row = |(name, (n, time)): (&&'static str, &(u32, Duration))| json!({ "kernel": name, "launches": n / STEPS, "ms": time.as_secs_f64() * 1e3 / f64::from(STEPS) });
-    Ok(rows.into_iter().map(row).collect())
+    let row = |(name, (n, time)): (&&'static str, &(u32, Duration))| json!({ "kernel": name, "launches": n / steps, "ms": time.as_secs_f64() * 1e3 / f64::from(steps) });
+    rows.into_iter().map(row).collect()
 }
 
 /// The process's largest resident memory so far, where the system tells it.
-pub(super) fn peak_rss_bytes() -> Option<u64> {
+pub(in crate::train) fn peak_rss_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
