@@ -154,7 +154,11 @@ struct Actor {
     seat: usize,
     stage: Arc<Stage>,
     tokens: BTreeSet<u32>,
+    /// Told of each launch before it is made.
+    before: Option<Before>,
 }
+
+type Before = Arc<dyn Fn(usize, &'static str) + Send + Sync>;
 
 struct Line {
     inner: Box<dyn Readback>,
@@ -206,6 +210,9 @@ impl Backend for Actor {
     }
     fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> Result<()> {
         self.stage.call(self.seat)?;
+        if let Some(before) = &self.before {
+            before(self.seat, kernel.name());
+        }
         self.inner.launch(kernel, operands)
     }
     fn plan(&self) -> SweepPlan {
@@ -234,7 +241,7 @@ fn actors(stage: &Arc<Stage>, alike: bool) -> Wrap {
         if !alike {
             info.kind = format!("kind {seat}");
         }
-        Box::new(Actor { inner, info, seat, stage: Arc::clone(&stage), tokens: BTreeSet::new() })
+        Box::new(Actor { inner, info, seat, stage: Arc::clone(&stage), tokens: BTreeSet::new(), before: None })
     })
 }
 
@@ -624,6 +631,86 @@ fn a_share_that_changes_hands_takes_its_carried_state_along() {
 }
 
 #[test]
+fn shares_come_to_follow_the_speed_of_a_slowed_device_while_steps_stay_those_of_fixed_ones() {
+    let workload = workload();
+    // Seconds a row on a clock of its own: the last device is slowed three times.
+    let cost = [1e-3, 1e-3, 3e-3];
+    let mut group = started(&workload, WORLD, Safety::default(), None);
+    let mut fixed = started(&workload, WORLD, Safety::default(), None);
+    let mut balance = Balance::measured(WORLD);
+    let mut carried = [Carried::new(&workload.model, ROWS), Carried::new(&workload.model, ROWS)];
+    for step in 0..30 {
+        let (batch, [of_moving, of_fixed]) = (batch(&workload, step), &mut carried);
+        let shares = balance.shares(ROWS);
+        let numbers = numbers(step, &batch, 0.05);
+        let got = group.step(&batch, &shares, Some(of_moving), numbers).unwrap();
+        let want = fixed.step(&batch, &[0..2, 2..4, 4..6], Some(of_fixed), numbers).unwrap();
+        assert!((got.loss - want.loss).abs() < 1e-4 * want.loss, "step {step}: {} against {}", got.loss, want.loss);
+        let times: Vec<Duration> = shares.iter().zip(cost).map(|(rows, cost)| Duration::from_secs_f64(rows.len() as f64 * cost)).collect();
+        balance.observe(&batch, &shares, &times);
+    }
+    // Six rows at speeds of 3:3:1 are best cut as 3:2:1 or 2:3:1, which ends after three of the slow device's milliseconds.
+    let n_rows: Vec<usize> = balance.shares(ROWS).into_iter().map(|rows| rows.len()).collect();
+    assert!(n_rows[2] == 1 && n_rows[0].max(n_rows[1]) == 3, "{n_rows:?}");
+}
+
+#[test]
+fn buckets_go_round_a_slow_link_while_lower_layers_are_still_computed() {
+    let mut workload = workload();
+    workload.model.n_layers = 3;
+    let shares = [0..2, 2..4, 4..6];
+    let batch = batch(&workload, 0);
+    let plain = Stage::new(WORLD, How::Error, u64::MAX);
+    let with = |before: Before| -> Wrap {
+        let stage = Arc::clone(&plain);
+        Arc::new(move |seat, inner| {
+            let info = inner.info().clone();
+            Box::new(Actor { inner, info, seat, stage: Arc::clone(&stage), tokens: BTreeSet::new(), before: Some(Arc::clone(&before)) })
+        })
+    };
+    // What each rank launches before its update.
+    let launched: Arc<Mutex<Vec<Vec<&str>>>> = Arc::new(Mutex::new(vec![Vec::new(); WORLD]));
+    let log = Arc::clone(&launched);
+    let wrap = with(Arc::new(move |seat, kernel| log.lock().unwrap()[seat].push(kernel)));
+    let mut group = started(&workload, WORLD, survives(PATIENT), Some(&wrap));
+    group.step(&batch, &shares, None, numbers(0, &batch, 0.1)).unwrap();
+    drop(group);
+    let last: Vec<usize> =
+        launched.lock().unwrap().iter().map(|kernels| kernels.iter().rposition(|kernel| *kernel != "sgd").unwrap()).collect();
+    assert!(last.iter().all(|last| *last > 20), "{last:?}");
+    // Now each waits before its last launch until the first bucket has come in from both others. Were buckets sent only when all is
+    // computed, nobody would ever go on.
+    let n_come: Arc<Vec<AtomicU64>> = Arc::new((0..WORLD).map(|_| AtomicU64::new(0)).collect());
+    let n_launched: Vec<AtomicU64> = (0..WORLD).map(|_| AtomicU64::new(0)).collect();
+    let come = Arc::clone(&n_come);
+    let waited = Arc::new(AtomicU64::new(0));
+    let waits = Arc::clone(&waited);
+    let wrap = with(Arc::new(move |seat, _| {
+        if n_launched[seat].fetch_add(1, Ordering::SeqCst) != last[seat] as u64 {
+            return;
+        }
+        let patience = Instant::now();
+        while come[seat].load(Ordering::SeqCst) < WORLD as u64 - 1 {
+            assert!(patience.elapsed() < PATIENT / 2, "the first bucket has not come to rank {seat}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        waits.fetch_add(1, Ordering::SeqCst);
+    }));
+    let tap = Tap::new(move |passing| {
+        // A link of 1 GB/s.
+        if !passing.is_sent {
+            std::thread::sleep(Duration::from_secs_f64(passing.n_bytes as f64 / 1e9));
+        }
+        if !passing.is_sent && passing.header.operation == Operation::AllReduce && passing.header.call == 0 {
+            n_come[passing.rank].fetch_add(1, Ordering::SeqCst);
+        }
+    });
+    let mut group = started(&workload, WORLD, Safety { tap: Some(tap), ..survives(PATIENT) }, Some(&wrap));
+    group.step(&batch, &shares, None, numbers(0, &batch, 0.1)).unwrap();
+    assert_eq!(waited.load(Ordering::SeqCst), WORLD as u64);
+}
+
+#[test]
 fn a_share_beyond_a_devices_memory_becomes_smaller_and_the_step_is_repeated() {
     let workload = workload();
     let spec = WorkerSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1, deadline: PATIENT };
@@ -676,7 +763,7 @@ fn fails_at(seat: usize, calls: Vec<u64>) -> Wrap {
         let stage = Stage::new(of, How::Error, at);
         stage.is_armed.store(true, Ordering::SeqCst);
         let info = inner.info().clone();
-        Box::new(Actor { inner, info, seat: of, stage, tokens: BTreeSet::new() })
+        Box::new(Actor { inner, info, seat: of, stage, tokens: BTreeSet::new(), before: None })
     })
 }
 
