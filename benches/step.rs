@@ -1,13 +1,15 @@
 //! One training step, forward to update, through a group of workers as a run makes it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use carrousel::comm::Tap;
 use carrousel::data::Batch;
 use carrousel::model::config::Input;
 use carrousel::model::init::{Init, initial};
 use carrousel::model::state::Carried;
 use carrousel::rng::StepKey;
-use carrousel::train::group::{Group, GroupSpec, StepNumbers};
+use carrousel::train::group::{Group, GroupSpec, Safety, StepNumbers, Stepped};
 use carrousel::train::profile::Workload;
 use carrousel::train::run::settle;
 use criterion::{BenchmarkId, Criterion, Throughput};
@@ -30,9 +32,15 @@ pub struct Training {
 
 impl Training {
     pub fn start(workload: &Workload, devices: &str) -> Self {
+        Self::linked(workload, devices, None)
+    }
+
+    /// With links that a tap makes slow.
+    fn linked(workload: &Workload, devices: &str, tap: Option<Tap>) -> Self {
         let (devices, balance, _) = settle(devices, "equal").expect("devices that exist");
         let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1 };
-        let mut group = Group::start(spec, &devices, None).expect("workers that start");
+        let safety = Safety { tap, ..Safety::default() };
+        let mut group = Group::start_safe(spec, &devices, safety, None).expect("workers that start");
         let model = &workload.model;
         let params = initial(model, group.table(), Init::Uniform(0.1), None, 1);
         let zeros: Vec<Vec<f32>> = params.iter().map(|p| vec![0.0; p.len()]).collect();
@@ -45,11 +53,15 @@ impl Training {
 
     /// Trains one step; returns the mean loss before it.
     pub fn step(&mut self) -> f64 {
+        let divisor = self.batch.weight;
+        self.stepped().loss / divisor
+    }
+
+    fn stepped(&mut self) -> Stepped {
         self.step += 1;
         let divisor = self.batch.weight;
         let numbers = StepNumbers { step: self.step, lr: self.lr, key: StepKey::new(1, self.step), divisor };
-        let stepped = self.group.step(&self.batch, &self.shares, self.carried.as_mut(), numbers).expect("a step");
-        stepped.loss / divisor
+        self.group.step(&self.batch, &self.shares, self.carried.as_mut(), numbers).expect("a step")
     }
 }
 
@@ -65,6 +77,44 @@ fn workload(name: &str, n_steps: usize, n_rows: usize) -> Workload {
         }
     }
     workload
+}
+
+/// Two workers on links of their own memory's speed and of 1 GB/s: how long a step takes, and after the samples how much of the ring's time the step had to
+/// wait for; the rest was hidden behind the backward pass.
+fn overlap(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("step/overlap");
+    for (name, label, n_steps, n_rows) in WORKLOADS {
+        let workload = workload(name, n_steps, n_rows);
+        for (link, tap) in [("memory", None), ("1 GB/s", Some(Tap::slowed(1e9)))] {
+            let mut training: Option<Training> = None;
+            let (mut waited, mut ring, mut n) = (Duration::ZERO, Duration::ZERO, 0);
+            group.bench_function(BenchmarkId::new(label, link), |bencher| {
+                let training = training.get_or_insert_with(|| {
+                    let mut training = Training::linked(&workload, "cpu:1*2", tap.clone());
+                    let want = Training::start(&workload, "cpu:1").step();
+                    let loss = training.step();
+                    assert!((loss - want).abs() <= TOLERANCE * want.abs(), "{label}: the loss is {loss}, on one worker {want}");
+                    training
+                });
+                bencher.iter(|| {
+                    let stepped = training.stepped();
+                    waited += stepped.ranks.iter().map(|rank| rank.waited).sum::<Duration>();
+                    ring += stepped.ranks.iter().map(|rank| rank.ring_time).sum::<Duration>();
+                    n += stepped.ranks.len() as u32;
+                });
+            });
+            if n > 0 {
+                let ms = |time: Duration| 1e3 * time.as_secs_f64() / f64::from(n);
+                println!(
+                    "{label}, {link}: {:.2} ms in the ring, {:.2} ms of waiting for it, ring_wait_share {:.2}",
+                    ms(ring),
+                    ms(waited),
+                    waited.as_secs_f64() / ring.as_secs_f64().max(1e-12)
+                );
+            }
+        }
+    }
+    group.finish();
 }
 
 /// Measures a step of each workload on each list of devices.
@@ -93,4 +143,5 @@ pub fn bench(criterion: &mut Criterion) {
         }
     }
     group.finish();
+    overlap(criterion);
 }

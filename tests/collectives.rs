@@ -437,7 +437,7 @@ fn the_plan_checker_finds_planted_faults() {
 // Runs.
 
 /// Long enough for a loaded machine; no test that succeeds waits for it.
-const PATIENT: Options = Options { deadline: Duration::from_secs(120), generation: 0, algorithm: Algorithm::Auto };
+const PATIENT: Options = Options { deadline: Duration::from_secs(120), generation: 0, algorithm: Algorithm::Auto, tap: None };
 
 /// [`PATIENT`] by a given algorithm.
 fn by(algorithm: Algorithm) -> Options {

@@ -11,6 +11,7 @@ mod gpu_smoke; // the GPU backend itself: order, readbacks, loss, limits
 mod house; // floors, and what may be named where
 mod interchange; // models as PyTorch and ONNX have them
 mod kernels; // every kernel on every device against the oracle
+mod losses; // devices that fail, are stuck, slow or too small
 mod memory; // operands between guard bands
 mod model; // whole networks against an f64 network
 mod observe; // events, metrics, pictures

@@ -109,6 +109,7 @@ fn every_event_is_written_under_the_names_of_the_contract() {
                 tokens_per_second: 10.0,
                 waited_seconds: 0.5,
                 bytes_sent: 4096,
+                lost: None,
             },
             json!({"event": "device", "step": 20, "rank": 1, "name": "cpu:2", "share": 0.25, "loss": 1.5, "tokens_per_second": 10.0,
                 "waited_seconds": 0.5, "bytes_sent": 4096}),

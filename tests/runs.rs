@@ -13,7 +13,7 @@ use carrousel::observe::{Bus, Event, Sink};
 use carrousel::optim::schedule::{ScheduleConfig, ScheduleKind};
 use carrousel::optim::{OptimizerConfig, Rule};
 use carrousel::store::Select;
-use carrousel::store::config::{LossReduction, RunConfig, Task};
+use carrousel::store::config::{LossReduction, OnDeviceLoss, RunConfig, Task};
 use carrousel::train::{Outcome, RunOptions, run};
 
 /// A small configuration; tests change what they are about.
@@ -72,6 +72,10 @@ pub fn config(task: Task, data: &[&Path]) -> RunConfig {
         seed: 1,
         devices: "cpu:1".into(),
         balance: String::new(),
+        on_device_loss: OnDeviceLoss::Continue,
+        rejoin: false,
+        deadline: 300,
+        memory_limit: Vec::new(),
         accumulate: 1,
         select: Select::Last,
         eval_every: 0,

@@ -14,7 +14,7 @@ use carrousel::observe::{Bus, Event, Exhibit, Sink};
 use carrousel::optim::Rule;
 use carrousel::rng::StepKey;
 use carrousel::store::checkpoint::Checkpoint;
-use carrousel::store::config::{LossReduction, RunConfig, Task};
+use carrousel::store::config::{LossReduction, OnDeviceLoss, RunConfig, Task};
 use carrousel::store::run_folder::{RunFolder, Which};
 use carrousel::train::devices;
 use carrousel::train::group::{Group, GroupSpec, StepNumbers, Wrap};
@@ -681,7 +681,7 @@ fn a_worker_that_fails_is_named_and_the_others_do_not_hang() {
     for (after, says) in [(fail as fn(&mut dyn Backend, &'static str, &[Span]) -> Result<()>, "smoke"), (panics, "planted panic")] {
         let dir = tempfile::tempdir().unwrap();
         let mut config = small(dir.path());
-        config.devices = "cpu:1*3".into();
+        (config.devices, config.on_device_loss) = ("cpu:1*3".into(), OnDeviceLoss::Stop);
         let ran: Ran = train_with(&config, options(&dir.path().join("run"), Some(alike(after))), None);
         let error = format!("{:#}", ran.outcome.err().expect("one worker fails"));
         assert!(error.contains(says) && error.contains("cpu:1"), "{error}");

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan};
+use super::{Backend, BufferId, DeviceError, DeviceInfo, Limits, Readback, Span, SweepPlan};
 use crate::kernels::lstm::sweep_cpu;
 use crate::kernels::{Access, Kernel, Operand};
 use crate::pool::CpuContext;
@@ -77,8 +77,10 @@ impl Backend for CpuBackend {
 
     fn alloc(&mut self, label: &str, len: usize) -> Result<BufferId> {
         let mut data = Vec::new();
-        data.try_reserve_exact(len)
-            .with_context(|| format!("no memory for {label}: {} MiB; lower --batch-size or --hidden", (len * 4) >> 20))?;
+        data.try_reserve_exact(len).map_err(|_| DeviceError::OutOfMemory {
+            device: self.info.spec.clone(),
+            what: format!("there is none for {label}, {} MiB", (len * 4) >> 20),
+        })?;
         data.resize(len, 0.0);
         self.buffers.push(Some(data));
         Ok(BufferId(self.buffers.len() as u32 - 1))

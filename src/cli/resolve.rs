@@ -17,7 +17,7 @@ use crate::model::config::{Hidden, LstmConfig, Pooling};
 use crate::model::init::Init;
 use crate::optim::schedule::{ScheduleConfig, ScheduleKind};
 use crate::optim::{OptimizerConfig, Rule};
-use crate::store::config::{LossReduction, RunConfig, Task};
+use crate::store::config::{DEADLINE_SECONDS, LossReduction, OnDeviceLoss, RunConfig, Task};
 use crate::store::{RunFolder, Select, run_folder};
 use crate::train::devices;
 use crate::usage::UsageError;
@@ -395,6 +395,10 @@ fn fill(typed: &Typed) -> RunConfig {
         seed: typed.seed.unwrap_or(SEED),
         devices: text(&typed.devices, DEVICES),
         balance: text(&typed.balance, ""),
+        on_device_loss: typed.on_device_loss.unwrap_or_default(),
+        rejoin: typed.rejoin.unwrap_or(false),
+        deadline: typed.deadline.unwrap_or(DEADLINE_SECONDS),
+        memory_limit: typed.memory_limit.clone().unwrap_or_default(),
         accumulate: size(typed.accumulate, 1),
         select: typed.select.unwrap_or(defaults.select),
         eval_every: typed.eval_every.unwrap_or(0),
@@ -630,6 +634,20 @@ fn check_run(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
     };
     let list = devices::parse(&config.devices).map_err(|error| wrong("devices", error))?;
     devices::parse_balance(&config.balance, list.n_workers()).map_err(|error| wrong("balance", error))?;
+    let n_workers = list.n_workers();
+    if config.rejoin && config.on_device_loss == OnDeviceLoss::Stop {
+        return judge.refuse("rejoin", "needs a run that goes on without a device: leave --on-device-loss stop out");
+    }
+    if config.rejoin && n_workers == Some(1) {
+        return judge.refuse("rejoin", "means nothing with one worker, whose loss ends the run; name more with --devices, or leave it out");
+    }
+    judge.positive("deadline", config.deadline)?;
+    let limits = &config.memory_limit;
+    let shown = limits.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    judge.hold("memory_limit", &shown, limits.iter().all(|gb| gb.is_finite() && *gb > 0.0), "numbers of GB above 0")?;
+    if let Some(n) = n_workers.filter(|&n| limits.len() > 1 && limits.len() != n) {
+        return judge.hold("memory_limit", &shown, false, &format!("one number for all workers, or one for each of the {n} of --devices"));
+    }
     let max = config.batch_size;
     judge.hold("accumulate", config.accumulate, (1..=max).contains(&config.accumulate), &format!("from 1 to --batch-size, {max}"))?;
     judge.positive("log_every", config.log_every)?;

@@ -193,6 +193,10 @@ fn numbers_that_make_no_sense_are_refused_with_flag_value_and_what_is_allowed() 
         (&["--devices", "gpu"], ["--devices gpu", "index"]),
         (&["--devices", "cpu:1*3", "--balance", "1:2"], ["--balance 1:2", "2 weights for 3 workers"]),
         (&["--balance", "fair"], ["--balance fair", "equal, auto"]),
+        (&["--deadline", "0"], ["--deadline is 0", "at least 1"]),
+        (&["--memory-limit", "0"], ["--memory-limit is 0", "above 0"]),
+        (&["--memory-limit", "1,inf"], ["--memory-limit is 1,inf", "above 0"]),
+        (&["--memory-limit", "1,2", "--devices", "cpu:1*3"], ["--memory-limit is 1,2", "each of the 3"]),
     ] {
         let error = refusal(&[&["--data", "a.txt"], given].concat());
         for part in parts {
@@ -219,6 +223,8 @@ fn options_that_do_not_go_together_are_refused() {
         (&["--task", "classify", "--tolerance", "1"], "--tolerance means nothing for --task classify"),
         (&["--task", "regress", "--tolerance", "-1"], "--tolerance is -1, but must be a number of 0 or more"),
         (&["--data", "-", "--data", "-"], "--data names standard input twice"),
+        (&["--rejoin", "--on-device-loss", "stop"], "--rejoin needs a run that goes on"),
+        (&["--rejoin", "--devices", "cpu:2"], "--rejoin means nothing with one worker"),
         (&["--task", "forecast", "--tied"], "--tied means nothing for --task forecast"),
         (&["--task", "forecast", "--level", "word"], "--level means nothing for --task forecast"),
     ] {
@@ -252,6 +258,19 @@ fn a_resolved_configuration_given_as_a_file_resolves_to_itself() {
             "1:2",
             "--max-steps",
             "9",
+        ],
+        &[
+            "--data",
+            "a.txt",
+            "--devices",
+            "cpu:1*2",
+            "--on-device-loss",
+            "continue",
+            "--rejoin",
+            "--deadline",
+            "20",
+            "--memory-limit",
+            "1.5,2",
         ],
         &["--data", "a.txt", "--tied", "--no-bias", "--vocab", "30", "--init", "uniform:0.08", "--optimizer", "sgd", "--momentum", "0.9"],
         &[

@@ -18,7 +18,7 @@ use crate::model::init::Init;
 use crate::optim::Rule;
 use crate::optim::schedule::ScheduleKind;
 use crate::store::Select;
-use crate::store::config::{LossReduction, Task};
+use crate::store::config::{LossReduction, OnDeviceLoss, Task};
 
 /// A number of things: plain, or with K, M, G (1024).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -285,6 +285,23 @@ pub struct Typed {
     #[arg(long, value_name = "SHARES", help_heading = DEVICES)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub balance: Option<String>,
+    /// When a device is lost: the others repeat the step and go on without it, or the run stops; continue keeps copies of what only one device
+    /// holds
+    #[arg(long, value_name = "WHAT", help_heading = DEVICES, value_parser = choice::<OnDeviceLoss>())]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_device_loss: Option<OnDeviceLoss>,
+    /// Take devices that were lost and are back in again, at the next checkpoint
+    #[arg(long, help_heading = DEVICES, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rejoin: Option<bool>,
+    /// Seconds after which a device that does not answer counts as lost
+    #[arg(long, value_name = "SECONDS", help_heading = DEVICES, value_parser = whole())]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<u64>,
+    /// Most memory for buffers, in GB (2^30 bytes): of every device, or of each in the order of --devices; bounds their shares
+    #[arg(long, value_name = "GB,...", help_heading = DEVICES, value_delimiter = ',', allow_negative_numbers = true)]
+    #[serde(deserialize_with = "number_list", skip_serializing_if = "Option::is_none")]
+    pub memory_limit: Option<Vec<f64>>,
     /// Cut each share into so many parts, to save memory; the result stays
     #[arg(long, value_name = "N", help_heading = DEVICES)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -526,6 +543,46 @@ impl<'de, const N: usize> Visitor<'de> for NumbersVisitor<N> {
 
 fn fixed_numbers<'de, D: Deserializer<'de>, const N: usize>(deserializer: D) -> Result<Option<[f64; N]>, D::Error> {
     deserializer.deserialize_any(NumbersVisitor).map(Some)
+}
+
+/// A number, numbers in a list, or in a string with commas.
+fn number_list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<f64>>, D::Error> {
+    struct AnyNumbers;
+
+    impl<'de> Visitor<'de> for AnyNumbers {
+        type Value = Vec<f64>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a number, or numbers in a list or in a string with commas")
+        }
+
+        fn visit_f64<E: de::Error>(self, number: f64) -> Result<Self::Value, E> {
+            Ok(vec![number])
+        }
+
+        fn visit_i64<E: de::Error>(self, number: i64) -> Result<Self::Value, E> {
+            Ok(vec![number as f64])
+        }
+
+        fn visit_u64<E: de::Error>(self, number: u64) -> Result<Self::Value, E> {
+            Ok(vec![number as f64])
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
+            let number = |part: &str| part.trim().parse::<f64>().map_err(|_| E::custom(format!("'{part}' is no number")));
+            text.split(',').map(number).collect()
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+            let mut list = Vec::new();
+            while let Some(number) = seq.next_element::<f64>()? {
+                list.push(number);
+            }
+            Ok(list)
+        }
+    }
+
+    deserializer.deserialize_any(AnyNumbers).map(Some)
 }
 
 /// Only the form is judged here, so that the answer to a wrong sum can name the file that it stands in.

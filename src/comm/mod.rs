@@ -46,7 +46,7 @@ use std::sync::Arc;
 use plan::{Action, Algorithm, Plan, Step, Transfer};
 pub use shared::Shared;
 use sum::Handle;
-pub use transport::{CommError, Operation, Options, group};
+pub use transport::{CommError, Operation, Options, Passing, Tap, group};
 use transport::{Header, Payload, Port};
 
 use crate::pool::Isa;
@@ -162,6 +162,15 @@ impl Communicator {
         Ok(all.into_iter().map(Arc::unwrap_or_clone).collect())
     }
 
+    /// Hands `mine` to the next rank and returns what the one before handed over, without a copy; lengths may differ. One step.
+    ///
+    /// # Errors
+    /// Any [`CommError`] but `UnknownRoot`.
+    pub fn pass_on(&mut self, mine: Arc<Vec<f32>>) -> Result<Arc<Vec<f32>>, CommError> {
+        let Port { rank, world, .. } = self.engine.port;
+        self.engine.pass_on((rank + 1) % world, (rank + world - 1) % world, mine)
+    }
+
     /// Replaces `data` by what rank `root` has in it; only the root's length counts. Down a tree in ceil(log2 P) steps.
     ///
     /// # Errors
@@ -260,6 +269,24 @@ impl Engine {
         };
         let outcome = plan.steps.iter().try_for_each(run_step);
         outcome.inspect_err(|error| port.close(error))
+    }
+
+    /// One handle to `next`, one from `before`; its error closes the port.
+    fn pass_on(&mut self, next: usize, before: usize, mine: Handle) -> Result<Handle, CommError> {
+        let port = &mut self.port;
+        let (rank, world) = (port.rank, port.world);
+        let header = begin(port, &mut self.n_calls, Operation::PassOn, world)?;
+        if world == 1 {
+            return Ok(mine);
+        }
+        // A message of one element a rank, whatever its length.
+        let of = |rank: usize| Header { start: rank, n_elements: 1, ..header };
+        let outcome = port.send(next, of(rank), Payload::Floats(mine)).and_then(|()| port.receive(before, of(before)));
+        match outcome.inspect_err(|error| port.close(error))? {
+            Payload::Floats(theirs) => Ok(theirs),
+            // The header says what the payload is.
+            Payload::Bytes(_) => Ok(Handle::default()),
+        }
     }
 }
 

@@ -30,11 +30,52 @@ pub struct Options {
     pub generation: u64,
     /// How collectives over floats go about it; the same on all ranks.
     pub algorithm: Algorithm,
+    /// Sees every message at both ends; for tests and measurements.
+    pub tap: Option<Tap>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { deadline: Duration::from_secs(60), generation: 0, algorithm: Algorithm::Auto }
+        Self { deadline: Duration::from_secs(60), generation: 0, algorithm: Algorithm::Auto, tap: None }
+    }
+}
+
+/// One end of a message's way, as a [`Tap`] sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Passing {
+    /// The rank at this end.
+    pub rank: usize,
+    /// The rank at the other.
+    pub peer: usize,
+    pub header: Header,
+    /// Whether this is the end that hands it over, just before it does; else the one that has just taken it.
+    pub is_sent: bool,
+    pub n_bytes: usize,
+}
+
+/// Called in the thread of each rank for every message that it sends or receives. It may wait, and so make the links slow; or panic, and so
+/// end the rank at that very point.
+#[derive(Clone)]
+pub struct Tap(Arc<dyn Fn(&Passing) + Send + Sync>);
+
+impl Tap {
+    pub fn new(tap: impl Fn(&Passing) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(tap))
+    }
+
+    /// Links on which what is received takes its time: so many bytes a second into each rank.
+    pub fn slowed(bytes_per_second: f64) -> Self {
+        Self::new(move |passing| {
+            if !passing.is_sent {
+                std::thread::sleep(Duration::from_secs_f64(passing.n_bytes as f64 / bytes_per_second));
+            }
+        })
+    }
+}
+
+impl std::fmt::Debug for Tap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Tap")
     }
 }
 
@@ -88,6 +129,7 @@ pub enum Operation {
     AllGather,
     AllReduce,
     GatherBytes,
+    PassOn,
     Broadcast { root: usize },
 }
 
@@ -98,6 +140,7 @@ impl std::fmt::Display for Operation {
             Self::AllGather => f.write_str("all-gather"),
             Self::AllReduce => f.write_str("all-reduce"),
             Self::GatherBytes => f.write_str("all-gather of bytes"),
+            Self::PassOn => f.write_str("passing on to the next rank"),
             Self::Broadcast { root } => write!(f, "broadcast from rank {root}"),
         }
     }
@@ -208,6 +251,7 @@ pub(super) struct Port {
     outlets: Vec<Option<Sender<Message>>>,
     inlets: Vec<Option<Receiver<Message>>>,
     board: Arc<Board>,
+    tap: Option<Tap>,
     failure: Option<CommError>,
 }
 
@@ -218,7 +262,14 @@ impl Port {
         let spins = if world <= n_cores { SPINS } else { 0 };
         let outlets = (0..world).map(|_| None).collect();
         let inlets = (0..world).map(|_| None).collect();
-        Self { rank, world, generation, n_bytes_sent: 0, deadline, spins, outlets, inlets, board: Arc::clone(board), failure: None }
+        let (board, tap) = (Arc::clone(board), options.tap.clone());
+        Self { rank, world, generation, n_bytes_sent: 0, deadline, spins, outlets, inlets, board, tap, failure: None }
+    }
+
+    fn tap(&self, peer: usize, header: Header, n_bytes: usize, is_sent: bool) {
+        if let Some(Tap(tap)) = &self.tap {
+            tap(&Passing { rank: self.rank, peer, header, is_sent, n_bytes });
+        }
     }
 
     /// The error that closed this port, if any.
@@ -239,11 +290,12 @@ impl Port {
 
     /// Hands `payload` to `peer`; waits only where the link is full.
     pub(super) fn send(&mut self, peer: usize, header: Header, payload: Payload) -> Result<(), CommError> {
+        let n_bytes = payload.n_bytes();
+        self.tap(peer, header, n_bytes, true);
         let Self { rank, deadline, board, outlets, .. } = self;
         let Some(outlet) = outlets.get(peer).and_then(Option::as_ref) else {
             return Err(CommError::PeerGone { rank: peer });
         };
-        let n_bytes = payload.n_bytes();
         match outlet.try_send(Message { header, payload }) {
             Ok(()) => {}
             Err(TrySendError::Disconnected(_)) => return Err(board.blame(peer, header.operation, *deadline)),
@@ -278,6 +330,7 @@ impl Port {
             }
         };
         if header == expected {
+            self.tap(peer, header, payload.n_bytes(), false);
             Ok(payload)
         } else {
             Err(CommError::Mismatch(Box::new(Mismatch { rank: *rank, mine: expected, peer, theirs: header })))

@@ -365,10 +365,29 @@ impl Model {
             (tb, b, gradients) = (tb.max(old.n_places), b.max(old.n_rows), gradients || old.flow.is_some());
             old.buffers().for_each(|id| backend.free(id));
         }
+        let mut taken = Vec::new();
+        let workspace = self.workspace(backend, tb, b, gradients, &mut taken);
+        if workspace.is_err() {
+            // Of what does not fit as a whole nothing is kept.
+            taken.into_iter().for_each(|id| backend.free(id));
+        }
+        self.workspace = Some(workspace?);
+        Ok(())
+    }
+
+    /// Gives the memory of shares back, until the next one needs some.
+    pub fn release(&mut self, backend: &mut dyn Backend) {
+        self.workspace.take().into_iter().flat_map(Workspace::buffers).for_each(|id| backend.free(id));
+    }
+
+    /// The buffers for `tb` places in `b` rows; `taken` are those that are there, also where others could not be had.
+    fn workspace(&self, backend: &mut dyn Backend, tb: usize, b: usize, gradients: bool, taken: &mut Vec<BufferId>) -> Result<Workspace> {
         let limits = backend.limits();
         let mut alloc = |label: &str, len: usize| -> Result<BufferId> {
             fits(limits, label, len, "--batch-size, --eval-batch-size, --seq-len or --hidden, or give more parts with --accumulate")?;
-            backend.alloc(label, round_up(len.max(1), ALIGN))
+            let id = backend.alloc(label, round_up(len.max(1), ALIGN))?;
+            taken.push(id);
+            Ok(id)
         };
         let out_stride = pad_inner(self.config.n_outputs());
         let rows = if self.config.reading() == Reading::Steps { tb } else { b };
@@ -423,7 +442,7 @@ impl Model {
                 Ok([arenas("gradients of states", tb * widest)?, arenas("gradients of states", tb * widest)?].concat())
             })
             .transpose()?;
-        self.workspace = Some(Workspace {
+        Ok(Workspace {
             n_places: tb,
             n_rows: b,
             input,
@@ -437,8 +456,7 @@ impl Model {
             outputs: alloc("outputs", rows * out_stride)?,
             row_loss: alloc("losses", rows)?,
             flow,
-        });
-        Ok(())
+        })
     }
 
     /// Forward, and backward where the pass wants gradients. `ready(backend, bucket)` is called as each bucket's gradient is complete, last bucket first.

@@ -34,7 +34,7 @@ pub enum Event {
     /// A start of the run, the first one or a resumed one, from `step` on: what runs it and where, for whoever reads the figures later.
     Start { step: u64, version: String, system: String, parameters: u64, devices: Vec<StartDevice> },
     /// One training step, sent every `--log-every` steps, and for the first and the last of the run. `loss` is the loss of that step alone.
-    /// `device_tokens_per_second` is the speed by rank.
+    /// `device_tokens_per_second` is the speed by place in the list of devices, 0 for one that is lost.
     Step {
         step: u64,
         epoch: u64,
@@ -51,8 +51,8 @@ pub enum Event {
     Eval { step: u64, valid_loss: f64 },
     /// A checkpoint that is completely written.
     Checkpoint { step: u64, path: String, kind: CheckpointKind },
-    /// One worker at the end of the command, over all steps that it took. `share` is its fraction of the rows; `loss` is the mean over its
-    /// terms of the last step, null where it had none.
+    /// One worker at the end of the command, or when it was lost, over all steps that it took. `rank` is its place in the list of devices; `share` is its
+    /// fraction of the rows; `loss` is the mean over its terms of the last step, null where it had none; `lost` says why it is not there any more.
     Device {
         step: u64,
         rank: u64,
@@ -62,6 +62,8 @@ pub enum Event {
         tokens_per_second: f64,
         waited_seconds: f64,
         bytes_sent: u64,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        lost: Option<String>,
     },
     /// Something that the person should know and that does not stop the run.
     Warning { message: String },

@@ -48,7 +48,25 @@ pub enum LossReduction {
     SumOverTime,
 }
 
-/// Everything a run depends on. Only devices, balance, epochs, max_steps, log_every, eval_every,
+/// What is done about a device that is lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnDeviceLoss {
+    /// The others repeat the step and go on.
+    #[default]
+    Continue,
+    /// The run stops.
+    Stop,
+}
+
+/// How long a device may take before it counts as stuck, seconds.
+pub const DEADLINE_SECONDS: u64 = 300;
+
+fn deadline_seconds() -> u64 {
+    DEADLINE_SECONDS
+}
+
+/// Everything a run depends on. Only devices, balance, on_device_loss, rejoin, memory_limit, deadline, epochs, max_steps, log_every, eval_every,
 /// checkpoint_every and tensorboard may differ on resume.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -114,6 +132,17 @@ pub struct RunConfig {
     /// `equal`, `auto` or `W1:W2:...`; empty, and left out of the file: as the devices are alike or not.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub balance: String,
+    #[serde(default)]
+    pub on_device_loss: OnDeviceLoss,
+    /// Devices that are back are taken in again at the next checkpoint.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rejoin: bool,
+    /// Seconds that a device may take for a pass or a message.
+    #[serde(default = "deadline_seconds")]
+    pub deadline: u64,
+    /// Memory of each device, or of every device, in GB of 2^30 bytes; empty: what there is.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub memory_limit: Vec<f64>,
     /// Parts that each share is cut into.
     pub accumulate: usize,
     pub select: Select,

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 
-use super::group::{Group, GroupSpec, StepNumbers, Wrap};
+use super::group::{Group, GroupSpec, Safety, StepNumbers, Wrap};
+use super::memory;
 use super::profile::peak_rss_bytes;
 use super::run::{End, settle};
 use super::watched::{Notes, SharedNotes, Watched, noted};
@@ -43,13 +44,15 @@ pub fn dry_run(config: &RunConfig, out: Option<&Path>, bus: &mut Bus) -> Result<
     model.check()?;
     let (devices, mut balance, reasons) = settle(&config.devices, &config.balance)?;
     reasons.iter().for_each(|reason| bus.log(Level::Info, reason));
+    let spec = GroupSpec { model: model.clone(), optimizer: config.optimizer, accumulate: config.accumulate };
+    let (n_steps, n_rows) = batches.largest();
+    let (memory_limits, bounds) = memory::bounds(&spec, &devices, &config.memory_limit, [n_steps, n_rows], &mut balance)?;
+    bounds.iter().for_each(|bound| bus.log(Level::Info, bound));
 
     let watched: Vec<SharedNotes> = devices.iter().map(|_| Notes::shared()).collect();
     let of_ranks = watched.clone();
     let wrap: Wrap = Arc::new(move |rank, inner| Watched::memory(inner, &of_ranks[rank]));
-    let spec = GroupSpec { model: model.clone(), optimizer: config.optimizer, accumulate: config.accumulate };
-    let mut group = Group::start(spec, &devices, Some(&wrap))?;
-    let (n_steps, n_rows) = batches.largest();
+    let mut group = Group::start_safe(spec, &devices, Safety { memory_limits, ..Safety::default() }, Some(&wrap))?;
     group.reserve(n_steps, &balance.shares(n_rows))?;
     let params = initial(&model, group.table(), config.init, config.gate_bias, config.seed);
     let zeros: Vec<Vec<f32>> = params.iter().map(|values| vec![0.0; values.len()]).collect();
@@ -89,7 +92,7 @@ pub fn dry_run(config: &RunConfig, out: Option<&Path>, bus: &mut Bus) -> Result<
         let batch = Arc::new(valid.batches.batch(0, 0));
         let mut state = carried(valid.n_streams);
         let start = Instant::now();
-        group.evaluate(&batch, &balance.shares_of(&batch), state.as_mut(), false)?;
+        group.evaluate(&batch, &balance.eval_shares_of(&batch), state.as_mut(), false)?;
         per_evaluation = start.elapsed().as_secs_f64() * valid.batches.n_batches() as f64;
     }
     let n_evaluations = |steps: u64| steps.div_ceil(n_batches) + steps.checked_div(config.eval_every).unwrap_or(0);

@@ -8,6 +8,7 @@ pub mod commit;
 pub mod devices;
 pub mod dry_run;
 pub mod group;
+pub mod memory;
 pub mod profile;
 pub mod ring;
 pub mod run;

@@ -2,6 +2,7 @@
 //!
 //! It owns the rank's [`Communicator`] and takes jobs in order; each bucket arrives as a readback that it waits for itself.
 
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -30,8 +31,8 @@ enum Job {
     Reduce { bucket: usize, words: Box<dyn Readback>, message: Option<Shared> },
     /// All buckets of the step are under way: exchange what each rank tells the others.
     Exchange { header: Vec<u8> },
-    /// Spread a bucket's new parameters from their owners; the own segment comes from the device.
-    Spread { returned: Returned, own: Box<dyn Readback> },
+    /// Spread a bucket's new parameters from their owners; the own segment comes from the device, and with it new state to be copied to the next rank.
+    Spread { returned: Returned, own: Box<dyn Readback>, states: Option<Box<dyn Readback>> },
 }
 
 /// A bucket back from the ring.
@@ -41,6 +42,8 @@ pub struct Returned {
     pub message: Shared,
     /// Memory for another readback.
     pub memory: Vec<f32>,
+    /// After a spread: the new optimizer state of the segment of the rank before, one state behind another; empty where none is copied.
+    pub copy: Arc<Vec<f32>>,
 }
 
 /// A step's sums.
@@ -83,8 +86,21 @@ impl Ring {
         Ok(Self { jobs: Some(jobs), done, deadline, thread: Some(thread) })
     }
 
+    /// The longest that the ring thread may take for a step's last bucket: for its readback, and for a peer.
+    fn patience(&self) -> Duration {
+        2 * self.deadline + self.deadline / 4
+    }
+
     fn give(&self, job: Job) -> Result<()> {
-        self.jobs.as_ref().and_then(|jobs| jobs.send_timeout(job, self.deadline).ok()).context("the ring thread is gone")
+        self.jobs.as_ref().and_then(|jobs| jobs.send_timeout(job, self.patience()).ok()).context("the ring thread is gone")
+    }
+
+    fn answer(&self) -> Result<Done> {
+        use crossbeam::channel::RecvTimeoutError::{Disconnected, Timeout};
+        self.done.recv_timeout(self.patience()).map_err(|e| match e {
+            Timeout => anyhow::anyhow!("the ring thread has not answered for {} s", self.patience().as_secs_f64()),
+            Disconnected => anyhow::anyhow!("the ring thread has ended"),
+        })
     }
 
     /// Sends a bucket's gradient round; `message` is what the bucket came back in a step before.
@@ -101,18 +117,18 @@ impl Ring {
     /// A readback's, the ring's, or the deadline.
     pub fn exchange(&self, header: Vec<u8>) -> Result<Sums> {
         self.give(Job::Exchange { header })?;
-        match self.done.recv_timeout(self.deadline).context("the ring thread did not answer in time")? {
+        match self.answer()? {
             Done::Sums(sums) => sums,
             Done::Spread(_) => anyhow::bail!("the ring thread answered out of order"),
         }
     }
 
-    /// Sends a bucket's new parameters round; [`Self::spread_bucket`] waits for it.
+    /// Sends a bucket's new parameters round, and new optimizer state to the next rank where all ranks give some; [`Self::spread_bucket`] waits for it.
     ///
     /// # Errors
     /// The ring thread is gone.
-    pub fn spread(&self, returned: Returned, own: Box<dyn Readback>) -> Result<()> {
-        self.give(Job::Spread { returned, own })
+    pub fn spread(&self, returned: Returned, own: Box<dyn Readback>, states: Option<Box<dyn Readback>>) -> Result<()> {
+        self.give(Job::Spread { returned, own, states })
     }
 
     /// The next bucket of new parameters.
@@ -120,7 +136,7 @@ impl Ring {
     /// # Errors
     /// As [`Self::exchange`].
     pub fn spread_bucket(&self) -> Result<Returned> {
-        match self.done.recv_timeout(self.deadline).context("the ring thread did not answer in time")? {
+        match self.answer()? {
             Done::Spread(returned) => returned,
             Done::Sums(_) => anyhow::bail!("the ring thread answered out of order"),
         }
@@ -159,7 +175,7 @@ impl RingThread {
                     continue;
                 }
                 Job::Exchange { header } => Done::Sums(self.exchange(header)),
-                Job::Spread { returned, own } => Done::Spread(self.spread(returned, own)),
+                Job::Spread { returned, own, states } => Done::Spread(self.spread(returned, own, states)),
             };
             if outbox.send_timeout(done, self.deadline).is_err() {
                 return;
@@ -197,6 +213,8 @@ impl RingThread {
     }
 
     fn reduce(&mut self, bucket: usize, words: Box<dyn Readback>, message: Option<Shared>) -> Result<Returned> {
+        // Nothing is waited for where the step is not to be.
+        anyhow::ensure!(self.sums.iter().all(Result::is_ok), "an earlier bucket failed");
         let _span = debug_span!("bucket", bucket).entered();
         let mut memory = debug_span!("readback").in_scope(|| words.wait(self.deadline))?;
         let start = Instant::now();
@@ -213,7 +231,7 @@ impl RingThread {
         }
         self.tell_squares(bucket, &message, &mut memory);
         self.time += start.elapsed();
-        Ok(Returned { bucket, message, memory })
+        Ok(Returned { bucket, message, memory, copy: Arc::default() })
     }
 
     fn exchange(&mut self, header: Vec<u8>) -> Result<Sums> {
@@ -247,12 +265,16 @@ impl RingThread {
         Ok(Sums { buckets, norm, headers, ring_time, bytes_sent: self.comm.bytes_sent() })
     }
 
-    fn spread(&mut self, mut returned: Returned, own: Box<dyn Readback>) -> Result<Returned> {
+    fn spread(&mut self, mut returned: Returned, own: Box<dyn Readback>, states: Option<Box<dyn Readback>>) -> Result<Returned> {
         let _span = debug_span!("spread", bucket = returned.bucket).entered();
         let own = debug_span!("readback").in_scope(|| own.wait(self.deadline))?;
+        let states = states.map(|states| states.wait(self.deadline)).transpose()?;
         let start = Instant::now();
         returned.message.fill_own(&own);
         self.comm.all_gather_shared(&mut returned.message)?;
+        if let Some(states) = states {
+            returned.copy = self.comm.pass_on(Arc::new(states))?;
+        }
         self.time += start.elapsed();
         Ok(returned)
     }

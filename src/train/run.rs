@@ -12,7 +12,8 @@ use serde_json::{Map, Value, json};
 
 use super::balance::Balance;
 use super::devices::{self, Resolved};
-use super::group::{Group, GroupSpec, NonFinite, RankStep, StepNumbers, Tensors, Wrap};
+use super::group::{Group, GroupSpec, NonFinite, RankStep, Regrouped, Safety, StepNumbers, Tensors, Wrap};
+use super::memory;
 use super::ring::Update;
 use crate::backend::{DeviceInfo, open};
 use crate::data::Batch;
@@ -31,7 +32,7 @@ use crate::observe::{Bus, CheckpointKind, Event, Exhibit, Level, RunInfo, StartD
 use crate::optim::schedule::{Plateau, Schedule, ScheduleKind};
 use crate::rng::StepKey;
 use crate::store::checkpoint::{Checkpoint, NamedTensor};
-use crate::store::config::{LossReduction, RunConfig, Task};
+use crate::store::config::{LossReduction, OnDeviceLoss, RunConfig, Task};
 use crate::store::run_folder::{CONFIG, Entry, METRICS, RunFolder, SUMMARY, Select, Which};
 use crate::usage::UsageError;
 
@@ -91,13 +92,35 @@ struct Position {
 /// The workers as evaluation sees them.
 struct Together<'g> {
     group: &'g mut Group,
-    balance: &'g Balance,
+    balance: &'g mut Balance,
+    /// What became of the ring meanwhile.
+    regrouped: &'g mut Vec<Regrouped>,
+}
+
+impl Balance {
+    /// The shares of those who are in the ring now; who was cramped gets three quarters of what was too much, and at least a row less.
+    fn follow(&mut self, regrouped: &Regrouped) {
+        let lost: Vec<usize> = regrouped.lost.iter().map(|loss| loss.rank).collect();
+        self.remove(&lost);
+        for cramped in &regrouped.cramped {
+            self.bound(cramped.rank, (cramped.n_rows * 3 / 4).min(cramped.n_rows.saturating_sub(1)));
+        }
+    }
 }
 
 impl Forward for Together<'_> {
     fn forward(&mut self, batch: &Arc<Batch>, carried: Option<&mut Carried>, wants_outputs: bool) -> Result<(f64, Vec<f32>)> {
-        let shares = self.balance.shares_of(batch);
-        self.group.evaluate(batch, &shares, carried, wants_outputs)
+        let mut carried = carried;
+        loop {
+            let shares = self.balance.eval_shares_of(batch);
+            let error = match self.group.evaluate(batch, &shares, carried.as_deref_mut(), wants_outputs) {
+                Ok(done) => return Ok(done),
+                Err(error) => error,
+            };
+            let regrouped = error.downcast::<Regrouped>()?;
+            self.balance.follow(&regrouped);
+            self.regrouped.push(regrouped);
+        }
     }
 
     fn carried(&self, n_streams: usize) -> Carried {
@@ -164,10 +187,15 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
     let model = model_config(&config, &spec);
     model.check()?;
 
-    let (devices, balance, reasons) = settle(&config.devices, &config.balance)?;
+    let (devices, mut balance, reasons) = settle(&config.devices, &config.balance)?;
     reasons.iter().for_each(|reason| bus.log(Level::Info, reason));
     let group_spec = GroupSpec { model: model.clone(), optimizer: config.optimizer, accumulate: config.accumulate };
-    let mut group = Group::start(group_spec, &devices, options.wrap.as_ref())?;
+    let (n_steps, n_rows) = batches.largest();
+    let (memory_limits, bounds) = memory::bounds(&group_spec, &devices, &config.memory_limit, [n_steps, n_rows], &mut balance)?;
+    bounds.iter().for_each(|bound| bus.log(Level::Info, bound));
+    let survives = config.on_device_loss == OnDeviceLoss::Continue;
+    let safety = Safety { survives, deadline: Duration::from_secs(config.deadline), memory_limits, tap: None };
+    let mut group = Group::start_safe(group_spec, &devices, safety, options.wrap.as_ref())?;
     let kinds: Vec<String> = group.devices().map(|(_, info)| info.kind.clone()).collect();
     if group.update() == Update::ByOwner {
         bus.log(Level::Detail, "devices differ in kind: the owner of each segment updates it");
@@ -196,8 +224,17 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
     };
     let mut state = (corpus.n_streams(&config) > 0).then(|| Carried::new(&model, corpus.n_streams(&config)));
     let valid = corpus.eval_set(&config, Part::Valid)?;
-    let (n_steps, n_rows) = batches.largest();
-    group.reserve(n_steps, &position.balance.shares(n_rows))?;
+    let began = position.balance.clone();
+    while let Err(error) = group.reserve(n_steps, &position.balance.shares(n_rows)) {
+        let regrouped = error.downcast::<Regrouped>()?;
+        // A device that does not even begin is for the person to look after.
+        if !regrouped.lost.is_empty() {
+            return Err(regrouped.into());
+        }
+        position.balance.follow(&regrouped);
+        position.balance.check(n_rows).with_context(|| regrouped.to_string())?;
+        bus.warn(format!("{regrouped}: shares are now {}", rows_of(&position.balance, n_rows)));
+    }
     let folder = match found {
         Some((folder, checkpoint, _)) => {
             let (params, states) = if is_imported(&checkpoint) {
@@ -241,11 +278,14 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
     let names = position.devices.clone();
     bus.begin(&RunInfo { first_step: position.step, total_steps: total, total_epochs: config.epochs, perplexity, devices: names });
     bus.send(&start_event(&group, position.step));
-    let world = group.world();
+    let n_seats = devices.len();
     let mut trainer = Trainer {
         config: &config,
         folder,
         group,
+        began,
+        gone: vec![None; n_seats],
+        n_rows,
         position,
         state,
         valid,
@@ -254,14 +294,19 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
         end,
         start: Instant::now(),
         tokens_before: 0,
-        meter: Meter::new(world),
-        ranks: Vec::new(),
+        meter: Meter::new(n_seats),
+        seats: vec![RankTotal::default(); n_seats],
         last: None,
         data_wait: Duration::ZERO,
     };
     trainer.tokens_before = trainer.position.tokens;
     let interrupted = trainer.train(batches, &corpus, stop).map_err(|e| trainer.explain(e))?;
     trainer.finish(&corpus, interrupted)
+}
+
+/// `9:3:1`: the rows of each rank.
+fn rows_of(balance: &Balance, n_rows: usize) -> String {
+    balance.shares(n_rows).iter().map(|share| share.len().to_string()).collect::<Vec<_>>().join(":")
 }
 
 /// What runs from `step` on, and where.
@@ -292,7 +337,8 @@ fn continued(asked: RunConfig, recorded: RunConfig) -> Result<RunConfig> {
     (kept.devices, kept.balance) = (asked.devices.clone(), asked.balance.clone());
     (kept.epochs, kept.max_steps) = (asked.epochs, asked.max_steps);
     (kept.log_every, kept.eval_every, kept.checkpoint_every) = (asked.log_every, asked.eval_every, asked.checkpoint_every);
-    kept.tensorboard = asked.tensorboard;
+    (kept.on_device_loss, kept.rejoin, kept.deadline) = (asked.on_device_loss, asked.rejoin, asked.deadline);
+    (kept.tensorboard, kept.memory_limit) = (asked.tensorboard, asked.memory_limit.clone());
     let (typed, recorded) = (serde_json::to_value(&asked)?, serde_json::to_value(&kept)?);
     let differing: Vec<String> = typed
         .as_object()
@@ -417,6 +463,8 @@ fn restore(
     }
     if position.devices != fresh.devices || position.balance.follows() != fresh.balance.follows() || !fresh.balance.follows() {
         position.balance = fresh.balance;
+    } else {
+        position.balance.bound_as(&fresh.balance);
     }
     (position.devices, position.kinds) = (fresh.devices, fresh.kinds);
     position.finished = false;
@@ -441,7 +489,8 @@ struct Meter {
     start: Instant,
     paused: Duration,
     all: Throughput,
-    ranks: Vec<Throughput>,
+    /// By seat.
+    seats: Vec<Throughput>,
     last_tick: Instant,
 }
 
@@ -451,18 +500,20 @@ const RATE_WINDOW: Duration = Duration::from_secs(10);
 const TICK_EVERY: Duration = Duration::from_millis(100);
 
 impl Meter {
-    fn new(world: usize) -> Self {
+    fn new(n_seats: usize) -> Self {
         let start = Instant::now();
         let meter = Throughput::new(RATE_WINDOW, start);
-        Self { start, paused: Duration::ZERO, ranks: vec![meter.clone(); world], all: meter, last_tick: start }
+        Self { start, paused: Duration::ZERO, seats: vec![meter.clone(); n_seats], all: meter, last_tick: start }
     }
 
-    fn add(&mut self, n_tokens: u64, shares: &[Range<usize>]) {
+    /// `seats` are those of the ranks.
+    fn add(&mut self, n_tokens: u64, shares: &[Range<usize>], seats: &[usize]) {
         let now = self.start + self.start.elapsed().saturating_sub(self.paused);
         self.all.add(now, n_tokens);
         let n_rows: usize = shares.iter().map(Range::len).sum();
-        for (rank, rows) in self.ranks.iter_mut().zip(shares) {
-            rank.add(now, n_tokens * rows.len() as u64 / n_rows.max(1) as u64);
+        for (seat, worker) in self.seats.iter_mut().enumerate() {
+            let n_own = seats.iter().position(|&other| other == seat).map_or(0, |rank| shares[rank].len());
+            worker.add(now, n_tokens * n_own as u64 / n_rows.max(1) as u64);
         }
     }
 
@@ -470,8 +521,8 @@ impl Meter {
         self.all.per_second().unwrap_or(0.0)
     }
 
-    fn by_rank(&self) -> Vec<f64> {
-        self.ranks.iter().map(|rank| rank.per_second().unwrap_or(0.0)).collect()
+    fn by_seat(&self) -> Vec<f64> {
+        self.seats.iter().map(|worker| worker.per_second().unwrap_or(0.0)).collect()
     }
 
     /// Whether a sign of life is due.
@@ -488,6 +539,12 @@ struct Trainer<'a> {
     config: &'a RunConfig,
     folder: RunFolder,
     group: Group,
+    /// Shares as the run began, by seat.
+    began: Balance,
+    /// By seat: why and when a device was lost that is not back.
+    gone: Vec<Option<(u64, String)>>,
+    /// Of the largest batch.
+    n_rows: usize,
     position: Position,
     state: Option<Carried>,
     valid: Option<EvalSet>,
@@ -497,10 +554,10 @@ struct Trainer<'a> {
     start: Instant,
     tokens_before: u64,
     meter: Meter,
-    /// Totals of the ranks over this process's steps.
-    ranks: Vec<RankTotal>,
-    /// The last batch and what each rank had of it.
-    last: Option<(Arc<Batch>, Vec<Range<usize>>)>,
+    /// Totals of the workers over this process's steps, by their places in the list of devices: a rank may change, that does not.
+    seats: Vec<RankTotal>,
+    /// The last batch and what each seat had of it.
+    last: Option<(Arc<Batch>, Vec<(usize, Range<usize>)>)>,
     data_wait: Duration,
 }
 
@@ -572,7 +629,16 @@ impl Trainer<'_> {
             self.group.want_gradients();
         }
         let numbers = StepNumbers { step: position.step + 1, lr, key: StepKey::new(self.config.seed, position.step + 1), divisor };
-        let stepped = self.group.step(&batch, &shares, self.state.as_mut(), numbers)?;
+        let mut shares = shares;
+        let stepped = loop {
+            match self.group.step(&batch, &shares, self.state.as_mut(), numbers) {
+                Ok(stepped) => break stepped,
+                Err(error) => self.follow(error)?,
+            }
+            // The same step with the same data, cut anew; what the lost had carried lies here.
+            shares = self.position.balance.shares_of(&batch);
+        };
+        let seats: Vec<usize> = (0..shares.len()).filter_map(|rank| self.group.seat(rank)).collect();
         let loss = stepped.loss / batch.weight.max(1.0);
         let position = &mut self.position;
         position.step += 1;
@@ -581,20 +647,19 @@ impl Trainer<'_> {
         position.epoch_loss += stepped.loss;
         position.epoch_weight += batch.weight;
         position.last_loss = Some(loss);
-        self.meter.add(batch.n_tokens, &shares);
+        self.meter.add(batch.n_tokens, &shares, &seats);
         let times: Vec<Duration> = stepped.ranks.iter().map(|r| r.compute).collect();
-        self.ranks.resize(stepped.ranks.len(), RankTotal::default());
-        for ((total, rank), rows) in self.ranks.iter_mut().zip(&stepped.ranks).zip(&shares) {
+        for ((&seat, rank), rows) in seats.iter().zip(&stepped.ranks).zip(&shares) {
+            let total = &mut self.seats[seat];
             total.tokens += rows.clone().map(|row| batch.length(row) as u64).sum::<u64>();
             total.last = *rank;
             total.compute += rank.compute;
             total.waited += rank.waited;
             total.ring_time += rank.ring_time;
         }
-        self.last = Some((Arc::clone(&batch), shares.clone()));
+        self.last = Some((Arc::clone(&batch), seats.into_iter().zip(shares.iter().cloned()).collect()));
         if position.balance.observe(&batch, &shares, &times) {
-            let shares: Vec<String> = position.balance.shares(self.config.batch_size).iter().map(|s| s.len().to_string()).collect();
-            let (step, text) = (position.step, shares.join(":"));
+            let (step, text) = (position.step, rows_of(&position.balance, self.config.batch_size));
             self.bus.log(Level::Info, &format!("step {step}: shares of the batch now {text}"));
         }
         let (step, epoch) = (position.step, position.epoch);
@@ -602,7 +667,7 @@ impl Trainer<'_> {
         let is_last = self.end.steps.is_some_and(|n| step >= n) || (over && self.end.epochs.is_some_and(|n| epoch + 1 >= n));
         let is_reported = step % self.config.log_every.max(1) == 0 || step == 1 || is_last;
         if self.meter.tick() || is_reported {
-            let (tokens_per_second, device_tokens_per_second) = (self.meter.rate(), self.meter.by_rank());
+            let (tokens_per_second, device_tokens_per_second) = (self.meter.rate(), self.meter.by_seat());
             let grad_norm = stepped.norm;
             let event = Event::Step { step, epoch: epoch + 1, loss, lr, tokens_per_second, grad_norm, device_tokens_per_second };
             if is_reported { self.bus.send(&event) } else { self.bus.tick(&event) }
@@ -615,7 +680,7 @@ impl Trainer<'_> {
         let done = self.end.reached(&self.position);
         let every = |n: u64| if n == 0 { over } else { step % n == 0 };
         if self.config.hash_every > 0 && self.group.world() > 1 && (step % self.config.hash_every == 0 || done) {
-            self.group.compare_replicas(step)?;
+            self.survive(|group| group.compare_replicas(step))?;
         }
         let evaluated = if every(self.config.eval_every) || over || done { self.evaluate_valid()? } else { None };
         if !stepped.gradients.is_empty() {
@@ -644,8 +709,10 @@ impl Trainer<'_> {
     fn evaluate_valid(&mut self) -> Result<Option<f64>> {
         let Some(valid) = &self.valid else { return Ok(None) };
         let began = Instant::now();
-        let mut together = Together { group: &mut self.group, balance: &self.position.balance };
+        let mut regrouped = Vec::new();
+        let mut together = Together { group: &mut self.group, balance: &mut self.position.balance, regrouped: &mut regrouped };
         let loss = evaluate(valid, &mut together)?.loss;
+        regrouped.iter().for_each(|regrouped| self.note(regrouped));
         self.position.valid_loss = Some(loss);
         if self.position.schedule.kind == ScheduleKind::Plateau {
             self.position.plateau.observe(loss, &self.position.schedule);
@@ -660,7 +727,9 @@ impl Trainer<'_> {
         if self.folder.last().is_some_and(|last| last.step == self.position.step) {
             return Ok(());
         }
-        let (params, states) = (self.group.params_of(0)?, self.group.states()?);
+        let (params, states) = self.survive(|group| Ok((group.params_of(0)?, group.states()?)))?;
+        let returning = self.config.rejoin && kind != CheckpointKind::Final && !self.group.absent().is_empty();
+        let of_peers = returning.then(|| (Arc::new(params.clone()), Arc::new(states.clone())));
         let table = self.group.table();
         let mut tensors = Vec::new();
         let mut add = |prefix: &str, values: Tensors| {
@@ -701,7 +770,71 @@ impl Trainer<'_> {
         saved.warnings.into_iter().for_each(|w| self.bus.warn(w));
         let kind = if saved.is_best && kind != CheckpointKind::Final { CheckpointKind::Best } else { kind };
         self.bus.send(&Event::Checkpoint { step: self.position.step, path: saved.path.display().to_string(), kind });
+        if let Some((params, states)) = of_peers {
+            self.readmit(&params, &states)?;
+        }
         Ok(())
+    }
+
+    /// Takes back what devices are there again, with what the others have.
+    fn readmit(&mut self, params: &Arc<Tensors>, states: &Arc<Vec<Tensors>>) -> Result<()> {
+        let absent: Vec<(usize, String)> = self.group.absent().into_iter().map(|(seat, name)| (seat, name.to_owned())).collect();
+        for (seat, name) in absent {
+            let step = self.position.step;
+            match self.group.readmit(seat, params, states) {
+                Ok(rank) => {
+                    self.position.balance.insert(rank, &self.began, seat);
+                    self.gone[seat] = None;
+                    self.take_stock();
+                    let shares = rows_of(&self.position.balance, self.n_rows);
+                    self.bus.warn(format!("step {step}: device {name} is back as rank {rank}, shares are now {shares}"));
+                }
+                Err(error) if error.is::<Regrouped>() => self.follow(error)?,
+                Err(error) => self.bus.log(Level::Detail, &format!("step {step}: device {name} is not back: {error:#}")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the workers until nobody is lost meanwhile.
+    fn survive<T>(&mut self, mut ask: impl FnMut(&mut Group) -> Result<T>) -> Result<T> {
+        loop {
+            match ask(&mut self.group) {
+                Ok(told) => return Ok(told),
+                Err(error) => self.follow(error)?,
+            }
+        }
+    }
+
+    /// Goes on with those who are in the ring now; any other error stays one.
+    fn follow(&mut self, error: anyhow::Error) -> Result<()> {
+        let regrouped = error.downcast::<Regrouped>()?;
+        self.position.balance.follow(&regrouped);
+        self.note(&regrouped);
+        self.position.balance.check(self.n_rows).with_context(|| regrouped.to_string())
+    }
+
+    /// Tells what became of the ring.
+    fn note(&mut self, regrouped: &Regrouped) {
+        self.take_stock();
+        let step = self.position.step + 1;
+        for loss in &regrouped.lost {
+            self.gone[loss.seat] = Some((step, loss.why.clone()));
+            let rate = self.meter.rate();
+            self.device_event(loss.seat, &loss.name, rate);
+        }
+        let (n_left, shares) = (self.group.world(), rows_of(&self.position.balance, self.n_rows));
+        let what = match n_left {
+            1 => format!("{} goes on alone", self.position.devices.first().map_or("one device", String::as_str)),
+            _ => format!("the {n_left} workers go on with shares of {shares}"),
+        };
+        self.bus.warn(format!("step {step}: {regrouped}; {what}, and nothing is left out"));
+    }
+
+    /// Who is in the ring, as the checkpoint records it.
+    fn take_stock(&mut self) {
+        self.position.devices = self.group.devices().map(|(name, _)| name.to_owned()).collect();
+        self.position.kinds = self.group.devices().map(|(_, info)| info.kind.clone()).collect();
     }
 
     /// The selected checkpoint's test, plots, summary and tables.
@@ -717,9 +850,11 @@ impl Trainer<'_> {
                 self.load_params(selected)?;
             }
             if let Some(test) = corpus.eval_set(self.config, Part::Test)? {
-                let mut together = Together { group: &mut self.group, balance: &position.balance };
+                let mut regrouped = Vec::new();
+                let mut together = Together { group: &mut self.group, balance: &mut self.position.balance, regrouped: &mut regrouped };
                 let of = self.folder.selected().map_or(position.step, |entry| entry.step);
                 evaluation = Some(evaluate(&test, &mut together).with_context(|| format!("the test of the checkpoint of step {of}"))?);
+                regrouped.iter().for_each(|regrouped| self.note(regrouped));
             }
         }
         let selected = self.folder.selected().cloned();
@@ -762,26 +897,45 @@ impl Trainer<'_> {
         let params = checkpoint.take_model(tensors)?;
         let zeros: Tensors = tensors.iter().map(|t| vec![0.0; t.layout.torch_len()]).collect();
         // Nothing is trained after this, so the optimizer's state does not matter.
-        self.group.load(params, vec![zeros; self.config.optimizer.states().len()])
+        let states = vec![zeros; self.config.optimizer.states().len()];
+        self.survive(|group| group.load(params.clone(), states.clone()))
     }
 
     fn device_events(&mut self, rate: f64) {
-        let all: u64 = self.ranks.iter().map(|r| r.tokens).sum();
-        let names: Vec<String> = self.group.devices().map(|(name, _)| name.to_owned()).collect();
-        for (rank, (total, name)) in self.ranks.iter().zip(names).enumerate() {
-            let share = total.tokens as f64 / all.max(1) as f64;
-            let weight = self.last.as_ref().and_then(|(batch, shares)| Some(batch.rows(shares.get(rank)?.clone()).weight));
-            self.bus.send(&Event::Device {
-                step: self.position.step,
-                rank: rank as u64,
-                name,
-                share,
-                loss: weight.filter(|&weight| weight > 0.0).map(|weight| total.last.loss / weight),
-                tokens_per_second: rate * share,
-                waited_seconds: total.waited.as_secs_f64(),
-                bytes_sent: total.last.bytes_sent,
-            });
-        }
+        let began = self.began_with();
+        began.iter().enumerate().for_each(|(seat, (name, _))| self.device_event(seat, name, rate));
+    }
+
+    /// Every device of the list that the run began with, as asked for and by its own name.
+    fn began_with(&self) -> Vec<(String, String)> {
+        let ranks: Vec<(usize, (&str, &DeviceInfo))> =
+            self.group.devices().enumerate().filter_map(|(rank, device)| Some((self.group.seat(rank)?, device))).collect();
+        let living = ranks.into_iter().map(|(seat, (name, info))| (seat, (name.to_owned(), info.name.clone())));
+        let absent = self.group.absent().into_iter().map(|(seat, name)| (seat, (name.to_owned(), "lost".to_owned())));
+        let mut all: Vec<_> = living.chain(absent).collect();
+        all.sort_by_key(|(seat, _)| *seat);
+        all.into_iter().map(|(_, names)| names).collect()
+    }
+
+    fn device_event(&mut self, seat: usize, name: &str, rate: f64) {
+        let all: u64 = self.seats.iter().map(|total| total.tokens).sum();
+        let total = self.seats[seat];
+        let share = total.tokens as f64 / all.max(1) as f64;
+        let rows = |(batch, shares): &(Arc<Batch>, Vec<(usize, Range<usize>)>)| {
+            Some(batch.rows(shares.iter().find(|(of, _)| *of == seat)?.1.clone()).weight)
+        };
+        let weight = self.last.as_ref().and_then(rows);
+        self.bus.send(&Event::Device {
+            step: self.position.step,
+            rank: seat as u64,
+            name: name.to_owned(),
+            share,
+            loss: weight.filter(|&weight| weight > 0.0).map(|weight| total.last.loss / weight),
+            tokens_per_second: rate * share,
+            waited_seconds: total.waited.as_secs_f64(),
+            bytes_sent: total.last.bytes_sent,
+            lost: self.gone[seat].as_ref().map(|(_, why)| why.clone()),
+        });
     }
 
     /// Lets the model, as it stands on the devices after `step`, write a little.
@@ -791,7 +945,7 @@ impl Trainer<'_> {
         if self.config.task != Task::Lm || length < SAMPLE_LEAST {
             return Ok(());
         }
-        let params = self.group.params_of(0)?;
+        let params = self.survive(|group| group.params_of(0))?;
         let mut session = Session::with(self.config.clone(), corpus.spec(), step, &params, open::cpu(1)?)?;
         let options = GenerateOptions { prompt: String::new(), length, temperature: 0.8, top_k: None, seed: self.config.seed };
         let said = generate(&mut session, &options, &mut |_| ())?;
@@ -803,14 +957,15 @@ impl Trainer<'_> {
     fn show_tensors(&mut self, corpus: &Corpus, gradients: &Tensors) -> Result<()> {
         let began = Instant::now();
         let step = self.position.step;
-        let params = self.group.params_of(0)?;
+        let params = self.survive(|group| group.params_of(0))?;
         for (kind, tensors) in [("parameters", &params), ("gradients", gradients)] {
             for (tensor, values) in self.group.table().tensors().iter().zip(tensors) {
                 self.bus.show(Exhibit::Values { step, name: &format!("{kind}/{}", tensor.name), values });
             }
         }
         let n_directions = self.group.spec().model.n_directions();
-        for (lane, gates) in self.group.gates_of(0)?.iter().enumerate() {
+        let gates = self.survive(|group| group.gates_of(0))?;
+        for (lane, gates) in gates.iter().enumerate() {
             let reverse = if lane % n_directions == 1 { "_reverse" } else { "" };
             for (gate, values) in ["input", "forget", "cell", "output"].into_iter().zip(gates) {
                 self.bus.show(Exhibit::Values { step, name: &format!("gates/l{}{reverse}/{gate}", lane / n_directions), values });
@@ -887,12 +1042,12 @@ impl Trainer<'_> {
         }
         table = evaluation.into_iter().fold(table, |table, evaluation| evaluation.judged.add_to(table));
         let rate = summary["tokens_per_second"].as_f64().unwrap_or(0.0);
-        let all: u64 = self.ranks.iter().map(|r| r.tokens).sum();
-        let rows = self.group.devices().zip(&self.ranks).map(|((name, info), total)| {
+        let all: u64 = self.seats.iter().map(|r| r.tokens).sum();
+        let rows = self.began_with().into_iter().zip(&self.seats).zip(&self.gone).map(|(((name, info), total), gone)| {
             let share = total.tokens as f64 / all.max(1) as f64;
             vec![
-                name.to_owned(),
-                info.name.clone(),
+                name,
+                gone.as_ref().map_or(info, |(step, _)| format!("lost at step {step}")),
                 format!("{:.1} %", 100.0 * share),
                 format!("{}/s", format::rate(rate * share)),
                 format!("{:.1} %", 100.0 * total.waited.as_secs_f64() / seconds.max(1e-9)),

@@ -5,16 +5,18 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use crossbeam::channel::{Receiver, Sender};
 use tracing::debug_span;
 
+use super::memory::Scale;
 use super::ring::{Returned, Ring, Sums, Update, norm_of};
-use crate::backend::{Backend, BufferId, DeviceInfo, Span, read_now};
-use crate::comm::Shared;
+use crate::backend::{Backend, BufferId, DeviceError, DeviceInfo, Limits, Span, read_now};
 use crate::comm::plan::owned_segment;
+use crate::comm::{CommError, Shared};
 use crate::data::Batch;
 use crate::infer::session::{pass_forward, share_of};
 use crate::kernels::reduce::BlockSquares;
@@ -28,6 +30,8 @@ use crate::usage::UsageError;
 
 /// What the coordinator asks of a worker. Every command but [`Command::Commit`] and [`Command::Abort`] is answered.
 pub enum Command {
+    /// Take this place in the ring; a step that waits for its commit is forgotten.
+    Join(Box<Seat>),
     /// Set parameters and optimizer state (tensors in the table's order, each in PyTorch's).
     Load { params: Arc<Vec<Vec<f32>>>, states: Arc<Vec<Vec<Vec<f32>>>> },
     /// Take the memory for training on so many steps and rows.
@@ -50,6 +54,59 @@ pub enum Command {
 
 /// Activated gates by lane, by gate in the order i, f, g, o: `[T, B, H]`.
 pub type Gates = Vec<[Vec<f32>; GATES]>;
+
+/// A place in the ring of one generation, and what the worker must know to take it.
+pub struct Seat {
+    pub rank: usize,
+    pub world: usize,
+    /// Of the membership.
+    pub generation: u64,
+    pub update: Update,
+    /// Optimizer state of owned segments is copied to the next rank.
+    pub keeps_copies: bool,
+    /// None in a world of one.
+    pub ring: Option<Ring>,
+    /// What the worker is to have from now on; none: what it has.
+    pub params: Option<Arc<Vec<Vec<f32>>>>,
+    pub states: Option<Arc<Vec<Vec<Vec<f32>>>>>,
+}
+
+/// The share is too large for the device's memory; nothing of the replica has changed.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{n_rows} rows of {n_steps} steps do not fit into the memory of {device}: lower --batch-size or --seq-len, or raise --accumulate")]
+pub struct NoRoom {
+    pub device: String,
+    pub n_rows: usize,
+    pub n_steps: usize,
+}
+
+/// What a worker does, for whoever waits for it.
+#[derive(Clone, Debug, Default)]
+pub struct Whereabouts(Arc<AtomicUsize>);
+
+/// In the order of [`Whereabouts::set`]'s numbers.
+const DOINGS: [&str; 9] = [
+    "idle",
+    "taking its place in the ring",
+    "loading parameters",
+    "computing gradients",
+    "waiting for the device to finish its gradients",
+    "waiting for the ring's sums",
+    "updating",
+    "evaluating",
+    "reading back",
+];
+
+impl Whereabouts {
+    fn set(&self, doing: &str) {
+        self.0.store(DOINGS.iter().position(|&known| known == doing).unwrap_or(0), Ordering::Relaxed);
+    }
+
+    /// As in `it was ...`.
+    pub fn get(&self) -> &'static str {
+        DOINGS.get(self.0.load(Ordering::Relaxed)).copied().unwrap_or_default()
+    }
+}
 
 /// A rank's part of a training step.
 pub struct StepWork {
@@ -84,7 +141,7 @@ pub struct EvaluateWork {
 pub enum Answer {
     /// The device is open.
     Open(DeviceInfo),
-    /// The replica stands.
+    /// The replica stands in its place.
     Ready,
     Loaded,
     Reserved,
@@ -99,6 +156,8 @@ pub enum Answer {
 
 /// A rank's view of a step that waits for its commit.
 pub struct StepAnswer {
+    /// Of the membership in which the step was taken.
+    pub generation: u64,
     /// Sum over the rank's terms.
     pub loss: f64,
     /// Something was not finite: on this rank, or in the sums.
@@ -130,9 +189,6 @@ pub struct EvaluateAnswer {
 pub struct WorkerSpec {
     pub model: ModelConfig,
     pub optimizer: OptimizerConfig,
-    pub update: Update,
-    pub rank: usize,
-    pub world: usize,
     /// Parts that each share is cut into.
     pub accumulate: usize,
     pub deadline: Duration,
@@ -142,8 +198,9 @@ pub struct WorkerSpec {
 enum Pending {
     /// Complete sums lie in the gradient buckets.
     Sums { step: u64, lr: f64, factor: f64 },
-    /// New parameters lie in the gradient buckets, new state of the own segments in the second buffers.
-    NewParams,
+    /// New parameters lie in the gradient buckets, new state of the own segments in the second buffers; by bucket that of the segments of the rank
+    /// before, where copies are kept.
+    NewParams { copies: Vec<Arc<Vec<f32>>> },
 }
 
 /// Second buffers of one bucket's own segment, where owners update.
@@ -157,12 +214,18 @@ struct Worker {
     spec: WorkerSpec,
     backend: Box<dyn Backend>,
     model: Model,
+    rank: usize,
+    world: usize,
+    generation: u64,
+    update: Update,
+    keeps_copies: bool,
+    /// None in a world of one, and after a step that failed here.
     ring: Option<Ring>,
     /// By state, by bucket.
     states: Vec<Vec<BufferId>>,
     /// By bucket; only where owners update.
     segments: Vec<Segment>,
-    /// Sums of squares, where there is no ring.
+    /// Sums of squares, in a world of one.
     squares: Option<BufferId>,
     /// Stands in for state that a rule does not have.
     spare: BufferId,
@@ -172,21 +235,25 @@ struct Worker {
     /// By bucket: what it last came back from the ring in.
     messages: Vec<Option<Shared>>,
     tail: Vec<f32>,
+    /// Sent in earlier rings, and in this one.
+    bytes_sent: [u64; 2],
+    whereabouts: Whereabouts,
     /// Of the step at hand, where they are wanted and owners update.
     gradients: Vec<Vec<f32>>,
     /// Steps and rows of an evaluation's last pass, as long as its gates are there.
     evaluated: Option<[usize; 2]>,
 }
 
-/// Runs a worker until its commands end. The first answer is [`Answer::Ready`]; an error ends the worker after it is told.
+/// Runs a worker until its commands end; the first of them gives it its place. An error ends the worker after it is told, unless the replica is still
+/// what it was before the command: a peer failed, or the memory was too small.
 pub fn serve(
     spec: WorkerSpec,
     backend: Box<dyn Backend>,
-    ring: Option<Ring>,
+    whereabouts: Whereabouts,
     commands: &Receiver<Command>,
     answers: &Sender<Result<Answer>>,
 ) {
-    let mut worker = match Worker::new(spec, backend, ring) {
+    let mut worker = match Worker::new(spec, backend, whereabouts) {
         Ok(worker) => worker,
         Err(e) => {
             // Nobody listens only where the coordinator itself is gone.
@@ -194,24 +261,46 @@ pub fn serve(
             return;
         }
     };
-    if answers.send(Ok(Answer::Ready)).is_err() {
-        return;
-    }
     for command in commands {
+        let changes_nothing = matches!(command, Command::Step(_) | Command::Evaluate(_) | Command::Reserve { .. });
         let answer = worker.obey(command);
-        let failed = answer.is_err();
+        worker.whereabouts.set("idle");
+        let goes_on = match &answer {
+            Ok(_) => true,
+            Err(e) => changes_nothing && worker.stands_after(e),
+        };
         let told = match answer.transpose() {
             Some(answer) => answers.send(answer).is_ok(),
             None => true,
         };
-        if failed || !told {
+        if !goes_on || !told {
             return;
         }
     }
 }
 
+/// Whether a step failed for what another rank did or did not do.
+pub fn peer_error(error: &anyhow::Error) -> Option<&CommError> {
+    error.chain().find_map(|cause| cause.downcast_ref::<CommError>())
+}
+
+/// The memory that a worker takes for training on a share of this size, in buffers, while it gets them. Nothing is allocated.
+///
+/// # Errors
+/// A buffer beyond the device's limits.
+pub fn weigh(spec: &WorkerSpec, [rank, world]: [usize; 2], update: Update, n_steps: usize, n_rows: usize, limits: Limits) -> Result<u64> {
+    let scale = Scale::new(limits);
+    let spec = WorkerSpec { model: spec.model.clone(), ..*spec };
+    let mut worker = Worker::new(spec, Box::new(scale.clone()), Whereabouts::default())?;
+    let keeps_copies = false;
+    worker.join(Seat { rank, world, generation: 0, update, keeps_copies, ring: None, params: None, states: None })?;
+    worker.reserve(n_steps, n_rows)?;
+    Ok(scale.most_bytes())
+}
+
 impl Worker {
-    fn new(spec: WorkerSpec, mut backend: Box<dyn Backend>, ring: Option<Ring>) -> Result<Self> {
+    fn new(spec: WorkerSpec, mut backend: Box<dyn Backend>, whereabouts: Whereabouts) -> Result<Self> {
+        whereabouts.set("taking its place in the ring");
         UsageError::unless((1..=MAX_PARTS).contains(&spec.accumulate), || {
             format!("--accumulate {} is not in 1..={MAX_PARTS}", spec.accumulate)
         })?;
@@ -224,18 +313,6 @@ impl Worker {
             let of_bucket = |b: &crate::params::Bucket| backend_ref.alloc(&format!("optimizer {name}"), b.range.len());
             states.push(buckets.iter().map(of_bucket).collect::<Result<Vec<_>>>()?);
         }
-        let mut segments = Vec::new();
-        if ring.is_some() && spec.update == Update::ByOwner {
-            for bucket in &buckets {
-                let range = owned_segment(spec.world, spec.rank, bucket.range.len());
-                let len = range.len().max(ALIGN);
-                let param = backend_ref.alloc("new parameters", len)?;
-                let states = names.iter().map(|_| backend_ref.alloc("new optimizer state", len)).collect::<Result<_>>()?;
-                segments.push(Segment { range, param, states });
-            }
-        }
-        let n_blocks: usize = buckets.iter().map(|b| round_up(b.range.len().div_ceil(BLOCK), ALIGN)).sum();
-        let squares = if ring.is_none() { Some(backend_ref.alloc("squares", n_blocks)?) } else { None };
         let longest = buckets.iter().map(|b| b.range.len()).max().unwrap_or(ALIGN);
         // A rule without momentum still has its binding; a state that is never touched needs no memory of its own.
         let spare = backend_ref.alloc("no state", if names.len() < 2 { longest } else { ALIGN })?;
@@ -243,35 +320,125 @@ impl Worker {
             spec,
             backend,
             model,
-            ring,
+            rank: 0,
+            world: 1,
+            generation: 0,
+            update: Update::Everywhere,
+            keeps_copies: false,
+            ring: None,
             states,
-            segments,
-            squares,
+            segments: Vec::new(),
+            squares: None,
             spare,
             pending: None,
             memory: Vec::new(),
             messages: Vec::new(),
             tail: Vec::new(),
+            bytes_sent: [0; 2],
+            whereabouts,
             gradients: Vec::new(),
             evaluated: None,
         })
     }
 
+    /// Whether the replica is as it was after this error of a step; it then waits for another place in the ring.
+    fn stands_after(&mut self, error: &anyhow::Error) -> bool {
+        let has_no_room = error.downcast_ref::<NoRoom>().is_some();
+        let stands = has_no_room || peer_error(error).is_some();
+        if stands {
+            // Peers learn that this rank is not with them.
+            self.leave();
+        }
+        if has_no_room {
+            self.model.release(self.backend.as_mut());
+        }
+        stands
+    }
+
+    fn leave(&mut self) {
+        self.ring = None;
+        self.pending = None;
+        // They are cut as the ring was.
+        (self.memory, self.messages) = (Vec::new(), Vec::new());
+        self.bytes_sent = [self.bytes_sent.iter().sum(), 0];
+    }
+
+    fn join(&mut self, seat: Seat) -> Result<()> {
+        self.leave();
+        let backend = self.backend.as_mut();
+        for segment in self.segments.drain(..) {
+            segment.states.into_iter().chain([segment.param]).for_each(|buffer| backend.free(buffer));
+        }
+        let Seat { rank, world, generation, update, keeps_copies, ring, params, states } = seat;
+        (self.rank, self.world, self.generation, self.ring) = (rank, world, generation, ring);
+        (self.update, self.keeps_copies) = (update, keeps_copies);
+        let buckets = self.model.table().buckets();
+        if world > 1 && update == Update::ByOwner {
+            for bucket in buckets {
+                let range = owned_segment(world, rank, bucket.range.len());
+                let len = range.len().max(ALIGN);
+                let param = backend.alloc("new parameters", len)?;
+                let states = self.states.iter().map(|_| backend.alloc("new optimizer state", len)).collect::<Result<_>>()?;
+                self.segments.push(Segment { range, param, states });
+            }
+        }
+        if world == 1 && self.squares.is_none() {
+            let n_blocks: usize = buckets.iter().map(|b| round_up(b.range.len().div_ceil(BLOCK), ALIGN)).sum();
+            self.squares = Some(backend.alloc("squares", n_blocks)?);
+        }
+        if let Some(params) = params {
+            self.model.write_params(backend, &params)?;
+        }
+        if let Some(states) = states {
+            self.write_states(&states)?;
+        }
+        Ok(())
+    }
+
+    fn write_states(&mut self, states: &[Vec<Vec<f32>>]) -> Result<()> {
+        let given = self.states.iter().zip(states);
+        given.into_iter().try_for_each(|(buckets, values)| write_buckets(self.model.table(), self.backend.as_mut(), buckets, values))
+    }
+
+    fn reserve(&mut self, n_steps: usize, n_rows: usize) -> Result<()> {
+        let most = split_even(n_rows, self.spec.accumulate).iter().map(Range::len).max().unwrap_or(0);
+        if most == 0 {
+            return Ok(());
+        }
+        let reserved = self.model.reserve(self.backend.as_mut(), n_steps, most, true);
+        reserved.map_err(|e| self.no_room(e, n_steps, n_rows))
+    }
+
+    /// Says which share it was where memory was too small.
+    fn no_room(&self, error: anyhow::Error, n_steps: usize, n_rows: usize) -> anyhow::Error {
+        let is_memory = error.chain().any(|cause| matches!(cause.downcast_ref(), Some(DeviceError::OutOfMemory { .. })));
+        let device = self.backend.info().spec.clone();
+        if is_memory { error.context(NoRoom { device, n_rows, n_steps }) } else { error }
+    }
+
     fn obey(&mut self, command: Command) -> Result<Option<Answer>> {
         let deadline = self.spec.deadline;
+        self.whereabouts.set(match command {
+            Command::Join(_) => "taking its place in the ring",
+            Command::Load { .. } => "loading parameters",
+            Command::Reserve { .. } | Command::Step(_) => "computing gradients",
+            Command::Commit => "updating",
+            Command::Abort => "idle",
+            Command::Evaluate(_) => "evaluating",
+            Command::ReadParams | Command::ReadGates | Command::ReadStates => "reading back",
+        });
         Ok(match command {
+            Command::Join(seat) => {
+                self.join(*seat)?;
+                Some(Answer::Ready)
+            }
             Command::Load { params, states } => {
                 self.model.write_params(self.backend.as_mut(), &params)?;
-                for (buckets, values) in self.states.iter().zip(states.iter()) {
-                    write_buckets(self.model.table(), self.backend.as_mut(), buckets, values)?;
-                }
+                self.write_states(&states)?;
                 Some(Answer::Loaded)
             }
             Command::Reserve { n_steps, n_rows } => {
-                let most = split_even(n_rows, self.spec.accumulate).iter().map(Range::len).max().unwrap_or(0);
-                if most > 0 {
-                    self.model.reserve(self.backend.as_mut(), n_steps, most, true)?;
-                }
+                self.reserve(n_steps, n_rows)?;
                 Some(Answer::Reserved)
             }
             Command::Step(work) => Some(Answer::Step(self.step(&work)?)),
@@ -299,8 +466,9 @@ impl Worker {
 
     fn step(&mut self, work: &StepWork) -> Result<StepAnswer> {
         ensure!(self.pending.is_none(), "a step was begun before the one before was committed");
+        ensure!(self.ring.is_some() || self.world == 1, "a step was begun before the ring was made anew");
         self.evaluated = None;
-        let _span = debug_span!("compute", step = work.step, rank = self.spec.rank).entered();
+        let _span = debug_span!("compute", step = work.step, rank = self.rank).entered();
         let start = Instant::now();
         let parts = split_even(work.rows.len(), self.spec.accumulate);
         let parts: Vec<Range<usize>> = parts.into_iter().filter(|p| !p.is_empty()).collect();
@@ -313,8 +481,10 @@ impl Worker {
         if let Some(first) = parts.first() {
             // The first part has the most rows, and the longest.
             let n_steps = work.batch.longest(work.rows.start + first.start..work.rows.start + first.end);
-            self.model.reserve(backend, n_steps, first.len(), true)?;
+            let reserved = self.model.reserve(backend, n_steps, first.len(), true);
+            reserved.map_err(|e| self.no_room(e, n_steps, n_rows))?;
         }
+        let backend = self.backend.as_mut();
         for part in 0..n_parts {
             let rows = parts.get(part).cloned().unwrap_or(0..0);
             let batch = work.batch.rows(work.rows.start + rows.start..work.rows.start + rows.end);
@@ -353,6 +523,7 @@ impl Worker {
             if self.squares.is_some() { spans[2..].iter().take(self.model.grads().len()).map(|s| s.len).sum() } else { 0 };
         let tail = backend.read(&spans, std::mem::take(&mut self.tail))?;
         backend.submit()?;
+        self.whereabouts.set("waiting for the device to finish its gradients");
         let words = debug_span!("readback").in_scope(|| tail.wait(self.spec.deadline))?;
         let compute = start.elapsed();
         let loss: f64 = words[..n_parts].iter().map(|&l| f64::from(l)).sum();
@@ -364,11 +535,12 @@ impl Worker {
         }
         let state = if work.wants_state { left.into_rows() } else { Vec::new() };
         self.tail = words;
-        let (mut waited, mut ring_time, mut bytes_sent) = (Duration::ZERO, Duration::ZERO, 0);
+        let (mut waited, mut ring_time) = (Duration::ZERO, Duration::ZERO);
+        self.whereabouts.set("waiting for the ring's sums");
         if let Some(ring) = &self.ring {
             let sums = debug_span!("wait for ring").in_scope(|| ring.exchange(vec![u8::from(non_finite)]))?;
             waited = start.elapsed() - compute;
-            (norm, ring_time, bytes_sent) = (sums.norm, sums.ring_time, sums.bytes_sent);
+            (norm, ring_time, self.bytes_sent[1]) = (sums.norm, sums.ring_time, sums.bytes_sent);
             non_finite |= sums.headers.iter().any(|h| h.first() != Some(&0)) || !norm.is_finite();
             debug_span!("receive").in_scope(|| self.receive(sums, work, norm, non_finite))?;
         } else {
@@ -383,7 +555,8 @@ impl Worker {
         if work.wants_gradients && matches!(self.pending, Some(Pending::Sums { .. })) {
             gradients = read_buckets(self.model.table(), self.backend.as_mut(), self.model.grads(), self.spec.deadline)?;
         }
-        Ok(StepAnswer { loss, non_finite, norm, state, gradients, compute, waited, ring_time, bytes_sent })
+        let (generation, bytes_sent) = (self.generation, self.bytes_sent.iter().sum());
+        Ok(StepAnswer { generation, loss, non_finite, norm, state, gradients, compute, waited, ring_time, bytes_sent })
     }
 
     /// Puts what came from the ring where the update will find it.
@@ -400,7 +573,7 @@ impl Worker {
             sums.buckets.into_iter().for_each(keep);
             return Ok(());
         }
-        if self.spec.update == Update::Everywhere {
+        if self.update == Update::Everywhere {
             for returned in sums.buckets {
                 write_parts(backend, self.model.grads()[returned.bucket], &returned.message)?;
                 keep(returned);
@@ -416,6 +589,7 @@ impl Worker {
             let (bucket, segment) = (returned.bucket, &self.segments[returned.bucket]);
             let len = segment.range.len();
             let new = Span { buffer: segment.param, offset: 0, len };
+            let seconds: Vec<Span> = segment.states.iter().map(|&buffer| Span { buffer, offset: 0, len }).collect();
             if len > 0 {
                 let of = |buffer: BufferId| Span { buffer, offset: segment.range.start, len };
                 let (param, grad) = (of(self.model.params()[bucket]), of(self.model.grads()[bucket]));
@@ -426,26 +600,28 @@ impl Worker {
                     kept[bucket][segment.range.clone()].copy_from_slice(&words);
                 }
                 backend.copy(param, new)?;
-                let mut states = Vec::with_capacity(2);
-                for (state, &second) in self.states.iter().zip(&segment.states) {
-                    let second = Span { buffer: second, offset: 0, len };
+                for (state, &second) in self.states.iter().zip(&seconds) {
                     backend.copy(of(state[bucket]), second)?;
-                    states.push(second);
                 }
-                let states = with_spare(&states, Span { buffer: self.spare, offset: 0, len });
+                let states = with_spare(&seconds, Span { buffer: self.spare, offset: 0, len });
                 self.spec.optimizer.update(backend, new, grad, states, work.step, work.lr, factor)?;
             }
-            ring.spread(returned, backend.read(&[new], Vec::new())?)?;
+            // A rule without state has none to copy.
+            let copied = self.keeps_copies && !seconds.is_empty();
+            let states = copied.then(|| backend.read(&seconds, Vec::new())).transpose()?;
+            ring.spread(returned, backend.read(&[new], Vec::new())?, states)?;
         }
+        let mut copies = vec![Arc::default(); n_buckets];
         for _ in 0..n_buckets {
-            let returned = ring.spread_bucket()?;
+            let mut returned = ring.spread_bucket()?;
+            copies[returned.bucket] = std::mem::take(&mut returned.copy);
             write_parts(backend, self.model.grads()[returned.bucket], &returned.message)?;
             keep(returned);
         }
         if work.wants_gradients {
             self.gradients = unpacked(self.model.table(), &kept);
         }
-        self.pending = Some(Pending::NewParams);
+        self.pending = Some(Pending::NewParams { copies });
         Ok(())
     }
 
@@ -462,13 +638,19 @@ impl Worker {
                     self.spec.optimizer.update(backend, param, grad, states, step, lr, factor)?;
                 }
             }
-            Pending::NewParams => {
+            Pending::NewParams { copies } => {
+                let before = (self.rank + self.world - 1) % self.world;
                 for (bucket, segment) in self.segments.iter().enumerate() {
                     let len = segment.range.len();
                     self.model.swap_bucket(bucket);
                     for (state, &second) in self.states.iter().zip(&segment.states).filter(|_| len > 0) {
                         let to = Span { buffer: state[bucket], offset: segment.range.start, len };
                         backend.copy(Span { buffer: second, offset: 0, len }, to)?;
+                    }
+                    // The copy lies where that rank has the original.
+                    let theirs = owned_segment(self.world, before, self.model.table().buckets()[bucket].range.len());
+                    for (state, words) in self.states.iter().zip(copies[bucket].chunks_exact(theirs.len().max(1))) {
+                        backend.write(Span { buffer: state[bucket], offset: theirs.start, len: theirs.len() }, words)?;
                     }
                 }
             }
@@ -477,7 +659,7 @@ impl Worker {
     }
 
     fn evaluate(&mut self, work: &EvaluateWork) -> Result<EvaluateAnswer> {
-        let _span = debug_span!("evaluate", rank = self.spec.rank).entered();
+        let _span = debug_span!("evaluate", rank = self.rank).entered();
         let backend = self.backend.as_mut();
         if work.rows.is_empty() {
             return Ok(EvaluateAnswer { loss: 0.0, non_finite: false, state: Vec::new(), outputs: Vec::new() });
@@ -486,8 +668,20 @@ impl Worker {
         let given = work.state.as_ref().map(|rows| Carried::from_rows(&self.spec.model, n_rows, rows.clone()));
         let mut left = Carried::new(&self.spec.model, if work.wants_state { n_rows } else { 0 });
         let mut answer = EvaluateAnswer { loss: 0.0, non_finite: false, state: Vec::new(), outputs: Vec::new() };
-        // In as many parts as a training step, which bound what the device must hold.
-        for part in split_even(n_rows, self.spec.accumulate).into_iter().filter(|part| !part.is_empty()) {
+        // In as many parts as a training step, which bound what the device must hold; in more where its memory is too small for that.
+        let mut n_parts = self.spec.accumulate;
+        loop {
+            let first = split_even(n_rows, n_parts).into_iter().next().unwrap_or(0..0);
+            let n_steps = work.batch.longest(work.rows.start..work.rows.end);
+            let Err(e) = self.model.reserve(backend, n_steps, first.len(), false) else { break };
+            let is_memory = e.chain().any(|cause| matches!(cause.downcast_ref(), Some(DeviceError::OutOfMemory { .. })));
+            if !is_memory || first.len() == 1 {
+                return Err(e);
+            }
+            self.model.release(backend);
+            n_parts = (2 * n_parts).min(n_rows);
+        }
+        for part in split_even(n_rows, n_parts).into_iter().filter(|part| !part.is_empty()) {
             let batch = work.batch.rows(work.rows.start + part.start..work.rows.start + part.end);
             let state = given.as_ref().map(|given| given.rows(part.clone()));
             let passed = pass_forward(backend, &mut self.model, &batch, state.as_deref(), [work.wants_state, work.wants_outputs])?;

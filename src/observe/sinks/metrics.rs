@@ -81,6 +81,9 @@ pub fn up_to(step: u64) -> impl FnMut(&str) -> bool {
 /// Points (step, value).
 pub type Points = Vec<(f64, f64)>;
 
+/// Beyond what any run has; a damaged file may say anything.
+const MOST_DEVICES: u64 = 1024;
+
 /// What a metrics file says of a run, through all its starts. Null numbers are left out.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct History {
@@ -133,11 +136,13 @@ impl History {
             Some("epoch" | "eval") => add(&mut self.valid, number("valid_loss")),
             Some("start") => self.starts.push(object.clone()),
             Some("device") => {
-                // Ranks come in order: the first one begins another list.
-                if object.get("rank").and_then(Value::as_u64) == Some(0) {
+                // At the end all come in order, and the first one begins another list; one that is lost comes alone.
+                let rank = object.get("rank").and_then(Value::as_u64).map_or(0, |rank| rank.min(MOST_DEVICES) as usize);
+                if rank == 0 {
                     self.devices.clear();
                 }
-                self.devices.push(object.clone());
+                self.devices.resize(self.devices.len().max(rank + 1), Map::new());
+                self.devices[rank] = object.clone();
             }
             Some("warning") => self.warnings.extend(object.get("message").and_then(Value::as_str).map(str::to_owned)),
             _ => {}
