@@ -30,6 +30,8 @@ pub fn config(task: Task, data: &[&Path]) -> RunConfig {
         sequence: None,
         label: None,
         tolerance: None,
+        class_weights: None,
+        notes: None,
         missing: Missing::Fill,
         relative: Relative::Auto,
         season: None,

@@ -51,6 +51,9 @@ pub enum Command {
     /// Write text with a trained network
     #[command(after_help = GENERATE_EXAMPLES)]
     Generate(GenerateArgs),
+    /// Tell the classes of sequences, or of their steps, with probabilities
+    #[command(after_help = CLASSIFY_EXAMPLES)]
+    Classify(ClassifyArgs),
     /// Continue a series beyond the end of its data
     #[command(after_help = FORECAST_EXAMPLES)]
     Forecast(ForecastArgs),
@@ -66,6 +69,9 @@ pub enum Command {
     /// Tell what several runs differ in, and draw their loss curves into one picture
     #[command(after_help = COMPARE_EXAMPLES)]
     Compare(CompareArgs),
+    /// List the recipes, the well-known pieces of work that train --recipe does again, or show one
+    #[command(after_help = RECIPES_EXAMPLES)]
+    Recipes(RecipesArgs),
     /// List the graphics adapters that --devices gpu:INDEX can name
     #[command(after_help = DEVICES_EXAMPLES)]
     Devices(DevicesArgs),
@@ -93,6 +99,9 @@ pub struct TrainArgs {
     /// Read options from a TOML file, whose keys are the flags' names with underscores; flags go before it
     #[arg(long, value_name = "FILE", help_heading = RUN)]
     pub config: Option<PathBuf>,
+    /// Take the options of a recipe that comes with the program (see `recipes`); flags and --config go before it
+    #[arg(long, value_name = "NAME", help_heading = RUN)]
+    pub recipe: Option<String>,
 }
 
 /// What every command on a trained network takes.
@@ -166,6 +175,22 @@ pub struct CompareArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct RecipesArgs {
+    #[command(subcommand)]
+    pub command: Option<RecipesCommand>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum RecipesCommand {
+    /// Print a recipe, a configuration file that --config takes
+    Show {
+        /// Its name
+        #[arg(value_name = "NAME")]
+        name: String,
+    },
+}
+
+#[derive(Debug, Args)]
 pub struct CompletionsArgs {
     /// The shell
     #[arg(value_name = "SHELL")]
@@ -184,6 +209,18 @@ pub struct DevicesArgs {
     /// Measure each adapter, and the CPU beside: products of 1024 x 1024 matrices, and reading and writing memory
     #[arg(long)]
     pub measure: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ClassifyArgs {
+    #[command(flatten)]
+    pub trained: Trained,
+    /// Data to look at, like those of the run; labels may be missing; may be repeated
+    #[arg(long, value_name = "PATH", required = true)]
+    pub data: Vec<String>,
+    /// Write the probabilities of all classes to a CSV file
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -285,7 +322,7 @@ Examples:
 
 /// The commands as the help lists them; those that stand in no group come last.
 const GROUPS: [(&str, &[&str]); 5] = [
-    ("Train", &["train", "devices", "profile"]),
+    ("Train", &["train", "recipes", "devices", "profile"]),
     ("Use a trained network", &["evaluate", "generate", "forecast", "classify"]),
     ("Look at runs", &["inspect", "compare"]),
     ("Exchange", &["export", "import"]),
@@ -319,7 +356,7 @@ fn grouped(command: clap::Command) -> clap::Command {
 }
 
 const TRAIN_EXAMPLES: &str = "\
-Sizes may be written with K, M or G (1024). A flag goes before the same key of --config, and that before the default.
+Sizes may be written with K, M or G (1024). A flag goes before the same key of --config, that before --recipe, and that before the default.
 
 Examples:
   carrousel train                                               the built-in example
@@ -327,6 +364,7 @@ Examples:
   carrousel train --data sales.csv --target units --horizon 14  a series, two weeks ahead
   carrousel train --data 'vowels_*.ts' --pooling mean           the class of each sequence
   carrousel train --data book.txt --devices gpu:0,gpu:1,cpu:4   three workers in one ring
+  carrousel train --recipe zaremba-small --data ptb             a paper's table again
   carrousel train --config book.toml --lr 1e-3                  options from a file, one changed
   carrousel train --out runs/book --resume                      go on where a run was stopped
   carrousel train --data book.txt --hidden 512 --dry-run        what it would take, without training";
@@ -340,6 +378,11 @@ const GENERATE_EXAMPLES: &str = "\
 Examples:
   carrousel generate --run runs/book --prompt 'It was ' --length 1000
   carrousel generate --run runs/book --temperature 1 --top-k 20 --seed 7";
+
+const CLASSIFY_EXAMPLES: &str = "\
+Examples:
+  carrousel classify --run runs/vowels --data new.ts
+  carrousel classify --run runs/reviews --data lines.txt --output classes.csv --json";
 
 const FORECAST_EXAMPLES: &str = "\
 Examples:
@@ -370,6 +413,12 @@ const COMPARE_EXAMPLES: &str = "\
 Examples:
   carrousel compare runs/book runs/book-wider
   carrousel compare runs/book* --output book.png --json";
+
+const RECIPES_EXAMPLES: &str = "\
+Examples:
+  carrousel recipes
+  carrousel recipes show zaremba-small > mine.toml
+  carrousel train --config mine.toml --data ptb";
 
 const DEVICES_EXAMPLES: &str = "\
 Examples:
@@ -410,6 +459,8 @@ pub const PROFILED: &[&str] = &[
     "embedding",
     "tied",
     "dropout",
+    "input_dropout",
+    "output_dropout",
     "proj_size",
     "layer_norm",
     "residual",
@@ -428,6 +479,7 @@ pub const PROFILED: &[&str] = &[
     "seq_len",
     "horizon",
     "pooling",
+    "notes",
     "bidirectional",
     "batch_size",
     "lr",

@@ -11,27 +11,29 @@ use serde_json::{Map, Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::args::{
-    CompareArgs, CompletionsArgs, DevicesArgs, EvaluateArgs, ExportArgs, ForecastArgs, GenerateArgs, Global, ImportArgs, InspectArgs,
-    ManArgs, PROFILED, ProfileRingArgs, ProfileStepArgs, TrainArgs, Trained,
+    ClassifyArgs, CompareArgs, CompletionsArgs, DevicesArgs, EvaluateArgs, ExportArgs, ForecastArgs, GenerateArgs, Global, ImportArgs,
+    InspectArgs, ManArgs, PROFILED, ProfileRingArgs, ProfileStepArgs, RecipesArgs, RecipesCommand, TrainArgs, Trained,
 };
 use super::resolve::{self, Layers};
-use super::{Done, INTERRUPTED, print, report};
+use super::{Done, INTERRUPTED, print, recipes as known, report};
 use crate::backend::gpu::adapters;
 use crate::backend::open;
 use crate::comm::measure::measure;
 use crate::comm::plan::Algorithm;
+use crate::data::sequences::Labelled;
 use crate::data::series::{Dated, Part};
 use crate::data::vocab::Level as TextLevel;
+use crate::infer::classify as classes;
 use crate::infer::exchange;
 use crate::infer::forecast as forecasts;
 use crate::infer::generate as texts;
 use crate::infer::inspect as inspection;
 use crate::infer::predictions::Predictions;
 use crate::infer::session::Session;
-use crate::infer::task::Corpus;
+use crate::infer::task::{Corpus, NOTES};
 use crate::infer::{evaluate as evaluation, generate::GenerateOptions};
 use crate::model::config::{Input, ModelConfig, Output, Pooling};
-use crate::observe::{Bus, Level};
+use crate::observe::{Bus, Level, Table};
 use crate::store::config::{RunConfig, Task};
 use crate::store::{RunFolder, default_run_path, interchange};
 use crate::train::devices::{self, DeviceKind};
@@ -41,7 +43,7 @@ use crate::train::run::{RunOptions, run};
 use crate::usage::UsageError;
 
 pub fn train(args: &TrainArgs, bus: &mut Bus) -> anyhow::Result<Done> {
-    let layers = Layers::new(&args.typed, args.config.as_deref())?;
+    let layers = Layers::new(&args.typed, args.config.as_deref())?.with_recipe(args.recipe.as_deref())?;
     let out = layers.out().map(PathBuf::from);
     let layers = match (&out, args.resume) {
         (None, true) => return Err(UsageError("--resume needs --out: name the folder of the run to continue".to_owned()).into()),
@@ -106,7 +108,8 @@ fn needs(session: &Session, trained: &Trained, task: Task) -> Result<(), UsageEr
     let other = match found {
         Task::Lm => "generate",
         Task::Forecast => "forecast",
-        Task::Classify | Task::Regress => "evaluate",
+        Task::Classify | Task::Tag => "classify",
+        Task::Regress | Task::Frames => "evaluate",
     };
     Err(UsageError(format!(
         "{} holds a run of --task {}, this command needs one of --task {}; use {other}",
@@ -144,7 +147,7 @@ pub fn evaluate(args: &EvaluateArgs, bus: &mut Bus) -> anyhow::Result<Done> {
         let set = Corpus::load(&config, Some(&session.spec))?.eval_set(&config, Part::Test)?;
         set.ok_or_else(|| UsageError("the run's data has no test part; name what to measure on with --data".to_owned()))?
     } else {
-        Corpus::load_other(&config, &args.data, &session.spec)?.eval_set(&config)?
+        Corpus::load_other(&config, &args.data, &session.spec, Labelled::All)?.eval_set(&config)?
     };
     let evaluation = match &args.output {
         None => evaluation::evaluate(&set, &mut session)?,
@@ -190,6 +193,22 @@ pub fn generate(args: &GenerateArgs, global: Global, bus: &mut Bus) -> anyhow::R
     Ok(Done::new(summary, Vec::new()))
 }
 
+pub fn classify(args: &ClassifyArgs, bus: &mut Bus) -> anyhow::Result<Done> {
+    let mut session = session(&args.trained, bus)?;
+    let task = session.config.task;
+    if !matches!(task, Task::Classify | Task::Tag) {
+        needs(&session, &args.trained, Task::Classify)?;
+    }
+    let found = classes::classify(&mut session, &args.data, args.output.as_deref())?;
+    if let Some(path) = &args.output {
+        bus.log(Level::Info, &format!("wrote {}", path.display()));
+    }
+    let mut summary = about(&session);
+    summary.extend(found);
+    let table = report::classes(&summary);
+    Ok(Done::new(summary, vec![table]))
+}
+
 pub fn forecast(args: &ForecastArgs, bus: &mut Bus) -> anyhow::Result<Done> {
     let mut session = session(&args.trained, bus)?;
     needs(&session, &args.trained, Task::Forecast)?;
@@ -223,8 +242,22 @@ pub fn export(args: &ExportArgs, bus: &mut Bus) -> anyhow::Result<Done> {
 }
 
 /// What the data are and how they are read, which a file of ours has settled for its parameters.
-const OF_DATA: [&str; 13] = [
-    "task", "level", "vocab", "encoding", "target", "features", "sequence", "label", "missing", "relative", "season", "calendar", "horizon",
+const OF_DATA: [&str; 15] = [
+    "task",
+    "level",
+    "vocab",
+    "encoding",
+    "target",
+    "features",
+    "sequence",
+    "label",
+    "class_weights",
+    "notes",
+    "missing",
+    "relative",
+    "season",
+    "calendar",
+    "horizon",
 ];
 
 pub fn import(args: &ImportArgs, bus: &mut Bus) -> anyhow::Result<Done> {
@@ -270,6 +303,16 @@ pub fn compare(args: &CompareArgs, bus: &mut Bus) -> anyhow::Result<Done> {
     found.warnings.into_iter().for_each(|warning| bus.warn(warning));
     let tables = report::comparison(&found.summary);
     Ok(Done::new(found.summary, tables))
+}
+
+pub fn recipes(args: &RecipesArgs, global: Global) -> anyhow::Result<Done> {
+    if let Some(RecipesCommand::Show { name }) = &args.command {
+        return told(known::find(name)?.text.to_owned(), global);
+    }
+    let rows = known::ALL.iter().map(|recipe| vec![recipe.name.to_owned(), recipe.about().to_owned()]).collect();
+    let table = Table::new("").columns("recipes", &["name", "what it is, and what others reached"], rows);
+    let listed = known::ALL.iter().map(|recipe| json!({ "name": recipe.name, "about": recipe.about(), "command": recipe.command() }));
+    Ok(Done::new(Map::from_iter([("recipes".to_owned(), listed.collect())]), vec![table]))
 }
 
 pub fn completions(args: &CompletionsArgs, global: Global) -> anyhow::Result<Done> {
@@ -392,6 +435,11 @@ fn workload(config: &RunConfig) -> Workload {
         }
         Task::Classify => (made_up_features(config), Output::Label { n_classes: 10, pooling: config.pooling }),
         Task::Regress => (made_up_features(config), Output::Values { n_outputs: 1, pooling: config.pooling }),
+        Task::Tag => (made_up_features(config), Output::Classes { n_classes: 10 }),
+        Task::Frames => {
+            let n_notes = config.notes.unwrap_or(NOTES);
+            (Input::Values { n_features: n_notes }, Output::Notes { n_notes })
+        }
     };
     let model = ModelConfig {
         input,

@@ -44,6 +44,23 @@ pub fn values(summary: &Map<String, Value>) -> Table {
     Table::new("").columns("forecast", &names, rows)
 }
 
+/// What was said of each sequence, or of each step, a line each; of many the first.
+pub fn classes(summary: &Map<String, Value>) -> Table {
+    const SHOWN: usize = 40;
+    let labels = summary.get("labels").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let names: Vec<&str> = ["sequence", "step", "class", "probability"]
+        .into_iter()
+        .filter(|&name| labels.first().is_some_and(|label| label.get(name).is_some()))
+        .collect();
+    let rows = labels.iter().take(SHOWN).map(|row| cells(row, &names)).collect();
+    let others: Map<String, Value> = summary.iter().filter(|(name, _)| *name != "labels").map(|(k, v)| (k.clone(), v.clone())).collect();
+    let table = scores("classify", &others).columns("classes", &names, rows);
+    if labels.len() <= SHOWN {
+        return table;
+    }
+    table.pairs("More", [("not shown", format!("{} of {}; --output writes all", labels.len() - SHOWN, labels.len()))])
+}
+
 /// The adapters, or that there is none. Limits and features are many, so they are in the JSON only.
 pub fn adapters(adapters: &Value) -> Table {
     let rows = adapters.as_array().map(Vec::as_slice).unwrap_or_default();

@@ -9,6 +9,7 @@ use serde::de::value::{Error as NameError, StrDeserializer};
 use serde::de::{self, DeserializeOwned, Deserializer, IntoDeserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
+use crate::data::sequences::ClassWeights;
 use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
 use crate::data::text::Encoding;
@@ -30,7 +31,7 @@ pub struct Size(pub usize);
 #[serde(deny_unknown_fields, default)]
 pub struct Typed {
     /// What is learnt: the next token of a text (lm), the next values of a series (forecast), the class (classify) or a number (regress)
-    /// of each sequence; by default classify for .ts files and with --sequence, forecast for .csv and .tsv files and for the built-in
+    /// of each sequence, the class of each step (tag), the next frame of notes (frames); by default classify for .ts files and with --sequence, forecast for .csv and .tsv files and for the built-in
     /// example, else lm
     #[arg(long, value_name = "TASK", help_heading = DATA, value_parser = choice::<Task>())]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -64,7 +65,7 @@ pub struct Typed {
     #[arg(long, value_name = "COLUMN", help_heading = DATA)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sequence: Option<String>,
-    /// Column of the sequences' labels, the same in all rows of a sequence
+    /// Column of the sequences' labels, the same in all rows of a sequence; for tag each row's own
     #[arg(long, value_name = "COLUMN", help_heading = DATA)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
@@ -76,6 +77,14 @@ pub struct Typed {
     #[arg(long, value_name = "X", help_heading = DATA, allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tolerance: Option<f64>,
+    /// Count classes unlike: balanced (in inverse proportion to how often the training part has them), or a weight for each, in their order
+    #[arg(long, value_name = "W,...", help_heading = DATA, value_parser = ClassWeights::from_str, allow_hyphen_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub class_weights: Option<ClassWeights>,
+    /// Notes of a frame, numbered from 0 [default: 88]
+    #[arg(long, value_name = "N", help_heading = DATA)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub notes: Option<Size>,
     /// Fill blanks from what lies before them, or refuse them
     #[arg(long, value_name = "WAY", help_heading = DATA, value_parser = choice::<Missing>())]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -113,6 +122,14 @@ pub struct Typed {
     #[arg(long, value_name = "P", help_heading = MODEL, allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dropout: Option<f64>,
+    /// Fraction dropped in training of what the first layer reads: an embedding's columns, or features
+    #[arg(long, value_name = "P", help_heading = MODEL, allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub input_dropout: Option<f64>,
+    /// Fraction dropped in training of what the last layer hands to the output
+    #[arg(long, value_name = "P", help_heading = MODEL, allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output_dropout: Option<f64>,
     /// LSTM layers without biases
     #[arg(long, help_heading = MODEL, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -25,7 +25,7 @@ pub trait Forward {
 /// What came out.
 #[derive(Clone, Debug)]
 pub struct Evaluation {
-    /// Mean over terms: nats a token or a sequence, or the squared error on the normalised scale.
+    /// Mean over terms: nats a token, a step, a frame or a sequence, or the squared error on the normalised scale.
     pub loss: f64,
     /// Terms.
     pub weight: f64,
@@ -39,6 +39,31 @@ pub enum Judged {
     Forecast(ForecastScores),
     Classes(ClassScores),
     Numbers(NumberScores),
+    Frames(FrameScores),
+}
+
+/// Notes that were told against those that sounded. A note counts as told where its odds are even or better.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FrameScores {
+    /// By note: told and sounded, told alone, sounded alone.
+    pub counts: Vec<[u64; 3]>,
+    /// The negative log-likelihood a frame of always giving each note the odds that it has in the training part.
+    pub frequency_loss: f64,
+}
+
+impl FrameScores {
+    /// Notes told rightly, as a share of all that were told or sounded (Bay, Ehmann and Downie 2009).
+    pub fn accuracy(&self) -> f64 {
+        let sums = self.counts.iter().fold([0, 0], |[hits, all], counts| [hits + counts[0], all + counts.iter().sum::<u64>()]);
+        sums[0] as f64 / sums[1] as f64
+    }
+
+    /// The mean of all notes' F1; notes that neither sounded nor were told do not count.
+    pub fn macro_f1(&self) -> f64 {
+        let f1 = |[both, told, sounded]: &[u64; 3]| 2.0 * *both as f64 / (2 * both + told + sounded) as f64;
+        let counted: Vec<f64> = self.counts.iter().filter(|counts| counts.iter().any(|&n| n > 0)).map(f1).collect();
+        counted.iter().sum::<f64>() / counted.len() as f64
+    }
 }
 
 /// A classifier against the truth.
@@ -61,7 +86,7 @@ impl ClassScores {
         hits as f64 / self.confusion.iter().flatten().sum::<u64>() as f64
     }
 
-    /// Sequences whose class was said, as a share of all.
+    /// Sequences, or steps, whose class was said, as a share of all.
     pub fn accuracy(&self) -> f64 {
         self.share_of((0..self.classes.len()).map(|c| self.confusion[c][c]).sum())
     }
@@ -168,9 +193,18 @@ enum Judge<'s> {
         origins: Vec<u32>,
         values: Vec<Vec<f64>>,
     },
+    /// Of sequences, or of steps.
     Classes {
         sequences: &'s Sequences,
         scores: ClassScores,
+    },
+    /// Beside the counts the losses of the odds of the training part, and how many frames there are.
+    Frames {
+        sequences: &'s Sequences,
+        frequency: &'s [f64],
+        counts: Vec<[u64; 3]>,
+        loss: f64,
+        n: u64,
     },
     /// Sums of squared errors in the unit: the model's, and the mean's; how many; and how many are further off than the tolerance.
     Numbers {
@@ -192,7 +226,10 @@ impl<'s> Judge<'s> {
                 Self::Series { series, truth, scorer: Scorer::new(series), origins: Vec::new(), values: Vec::new() }
             }
             Truth::Sequences(sequences, tolerance) => match &sequences.spec().label {
-                LabelSpec::Classes(classes) => {
+                LabelSpec::Frames(frequency) => {
+                    Self::Frames { sequences, frequency, counts: vec![[0; 3]; frequency.len()], loss: 0.0, n: 0 }
+                }
+                LabelSpec::Classes(classes) | LabelSpec::Tags(classes) => {
                     // The first of those that are equal.
                     let most = classes.iter().map(|class| class.count).max();
                     let majority = classes.iter().position(|class| Some(class.count) == most).unwrap_or(0);
@@ -214,6 +251,32 @@ impl<'s> Judge<'s> {
                     scorer.add_outputs(series, origin, row);
                     origins.push(origin);
                     values.push(series.denormalise(origin, row));
+                }
+            }
+            Self::Classes { sequences, scores } if batch.is_of_steps() => {
+                for ((i, t), row) in places(batch).zip(outputs.chunks_exact(scores.classes.len())) {
+                    if let Some(truth) = sequences.tag(i, t) {
+                        scores.confusion[truth as usize][likeliest(row)] += 1;
+                    }
+                }
+            }
+            Self::Frames { sequences, frequency, counts, loss, n } => {
+                let mut sounds = vec![false; counts.len()];
+                for ((i, t), row) in places(batch).zip(outputs.chunks_exact(counts.len().max(1))) {
+                    sounds.fill(false);
+                    sequences.next_frame(i, t).iter().for_each(|&note| sounds[usize::from(note)] = true);
+                    for (((logit, &sounds), counts), p) in row.iter().zip(&sounds).zip(counts.iter_mut()).zip(frequency.iter()) {
+                        match (*logit >= 0.0, sounds) {
+                            (true, true) => counts[0] += 1,
+                            (true, false) => counts[1] += 1,
+                            (false, true) => counts[2] += 1,
+                            (false, false) => {}
+                        }
+                        // A note that training never had gets odds of one in as many frames.
+                        let p = p.clamp(1e-5, 1.0 - 1e-5);
+                        *loss -= if sounds { p.ln() } else { (1.0 - p).ln() };
+                    }
+                    *n += 1;
                 }
             }
             Self::Classes { sequences, scores } => {
@@ -247,6 +310,7 @@ impl<'s> Judge<'s> {
                 values,
             }),
             Self::Classes { scores, .. } => Judged::Classes(scores),
+            Self::Frames { counts, loss, n, .. } => Judged::Frames(FrameScores { counts, frequency_loss: loss / n as f64 }),
             Self::Numbers { std, squares, n, tolerance, wrong, .. } => {
                 let [model, mean] = squares.map(|sum| sum / n as f64);
                 Judged::Numbers(NumberScores {
@@ -259,6 +323,11 @@ impl<'s> Judge<'s> {
             }
         }
     }
+}
+
+/// The sequence and the step of each row of outputs of a batch whose steps are terms.
+pub fn places(batch: &Batch) -> impl Iterator<Item = (usize, usize)> + '_ {
+    (0..batch.n_rows).flat_map(move |row| (0..batch.length(row)).map(move |t| (batch.streams[row] as usize, t)))
 }
 
 /// The class of the largest logit, the first of equal ones.
@@ -279,6 +348,11 @@ impl Evaluation {
                 map.insert("macro_f1".into(), json!(scores.macro_f1()));
                 map.insert("baselines".into(), json!({ "majority": scores.majority_accuracy() }));
                 map.insert("confusion".into(), json!({ "classes": scores.classes, "counts": scores.confusion }));
+            }
+            Judged::Frames(scores) => {
+                map.insert("accuracy".into(), json!(scores.accuracy()));
+                map.insert("macro_f1".into(), json!(scores.macro_f1()));
+                map.insert("baselines".into(), json!({ "frequency": scores.frequency_loss }));
             }
             Judged::Numbers(scores) => {
                 map.insert("baselines".into(), json!({ "mean": scores.mean_loss }));

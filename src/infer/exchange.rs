@@ -94,11 +94,11 @@ fn scale_of_sequences(spec: &SequencesSpec) -> Option<Value> {
     let column = |column: &Scaled| json!({ "name": column.name, "relative": false, "offset": column.mean, "scale": column.std });
     let inputs: Vec<Value> = match &spec.step {
         StepSpec::Features(features) => features.iter().map(column).collect(),
-        StepSpec::Tokens(_) => Vec::new(),
+        StepSpec::Tokens(_) | StepSpec::Notes(_) => Vec::new(),
     };
     let outputs: Vec<Value> = match &spec.label {
         LabelSpec::Number(scale) => vec![column(scale)],
-        LabelSpec::Classes(_) => Vec::new(),
+        LabelSpec::Classes(_) | LabelSpec::Tags(_) | LabelSpec::Frames(_) => Vec::new(),
     };
     let rule = "input = (x - offset) / scale; value = offset + scale * output";
     (!inputs.is_empty() || !outputs.is_empty()).then(|| json!({ "inputs": inputs, "outputs": outputs, "rule": rule }))

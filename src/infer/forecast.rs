@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use super::evaluate::Forward;
 use super::session::Session;
 use super::task::{Corpus, DataSpec, OtherData};
+use crate::data::sequences::Labelled;
 use crate::data::series::Dated;
 use crate::usage::UsageError;
 
@@ -25,7 +26,7 @@ pub fn forecast(session: &mut Session, data: &[String]) -> Result<Vec<Dated>> {
             Corpus::Text(_) | Corpus::Sequences(_) => None,
         }
     } else {
-        match Corpus::load_other(&session.config, data, &session.spec)? {
+        match Corpus::load_other(&session.config, data, &session.spec, Labelled::All)? {
             OtherData::Series(series) => Some(series),
             OtherData::Text(_) | OtherData::Sequences(_) => None,
         }

@@ -1,5 +1,6 @@
-//! Using a trained model: evaluate, generate, forecast from a run folder; handing it to others and taking theirs.
+//! Using a trained model: evaluate, generate, forecast, classify from a run folder; handing it to others and taking theirs.
 
+pub mod classify;
 pub mod evaluate;
 pub mod exchange;
 pub mod forecast;

@@ -125,7 +125,8 @@ pub struct Passed {
     pub non_finite: bool,
     /// The final state of the rows, where it was wanted.
     pub state: Vec<f32>,
-    /// `[rows, columns]`, where they were wanted.
+    /// `[rows, columns]`, where they were wanted; of the steps of whole sequences row after row, the valid steps of each, so that parts of a batch
+    /// follow each other.
     pub outputs: Vec<f32>,
 }
 
@@ -154,7 +155,12 @@ pub fn pass_forward(
         let (span, stride) = model.outputs(batch.n_steps, batch.n_rows);
         let padded = read_now(backend, span, DEADLINE)?;
         let n = model.config().n_outputs();
-        outputs.extend(padded.chunks_exact(stride).flat_map(|row| row[..n].iter().copied()));
+        if batch.is_of_steps() {
+            let places = (0..batch.n_rows).flat_map(|row| (0..batch.length(row)).map(move |t| t * batch.n_rows + row));
+            outputs.extend(places.flat_map(|place| padded[place * stride..][..n].iter().copied()));
+        } else {
+            outputs.extend(padded.chunks_exact(stride).flat_map(|row| row[..n].iter().copied()));
+        }
     }
     Ok(Passed { loss: f64::from(words[0]), non_finite: words[1].to_bits() != 0, state, outputs })
 }
@@ -170,7 +176,7 @@ pub fn share_of<'a>(batch: &'a Batch, state: Option<&'a [f32]>, scale: f32) -> S
         },
         targets: Some(match &batch.target {
             Target::Tokens(tokens) | Target::Labels(tokens) => Words::Tokens(tokens),
-            Target::Values { values, .. } => Words::Values(values),
+            Target::Values { values, .. } | Target::Notes { values, .. } => Words::Values(values),
         }),
         weights: &batch.weights,
         lengths: batch.lengths.as_deref(),

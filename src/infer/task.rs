@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::data::builtin;
-use crate::data::sequences::{Goal, LabelSpec, SequenceBatches, Sequences, SequencesOptions, SequencesSpec, StepSpec};
+use crate::data::sequences::{Goal, LabelSpec, Labelled, SequenceBatches, Sequences, SequencesOptions, SequencesSpec, StepSpec};
 use crate::data::series::{Order, Part, Series, SeriesBatches, SeriesOptions, SeriesSpec};
 use crate::data::text::{Text, TextBatches, TextEval, TextOptions, load_tokens};
 use crate::data::vocab::Vocab;
@@ -27,6 +27,9 @@ pub enum DataSpec {
     /// Features or vocabulary, and labels.
     Sequences(Box<SequencesSpec>),
 }
+
+/// Notes of a frame where nothing else is said: the keys of a piano.
+pub const NOTES: usize = 88;
 
 /// The file in the run folder that holds a [`DataRecord`].
 pub const DATA_FILE: &str = "data.json";
@@ -110,9 +113,14 @@ impl Corpus {
                 };
                 Self::Series(Arc::new(if config.data.is_empty() { builtin::co2(&options)? } else { Series::load(&config.data, &options)? }))
             }
-            Task::Classify | Task::Regress => {
+            task @ (Task::Classify | Task::Regress | Task::Tag | Task::Frames) => {
                 let options = SequencesOptions {
-                    goal: if config.task == Task::Regress { Goal::Number } else { Goal::Class },
+                    goal: match task {
+                        Task::Regress => Goal::Number,
+                        Task::Tag => Goal::Tags,
+                        Task::Frames => Goal::Frames,
+                        _ => Goal::Class,
+                    },
                     sequence: config.sequence.clone(),
                     label: config.label.clone(),
                     features: config.features.clone(),
@@ -120,6 +128,8 @@ impl Corpus {
                     level: config.level,
                     encoding: config.encoding,
                     vocab_limit: config.vocab,
+                    class_weights: config.class_weights.clone(),
+                    notes: config.notes.unwrap_or(NOTES),
                     split: config.split,
                     seed: config.seed,
                 };
@@ -128,15 +138,15 @@ impl Corpus {
         })
     }
 
-    /// Reads other data as the run read its own; all of it is one part.
+    /// Reads other data as the run read its own; all of it is one part. `labelled` says whether all sequences must have labels.
     ///
     /// # Errors
     /// [`DataError`].
-    pub fn load_other(config: &RunConfig, data: &[String], spec: &DataSpec) -> Result<OtherData> {
+    pub fn load_other(config: &RunConfig, data: &[String], spec: &DataSpec, labelled: Labelled) -> Result<OtherData> {
         Ok(match spec {
             DataSpec::Text(vocab) => OtherData::Text(load_tokens(data, vocab, config.encoding)?),
             DataSpec::Series(spec) => OtherData::Series(Arc::new(Series::load_with(data, spec)?)),
-            DataSpec::Sequences(spec) => OtherData::Sequences(Arc::new(Sequences::load_with(data, spec, config.encoding)?)),
+            DataSpec::Sequences(spec) => OtherData::Sequences(Arc::new(Sequences::load_with(data, spec, config.encoding, labelled)?)),
         })
     }
 
@@ -314,10 +324,13 @@ pub fn model_config(config: &RunConfig, spec: &DataSpec) -> ModelConfig {
             let input = match &spec.step {
                 StepSpec::Features(features) => Input::Values { n_features: features.len() },
                 StepSpec::Tokens(vocab) => Input::Tokens { vocabulary: vocab.size(), width: config.embedding },
+                StepSpec::Notes(n_notes) => Input::Values { n_features: *n_notes },
             };
             let output = match &spec.label {
                 LabelSpec::Classes(classes) => Output::Label { n_classes: classes.len(), pooling: config.pooling },
                 LabelSpec::Number(_) => Output::Values { n_outputs: 1, pooling: config.pooling },
+                LabelSpec::Tags(classes) => Output::Classes { n_classes: classes.len() },
+                LabelSpec::Frames(frequency) => Output::Notes { n_notes: frequency.len() },
             };
             (input, output)
         }

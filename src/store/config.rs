@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::run_folder::Select;
+use crate::data::sequences::ClassWeights;
 use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
 use crate::data::text::Encoding;
@@ -24,6 +25,10 @@ pub enum Task {
     Classify,
     /// A number that belongs to a sequence.
     Regress,
+    /// The class of each step of a sequence.
+    Tag,
+    /// The notes of the frame after each step.
+    Frames,
 }
 
 impl Task {
@@ -34,6 +39,8 @@ impl Task {
             Self::Forecast => "forecast",
             Self::Classify => "classify",
             Self::Regress => "regress",
+            Self::Tag => "tag",
+            Self::Frames => "frames",
         }
     }
 }
@@ -73,6 +80,12 @@ pub struct RunConfig {
     /// Numbers of sequences that are further off than this, in the label's unit, count as wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tolerance: Option<f64>,
+    /// How much classes count; none: all alike.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class_weights: Option<ClassWeights>,
+    /// Notes of a frame.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notes: Option<usize>,
     pub missing: Missing,
     pub relative: Relative,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -373,10 +373,11 @@ fn losses_table(config: &RunConfig, summary: &Map<String, Value>) -> Table {
     if let Some(perplexity) = summary.get("perplexity").and_then(Value::as_f64) {
         losses.push(("test perplexity", format::number(perplexity, 4)));
     }
-    if matches!(config.task, Task::Classify | Task::Regress) {
+    if !matches!(config.task, Task::Lm | Task::Forecast) {
         let scores = [
             ("/accuracy", "test accuracy"),
             ("/baselines/majority", "accuracy of the commonest class"),
+            ("/baselines/frequency", "loss of each note's own frequency"),
             ("/macro_f1", "test macro F1"),
             ("/rmse/model", "test RMSE, the label's unit"),
             ("/rmse/mean", "RMSE of the mean"),
@@ -390,6 +391,8 @@ fn losses_table(config: &RunConfig, summary: &Map<String, Value>) -> Table {
     let unit = match config.task {
         Task::Lm => "Loss, nats a token",
         Task::Classify => "Loss, nats a sequence",
+        Task::Tag => "Loss, nats a step",
+        Task::Frames => "Negative log-likelihood, nats a frame",
         Task::Forecast | Task::Regress => "Loss, squared error on the normalised scale",
     };
     Table::new(format!("Run {}", summary.get("status").and_then(Value::as_str).unwrap_or_default())).pairs(unit, losses)
@@ -832,6 +835,8 @@ impl Trainer<'_> {
             let label = match self.config.task {
                 Task::Lm => "loss, nats a token",
                 Task::Classify => "loss, nats a sequence",
+                Task::Tag => "loss, nats a step",
+                Task::Frames => "negative log-likelihood, nats a frame",
                 Task::Forecast | Task::Regress => "squared error, normalised",
             };
             plot::loss_curve(&dir.join("loss"), &series, "Loss", label)
