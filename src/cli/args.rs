@@ -131,6 +131,9 @@ pub struct EvaluateArgs {
     /// Count as wrong the numbers of sequences that are further off than this, in the label's unit; by default as in training
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub tolerance: Option<f64>,
+    /// Forecast from every N-th origin of the part only, and tell the errors by step ahead, the model's and the naive forecasts'
+    #[arg(long, value_name = "N")]
+    pub rolling: Option<Size>,
     /// Write what the network says: .csv for predictions beside the truth, .safetensors for its inputs and raw outputs
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
@@ -162,6 +165,24 @@ pub struct InspectArgs {
     /// The run folder
     #[arg(value_name = "RUN")]
     pub run: PathBuf,
+    /// Draw gates and cell states while the network reads this text, or a file like the run's data (of a series its end, of sequences the first one)
+    #[arg(long, value_name = "TEXT|FILE", allow_hyphen_values = true)]
+    pub activations: Option<String>,
+    /// The layer to draw, from 1; by default the last
+    #[arg(long, value_name = "N", requires = "activations")]
+    pub layer: Option<usize>,
+    /// The units to draw, from 1, up to eight; by default those whose cell state changes most
+    #[arg(long, value_name = "N,...", value_delimiter = ',', requires = "activations")]
+    pub units: Vec<usize>,
+    /// The picture of activations to write, as .svg and as .png
+    #[arg(long, value_name = "FILE", default_value = "activations.png", requires = "activations")]
+    pub output: PathBuf,
+    /// Another checkpoint than the one that the run selected: best, last or a step
+    #[arg(long, value_name = "WHICH", default_value = "selected", hide_default_value = true, requires = "activations")]
+    pub checkpoint: Which,
+    /// The device that reads: auto, cpu, cpu:THREADS or gpu:INDEX
+    #[arg(long, value_name = "DEVICE", default_value = "auto", requires = "activations")]
+    pub devices: String,
 }
 
 #[derive(Debug, Args)]
@@ -372,6 +393,7 @@ Examples:
 const EVALUATE_EXAMPLES: &str = "\
 Examples:
   carrousel evaluate --run runs/book
+  carrousel evaluate --run runs/sales --rolling 7
   carrousel evaluate --run runs/book --data other.txt --eval-batch-size 1 --json";
 
 const GENERATE_EXAMPLES: &str = "\
@@ -407,7 +429,8 @@ Examples:
 const INSPECT_EXAMPLES: &str = "\
 Examples:
   carrousel inspect runs/book
-  carrousel inspect runs/book --json";
+  carrousel inspect runs/book --json
+  carrousel inspect runs/book --activations 'It was the best of times' --output times.png";
 
 const COMPARE_EXAMPLES: &str = "\
 Examples:
@@ -480,6 +503,7 @@ pub const PROFILED: &[&str] = &[
     "horizon",
     "pooling",
     "notes",
+    "quantiles",
     "bidirectional",
     "batch_size",
     "lr",

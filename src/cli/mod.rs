@@ -107,7 +107,7 @@ fn run(command: &Command, global: Global, bus: &mut Bus) -> anyhow::Result<Done>
         Command::Forecast(args) => commands::forecast(args, bus),
         Command::Export(args) => commands::export(args, bus),
         Command::Import(args) => commands::import(args, bus),
-        Command::Inspect(args) => commands::inspect(args),
+        Command::Inspect(args) => commands::inspect(args, bus),
         Command::Recipes(args) => commands::recipes(args, global),
         Command::Compare(args) => commands::compare(args, bus),
         Command::Completions(args) => commands::completions(args, global),

@@ -35,13 +35,33 @@ pub fn scores(title: &str, summary: &Map<String, Value>) -> Table {
 
 /// The values of a forecast, one line a time and target.
 pub fn values(summary: &Map<String, Value>) -> Table {
-    let names = ["time", "target", "value"];
     let rows = summary.get("values").and_then(Value::as_array);
+    let first = rows.and_then(|rows| rows.first()).and_then(Value::as_object);
+    let quantiles = first.into_iter().flat_map(Map::keys).filter(|name| name.starts_with('q')).map(String::as_str);
+    let names: Vec<&str> = ["time", "target", "value"].into_iter().chain(quantiles).collect();
     let rows: Vec<Vec<String>> = rows.into_iter().flatten().map(|row| cells(row, &names)).collect();
     if rows.is_empty() {
         return scores("forecast", summary);
     }
     Table::new("").columns("forecast", &names, rows)
+}
+
+/// The errors of a rolling origin: a line a step of the horizon.
+pub fn rolling(table: Table, summary: &Map<String, Value>) -> Table {
+    let Some(rolling) = summary.get("rolling") else { return table };
+    let show = |key: &str| rolling.get(key).map(text).unwrap_or_default();
+    let mut table = table.pairs("Rolling origin", [("origins", show("origins")), ("rows between them", show("stride"))]);
+    for (target, forecasts) in rolling.get("rmse_by_step").and_then(Value::as_object).into_iter().flatten() {
+        let forecasts: Vec<(&String, &Vec<Value>)> =
+            forecasts.as_object().into_iter().flatten().filter_map(|(name, steps)| Some((name, steps.as_array()?))).collect();
+        let n_steps = forecasts.first().map_or(0, |(_, steps)| steps.len());
+        let header: Vec<&str> = std::iter::once("step").chain(forecasts.iter().map(|(name, _)| name.as_str())).collect();
+        let row = |step: usize| {
+            std::iter::once((step + 1).to_string()).chain(forecasts.iter().map(move |(_, steps)| text(&steps[step]))).collect()
+        };
+        table = table.columns(format!("RMSE of {target} by step ahead"), &header, (0..n_steps).map(row).collect());
+    }
+    table
 }
 
 /// What was said of each sequence, or of each step, a line each; of many the first.

@@ -129,6 +129,7 @@ const MEANT_FOR: &[(&str, &[Task])] = &[
     ("sequence", IN_TABLES),
     ("label", IN_TABLES),
     ("class_weights", OF_CLASSES),
+    ("quantiles", &[Task::Forecast]),
     ("notes", &[Task::Frames]),
     ("pooling", LABELLED),
     ("tolerance", &[Task::Regress]),
@@ -310,7 +311,8 @@ pub fn settle(layers: &Layers) -> Result<RunConfig, UsageError> {
     let config = fill(&typed);
     check(layers, &typed, &config)?;
     let data = config.data.iter().map(|given| absolute(given)).collect();
-    Ok(RunConfig { data, ..config })
+    let init_from = config.init_from.as_deref().map(absolute);
+    Ok(RunConfig { data, init_from, ..config })
 }
 
 /// Puts defaults where nothing was given.
@@ -372,6 +374,7 @@ fn fill(typed: &Typed) -> RunConfig {
         label: typed.label.clone(),
         tolerance: typed.tolerance,
         class_weights: typed.class_weights.clone(),
+        quantiles: typed.quantiles,
         notes: typed.notes.map(|size| size.0),
         missing: typed.missing.unwrap_or(Missing::Fill),
         relative: typed.relative.unwrap_or(Relative::Auto),
@@ -384,6 +387,8 @@ fn fill(typed: &Typed) -> RunConfig {
         dropout: typed.dropout.unwrap_or(0.0),
         no_bias: typed.no_bias.unwrap_or(false),
         init: typed.init.unwrap_or(INIT),
+        init_from: typed.init_from.clone(),
+        freeze: typed.freeze.clone().unwrap_or_default(),
         gate_bias: typed.gate_bias,
         lstm: LstmConfig {
             bidirectional: typed.bidirectional.unwrap_or_default(),
@@ -409,6 +414,7 @@ fn fill(typed: &Typed) -> RunConfig {
         eval_batch_size: size(typed.eval_batch_size, batch_size),
         epochs: typed.epochs.or_else(|| typed.max_steps.is_none().then_some(defaults.epochs)),
         max_steps: typed.max_steps,
+        early_stop: typed.early_stop,
         optimizer: OptimizerConfig {
             rule: typed.optimizer.unwrap_or(OPTIMIZER),
             lr: typed.lr.unwrap_or(defaults.lr),
@@ -639,6 +645,20 @@ fn check_training(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
         if let Some(limit) = limit {
             judge.positive(key, limit)?;
         }
+    }
+    if let Some(n) = config.early_stop {
+        judge.positive("early_stop", n)?;
+    }
+    for pattern in &config.freeze {
+        judge.hold(
+            "freeze",
+            format!("'{pattern}'"),
+            glob::Pattern::new(pattern).is_ok() && !pattern.is_empty(),
+            "a pattern of tensors' names",
+        )?;
+    }
+    if let Some(from) = &config.init_from {
+        judge.hold("init_from", format!("'{from}'"), Path::new(from).exists(), "a run folder or a model file that is there")?;
     }
     judge.hold("lr", lr, lr.is_finite() && lr > 0.0, "a number above 0")?;
     judge.below_one("momentum", momentum)?;

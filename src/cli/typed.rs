@@ -14,7 +14,7 @@ use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
 use crate::data::text::Encoding;
 use crate::data::vocab::Level;
-use crate::model::config::Pooling;
+use crate::model::config::{Levels, Pooling};
 use crate::model::init::Init;
 use crate::optim::Rule;
 use crate::optim::schedule::ScheduleKind;
@@ -85,6 +85,10 @@ pub struct Typed {
     #[arg(long, value_name = "N", help_heading = DATA)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub notes: Option<Size>,
+    /// Forecast quantiles instead of one value: levels between 0 and 1, rising, as in 0.1,0.5,0.9
+    #[arg(long, value_name = "LEVEL,...", help_heading = MODEL, value_parser = Levels::from_str)]
+    #[serde(deserialize_with = "levels", skip_serializing_if = "Option::is_none")]
+    pub quantiles: Option<Levels>,
     /// Fill blanks from what lies before them, or refuse them
     #[arg(long, value_name = "WAY", help_heading = DATA, value_parser = choice::<Missing>())]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -194,6 +198,14 @@ pub struct Typed {
     #[arg(long, value_name = "INIT", help_heading = MODEL, value_parser = Init::from_str)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init: Option<Init>,
+    /// Begin with the parameters of another run, or of a safetensors or ONNX file, as far as they fit
+    #[arg(long, value_name = "RUN|FILE", help_heading = MODEL)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init_from: Option<String>,
+    /// Tensors that are not trained, by patterns of their names, as in 'embedding.*,lstm.*_l0'
+    #[arg(long, value_name = "PATTERN,...", help_heading = TRAINING, value_delimiter = ',')]
+    #[serde(deserialize_with = "comma_list", skip_serializing_if = "Option::is_none")]
+    pub freeze: Option<Vec<String>>,
     /// Starting biases of the gates; by default those of --init
     #[arg(long, value_name = "I,F,G,O", help_heading = MODEL, value_parser = numbers::<4>, allow_hyphen_values = true)]
     #[serde(deserialize_with = "fixed_numbers", skip_serializing_if = "Option::is_none")]
@@ -228,6 +240,10 @@ pub struct Typed {
     #[arg(long, value_name = "N", help_heading = TRAINING, value_parser = whole())]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<u64>,
+    /// End after so many evaluations in a row that found no lower loss; by default never
+    #[arg(long, value_name = "N", help_heading = TRAINING, value_parser = whole())]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub early_stop: Option<u64>,
     /// Learning rate
     #[arg(long, value_name = "X", help_heading = TRAINING, allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -516,6 +532,21 @@ fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<
 
 fn comma_list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<String>>, D::Error> {
     deserializer.deserialize_any(ListVisitor { commas: true }).map(Some)
+}
+
+/// A list of numbers, or a string as that of the flag.
+fn levels<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Levels>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "a list of numbers, or a string of them with commas between")]
+    enum Given {
+        Text(String),
+        Numbers(Vec<f64>),
+    }
+    let levels = match Given::deserialize(deserializer)? {
+        Given::Text(text) => text.parse(),
+        Given::Numbers(numbers) => numbers.try_into(),
+    };
+    levels.map(Some).map_err(de::Error::custom)
 }
 
 struct NumbersVisitor<const N: usize>;

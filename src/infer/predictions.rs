@@ -3,7 +3,7 @@
 //! | `.csv` | a row is | columns |
 //! | --- | --- | --- |
 //! | text | a token, in the order of the text | `position` (in the part, from 0), `token`, `text`, `log_probability` |
-//! | series | a target of a window at one step of the horizon | `origin`, `time`, `step`, `target`, `value`, `truth` (in the unit; empty if unknown) |
+//! | series | a target of a window at one step of the horizon | `origin`, `time`, `step`, `target`, `value`, `truth` (in the unit; empty if unknown), then each quantile that is forecast |
 //! | classes of sequences | a sequence, in the order of the files | `sequence`, `class` (that was said), `truth`, `probability` of each class by its name |
 //! | classes of steps | a step | `sequence`, `step` (from 1), `class`, `truth`, `probability` of each class by its name |
 //! | frames | a frame that was told | `sequence`, `step`, `told` and `truth` (notes with blanks between), `log_probability` (of the truth) |
@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::evaluate::{likeliest, places};
+use super::evaluate::{by_level, likeliest, places};
 use super::task::{DataSpec, EvalSet, Truth};
 use crate::data::sequences::{LabelSpec, Sequences};
 use crate::data::vocab::Vocab;
@@ -121,12 +121,14 @@ impl Predictions {
                 }
             }
             Target::Values { values, n_outputs } => {
+                // Of each value there may be several quantiles.
+                let columns = outputs.len() / batch.n_rows.max(1);
                 let n_features = match &batch.input {
                     Input::Values { n_features, .. } => *n_features,
                     Input::Tokens(_) => 0,
                 };
                 self.window = vec![batch.n_steps, n_features];
-                for (b, (&stream, row)) in batch.streams.iter().zip(outputs.chunks_exact(*n_outputs)).enumerate() {
+                for (b, (&stream, row)) in batch.streams.iter().zip(outputs.chunks_exact(columns.max(1))).enumerate() {
                     self.n_floats += batch.n_steps * n_features;
                     let input = match &batch.input {
                         Input::Values { values, .. } if keeps_outputs => {
@@ -228,22 +230,29 @@ impl Predictions {
                     said.log_probability.to_string(),
                 ])?;
             }
-        } else if let Truth::Series(series, _) = &set.truth {
-            writer.write_record(["origin", "time", "step", "target", "value", "truth"])?;
+        } else if let Truth::Series(series, levels) = &set.truth {
+            let header = ["origin", "time", "step", "target", "value", "truth"].map(str::to_owned);
+            let quantiles = levels.iter().flat_map(|levels| levels.values().map(|level| format!("q{level}")).collect::<Vec<_>>());
+            writer.write_record(header.into_iter().chain(quantiles))?;
             let names: Vec<&str> = series.spec().target_columns().map(|column| column.name.as_str()).collect();
             for said in &self.said {
                 let origin = said.stream as usize;
-                let pairs = series.denormalise(said.stream, &said.output).into_iter().zip(series.truth(said.stream));
+                let in_unit = |row: &[f32]| series.denormalise(said.stream, row);
+                let quantiles: Vec<Vec<f64>> =
+                    levels.map_or(Vec::new(), |levels| by_level(&said.output, levels).iter().map(|row| in_unit(row)).collect());
+                let values = levels.map_or_else(|| in_unit(&said.output), |levels| quantiles[levels.middle()].clone());
+                let pairs = values.into_iter().zip(series.truth(said.stream));
                 for (o, (value, truth)) in pairs.enumerate() {
                     let step = o / names.len() + 1;
-                    writer.write_record([
+                    let cells = [
                         series.time_at(origin),
                         series.time_at(origin + step),
                         step.to_string(),
                         names[o % names.len()].to_owned(),
                         value.to_string(),
                         truth.map(|truth| truth.to_string()).unwrap_or_default(),
-                    ])?;
+                    ];
+                    writer.write_record(cells.into_iter().chain(quantiles.iter().map(|quantile| quantile[o].to_string())))?;
                 }
             }
         }
@@ -332,10 +341,11 @@ impl Predictions {
             data: self.said.iter().flat_map(part).collect(),
         };
         let columns = self.said.first().map_or(0, |said| said.output.len());
-        let (input, target): (&[usize], &[usize]) = if self.vocab.is_some() { (&[], &[]) } else { (&self.window, &[columns]) };
+        let input: &[usize] = if self.vocab.is_some() { &[] } else { &self.window };
         let n_targets = self.said.first().map_or(0, |said| said.target.len());
         let is_class = (self.of_sequences || self.of_steps) && columns > 1 && n_targets == 1;
-        let target = if is_class { &[] } else { target };
+        let n_values = [n_targets];
+        let target = if is_class || self.vocab.is_some() { &[][..] } else { &n_values[..] };
         let len: usize = input.iter().product();
         let padded = |said: &Said| said.input.iter().copied().chain(std::iter::repeat(0.0)).take(len).collect();
         let mut tensors = vec![

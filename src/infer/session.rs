@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use super::activations::LaneTrace;
 use super::evaluate::Forward;
 use super::task::{DATA_FILE, DataRecord, DataSpec, model_config};
 use crate::backend::{Backend, read_now};
 use crate::data::{Batch, Input, Target};
+use crate::model::config::ModelConfig;
 use crate::model::state::Carried;
 use crate::model::{Model, Pass, Share, Words};
 use crate::store::config::RunConfig;
@@ -105,6 +107,40 @@ impl Session {
         let flag = words.remove(0);
         check_finite(flag.to_bits() == 0 && words.iter().all(|logit| logit.is_finite()))?;
         Ok(words)
+    }
+}
+
+impl Session {
+    /// What the network consists of.
+    pub fn model_config(&self) -> &ModelConfig {
+        self.model.config()
+    }
+
+    /// Reads one sequence of `n_steps` from the initial state, and gives what the cells did, by lane: layer, then direction.
+    ///
+    /// # Errors
+    /// Something that is not finite; the device's.
+    pub fn trace(&mut self, n_steps: usize, input: Words<'_>) -> Result<Vec<LaneTrace>> {
+        let backend = self.backend.as_mut();
+        let share = Share {
+            n_steps,
+            n_rows: 1,
+            input,
+            targets: None,
+            weights: &[],
+            lengths: None,
+            streams: &[0],
+            state: None,
+            final_gradient: None,
+            scale: 0.0,
+        };
+        self.model.lower_flags(backend)?;
+        self.model.run(backend, &share, Pass { key: None, gradients: false, part: 0 }, &mut |_, _, _| Ok(()))?;
+        let flag = read_now(backend, self.model.flag(), DEADLINE)?[0];
+        check_finite(flag.to_bits() == 0)?;
+        let gates = self.model.read_gates(backend, n_steps, 1, DEADLINE)?;
+        let cells = self.model.read_cells(backend, n_steps, 1, DEADLINE)?;
+        Ok(gates.into_iter().zip(cells).map(|(gates, cells)| LaneTrace { gates, cells }).collect())
     }
 }
 

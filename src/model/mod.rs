@@ -324,6 +324,32 @@ impl Model {
         Ok(of_lanes)
     }
 
+    /// The cell states that a forward pass over this many steps and rows has left, by lane: `[T, B, H]` without padding, after each step.
+    ///
+    /// # Errors
+    /// The backend's.
+    pub fn read_cells(
+        &self,
+        backend: &mut dyn Backend,
+        n_steps: usize,
+        n_rows: usize,
+        deadline: std::time::Duration,
+    ) -> Result<Vec<Vec<f32>>> {
+        let Some(workspace) = &self.workspace else { return Ok(Vec::new()) };
+        let mut of_lanes = Vec::with_capacity(workspace.lanes.len());
+        for (idx, lane) in workspace.lanes.iter().enumerate() {
+            let shape = self.shape(idx);
+            let width = shape.hidden as usize;
+            let len = n_steps * n_rows * width;
+            // States follow on the initial one, in reverse they lie before it.
+            let first = if self.is_reverse(idx) { 0 } else { n_rows * width };
+            let words = backend.read(&[Span { buffer: lane.c, offset: 0, len: first + len }], Vec::new())?.wait(deadline)?;
+            let rows = words[first..].chunks_exact(width);
+            of_lanes.push(rows.flat_map(|row| row[..shape.units as usize].iter().copied()).collect());
+        }
+        Ok(of_lanes)
+    }
+
     /// Where the gradient of the initial state lies after a pass with gradients, in the order of [`Share::state`]: what
     /// [`Share::final_gradient`] of the window before takes.
     pub fn initial_gradient(&self, n_rows: usize) -> Vec<Span> {

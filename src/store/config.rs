@@ -8,7 +8,7 @@ use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
 use crate::data::text::Encoding;
 use crate::data::vocab::Level;
-use crate::model::config::{Hidden, LstmConfig, Pooling};
+use crate::model::config::{Hidden, Levels, LstmConfig, Pooling};
 use crate::model::init::Init;
 use crate::optim::OptimizerConfig;
 use crate::optim::schedule::ScheduleConfig;
@@ -83,6 +83,9 @@ pub struct RunConfig {
     /// How much classes count; none: all alike.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub class_weights: Option<ClassWeights>,
+    /// Levels of the quantiles that are forecast; none: the mean.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantiles: Option<Levels>,
     /// Notes of a frame.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub notes: Option<usize>,
@@ -100,6 +103,12 @@ pub struct RunConfig {
     pub dropout: f64,
     pub no_bias: bool,
     pub init: Init,
+    /// A run folder or a model file whose parameters the run begins with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init_from: Option<String>,
+    /// Patterns of tensors' names that are not trained.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub freeze: Vec<String>,
     /// Starting biases of the gates i, f, g, o.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gate_bias: Option<[f64; 4]>,
@@ -117,6 +126,9 @@ pub struct RunConfig {
     pub epochs: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<u64>,
+    /// Evaluations in a row without a lower loss after which training ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub early_stop: Option<u64>,
     #[serde(flatten)]
     pub optimizer: OptimizerConfig,
     #[serde(flatten)]

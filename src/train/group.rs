@@ -191,6 +191,18 @@ impl Group {
         })
     }
 
+    /// Trains these tensors of the table no more, on any rank.
+    ///
+    /// # Errors
+    /// A worker's.
+    pub fn freeze(&mut self, tensors: Vec<usize>) -> Result<()> {
+        let tensors = Arc::new(tensors);
+        for member in &mut self.members {
+            member.tell(Command::Freeze(Arc::clone(&tensors)))?;
+        }
+        self.gather(|answer| matches!(answer, Answer::Loaded).then_some(())).map(drop)
+    }
+
     /// Lets every rank take the memory that training on `n_steps` of its share needs, so that what does not fit is found before anything begins.
     ///
     /// # Errors

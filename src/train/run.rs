@@ -1,7 +1,7 @@
 //! A run from configuration to trained model: epochs, evaluations, checkpoints, resume.
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -23,12 +23,14 @@ use crate::infer::evaluate::{Evaluation, Forward, evaluate, truth_at_end};
 use crate::infer::generate::{GenerateOptions, generate};
 use crate::infer::session::{Session, read_config, read_data};
 use crate::infer::task::{Corpus, DATA_FILE, DataRecord, EvalSet, model_config};
+use crate::infer::warm::Warm;
 use crate::model::init::initial;
 use crate::model::state::Carried;
 use crate::observe::plot::{self, ForecastPlot, Series as Curve, Times};
 use crate::observe::sinks::{Metrics, Report, ReportFiles, TensorBoard, history, up_to};
 use crate::observe::{Bus, CheckpointKind, Event, Exhibit, Level, RunInfo, StartDevice, Table, Throughput, format};
 use crate::optim::schedule::{Plateau, Schedule, ScheduleKind};
+use crate::params::ParamTable;
 use crate::rng::StepKey;
 use crate::store::checkpoint::{Checkpoint, NamedTensor};
 use crate::store::config::{LossReduction, RunConfig, Task};
@@ -84,6 +86,11 @@ struct Position {
     last_loss: Option<f64>,
     train_loss: Option<f64>,
     valid_loss: Option<f64>,
+    /// The lowest loss of an evaluation, and evaluations since then.
+    #[serde(default)]
+    lowest: Option<f64>,
+    #[serde(default)]
+    n_worse: u64,
     /// Nothing is left to do.
     finished: bool,
 }
@@ -153,7 +160,9 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
         RunFolder::check_free(&options.out)?;
     }
     let recorded = found.as_ref().map(|(_, _, data)| data);
-    let corpus = Corpus::load(&config, recorded.map(|data| &data.spec))?;
+    let warm = config.init_from.as_ref().filter(|_| !begun).map(|from| Warm::open(Path::new(from))).transpose()?;
+    let known = recorded.map(|data| &data.spec).or(warm.as_ref().and_then(Warm::text_spec));
+    let corpus = Corpus::load(&config, known)?;
     if let Some(fingerprint) = recorded.and_then(|data| data.fingerprint.as_ref()) {
         corpus.check_unchanged(fingerprint)?;
     }
@@ -167,7 +176,13 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
     let (devices, balance, reasons) = settle(&config.devices, &config.balance)?;
     reasons.iter().for_each(|reason| bus.log(Level::Info, reason));
     let group_spec = GroupSpec { model: model.clone(), optimizer: config.optimizer, accumulate: config.accumulate };
+    let frozen = frozen(&config.freeze, &model.table())?;
     let mut group = Group::start(group_spec, &devices, options.wrap.as_ref())?;
+    if !frozen.is_empty() {
+        let n: usize = frozen.iter().map(|&tensor| group.table().tensors()[tensor].layout.torch_len()).sum();
+        bus.log(Level::Info, &format!("{} parameters are not trained", format::count(n as u64)));
+        group.freeze(frozen)?;
+    }
     let kinds: Vec<String> = group.devices().map(|(_, info)| info.kind.clone()).collect();
     if group.update() == Update::ByOwner {
         bus.log(Level::Detail, "devices differ in kind: the owner of each segment updates it");
@@ -175,7 +190,7 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
     bus.log(Level::Info, &format!("{} parameters on {}", format::count(group.table().n_parameters() as u64), describe(&group)));
 
     let n_batches = batches.n_batches();
-    let end = End { epochs: config.epochs, steps: config.max_steps };
+    let end = End { epochs: config.epochs, steps: config.max_steps, worse: config.early_stop };
     let total = end.total_steps(n_batches);
     let mut position = Position {
         step: 0,
@@ -192,6 +207,8 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
         last_loss: None,
         train_loss: None,
         valid_loss: None,
+        lowest: None,
+        n_worse: 0,
         finished: false,
     };
     let mut state = (corpus.n_streams(&config) > 0).then(|| Carried::new(&model, corpus.n_streams(&config)));
@@ -213,7 +230,13 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
             folder
         }
         None => {
-            let params = initial(&model, group.table(), config.init, config.gate_bias, config.seed);
+            let mut params = initial(&model, group.table(), config.init, config.gate_bias, config.seed);
+            if let (Some(warm), Some(from)) = (warm, &config.init_from) {
+                let fresh = warm.apply(group.table(), &spec, &mut params)?;
+                if !fresh.is_empty() {
+                    bus.warn(format!("{from} has nothing that fits for {}: they start as --init says", fresh.join(", ")));
+                }
+            }
             let zeros: Tensors = group.table().tensors().iter().map(|t| vec![0.0; t.layout.torch_len()]).collect();
             group.load(params, vec![zeros; config.optimizer.states().len()])?;
             let mut folder = if options.resume { RunFolder::open_or_create(&options.out)? } else { RunFolder::create(&options.out)? };
@@ -310,11 +333,27 @@ fn continued(asked: RunConfig, recorded: RunConfig) -> Result<RunConfig> {
     Ok(kept)
 }
 
+/// The tensors that the patterns name.
+fn frozen(patterns: &[String], table: &ParamTable) -> Result<Vec<usize>, UsageError> {
+    let names: Vec<&str> = table.tensors().iter().map(|tensor| tensor.name.as_str()).collect();
+    let mut frozen = vec![false; names.len()];
+    for pattern in patterns {
+        let glob = glob::Pattern::new(pattern).map_err(|e| UsageError(format!("--freeze {pattern} is no pattern: {e}")))?;
+        let hits: Vec<usize> = (0..names.len()).filter(|&i| glob.matches(names[i])).collect();
+        UsageError::unless(!hits.is_empty(), || format!("--freeze {pattern} fits no tensor of the model: it has {}", names.join(", ")))?;
+        hits.into_iter().for_each(|i| frozen[i] = true);
+    }
+    UsageError::unless(frozen.contains(&false), || format!("--freeze {} leaves nothing to train: name fewer tensors", patterns.join(",")))?;
+    Ok((0..names.len()).filter(|&i| frozen[i]).collect())
+}
+
 /// When a run is over.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct End {
     pub epochs: Option<u64>,
     pub steps: Option<u64>,
+    /// Evaluations in a row that found no lower loss.
+    pub worse: Option<u64>,
 }
 
 impl End {
@@ -328,7 +367,11 @@ impl End {
     }
 
     fn reached(self, position: &Position) -> bool {
-        self.epochs.is_some_and(|e| position.epoch >= e) || self.steps.is_some_and(|s| position.step >= s)
+        self.epochs.is_some_and(|e| position.epoch >= e) || self.steps.is_some_and(|s| position.step >= s) || self.is_stalled(position)
+    }
+
+    fn is_stalled(self, position: &Position) -> bool {
+        self.worse.is_some_and(|n| position.n_worse >= n)
     }
 }
 
@@ -343,7 +386,7 @@ fn position_of(checkpoint: &Checkpoint) -> Result<Position> {
 
 /// What a run that has nothing left to do came to, as it was kept; its data may be gone.
 fn finished(folder: &RunFolder, config: &RunConfig, position: &Position) -> Option<Outcome> {
-    let end = End { epochs: config.epochs, steps: config.max_steps };
+    let end = End { epochs: config.epochs, steps: config.max_steps, worse: config.early_stop };
     if !position.finished || !end.reached(position) {
         return None;
     }
@@ -393,6 +436,7 @@ fn losses_table(config: &RunConfig, summary: &Map<String, Value>) -> Table {
         Task::Classify => "Loss, nats a sequence",
         Task::Tag => "Loss, nats a step",
         Task::Frames => "Negative log-likelihood, nats a frame",
+        Task::Forecast if config.quantiles.is_some() => "Loss, quantile loss on the normalised scale",
         Task::Forecast | Task::Regress => "Loss, squared error on the normalised scale",
     };
     Table::new(format!("Run {}", summary.get("status").and_then(Value::as_str).unwrap_or_default())).pairs(unit, losses)
@@ -615,12 +659,16 @@ impl Trainer<'_> {
             (position.epoch_loss, position.epoch_weight) = (0.0, 0.0);
             (position.epoch, position.batch) = (epoch + 1, 0);
         }
-        let done = self.end.reached(&self.position);
+        let mut done = self.end.reached(&self.position);
         let every = |n: u64| if n == 0 { over } else { step % n == 0 };
         if self.config.hash_every > 0 && self.group.world() > 1 && (step % self.config.hash_every == 0 || done) {
             self.group.compare_replicas(step)?;
         }
         let evaluated = if every(self.config.eval_every) || over || done { self.evaluate_valid()? } else { None };
+        if !done && self.end.is_stalled(&self.position) {
+            done = true;
+            self.bus.log(Level::Info, &format!("step {step}: {} evaluations found no lower loss, so the run ends", self.position.n_worse));
+        }
         if !stepped.gradients.is_empty() {
             self.show_tensors(corpus, &stepped.gradients)?;
         }
@@ -650,6 +698,11 @@ impl Trainer<'_> {
         let mut together = Together { group: &mut self.group, balance: &self.position.balance };
         let loss = evaluate(valid, &mut together)?.loss;
         self.position.valid_loss = Some(loss);
+        if self.position.lowest.is_none_or(|lowest| loss < lowest) {
+            (self.position.lowest, self.position.n_worse) = (Some(loss), 0);
+        } else {
+            self.position.n_worse += 1;
+        }
         if self.position.schedule.kind == ScheduleKind::Plateau {
             self.position.plateau.observe(loss, &self.position.schedule);
         }
@@ -837,6 +890,7 @@ impl Trainer<'_> {
                 Task::Classify => "loss, nats a sequence",
                 Task::Tag => "loss, nats a step",
                 Task::Frames => "negative log-likelihood, nats a frame",
+                Task::Forecast if self.config.quantiles.is_some() => "quantile loss, normalised",
                 Task::Forecast | Task::Regress => "squared error, normalised",
             };
             plot::loss_curve(&dir.join("loss"), &series, "Loss", label)
