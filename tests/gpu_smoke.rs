@@ -7,7 +7,7 @@ use carrousel::backend::gpu::GpuBackend;
 use carrousel::backend::gpu::adapters::{self, NoSuchAdapter};
 use carrousel::backend::{Backend, DeviceError, read_now};
 use carrousel::kernels::elementwise::Scale;
-use carrousel::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
+use carrousel::kernels::loss::{BinaryCrossEntropy, SoftmaxCrossEntropy, SquaredError};
 use carrousel::kernels::lstm::{ACTIVATIONS, NONE};
 use carrousel::kernels::reduce::ColumnSums;
 use carrousel::kernels::{
@@ -216,22 +216,24 @@ fn a_value_that_is_not_finite_raises_the_flag_unless_its_row_is_not_scored() {
         values[bad_row * 8 + 3] = bad;
         let softmax = SoftmaxCrossEntropy { n_rows, n_classes: n, row_stride, scale: 0.5, gradient: 1 };
         let squared = SquaredError { n_rows, n_outputs: n, row_stride, scale: 0.5, gradient: 1 };
+        let binary = BinaryCrossEntropy { n_rows, n_outputs: n, row_stride, scale: 0.5, gradient: 1 };
         let targets = [0u32, 4, 2].map(f32::from_bits).to_vec();
         let weights: Vec<f32> = (0..15).map(|i| if i < 10 { 1.0 } else { 0.0 }).collect();
         let of_rows = vec![1.0, 2.0, 0.0];
         let (nothing, flags) = (vec![f32::NAN; 3], vec![0.0]);
-        let both: [(Box<dyn Kernel>, _); 2] = [
-            (Box::new(softmax), vec![values.clone(), targets, of_rows, nothing.clone(), flags.clone()]),
+        let all: [(Box<dyn Kernel>, _); 3] = [
+            (Box::new(softmax), vec![values.clone(), targets, of_rows.clone(), nothing.clone(), flags.clone()]),
+            (Box::new(binary), vec![values.clone(), vec![1.0; 15], of_rows, nothing.clone(), flags.clone()]),
             (Box::new(squared), vec![values.clone(), vec![0.25; 15], weights, nothing, flags]),
         ];
-        for (kernel, inputs) in both {
+        for (kernel, inputs) in all {
             let case = Case { label: format!("{bad} in row {bad_row}"), kernel, operands: Vec::new(), flop: 0 };
             let (on_cpu, on_gpu) = (outcome(&mut cpu, &case, &inputs), outcome(&mut gpu, &case, &inputs));
             for words in [&on_cpu, &on_gpu] {
                 assert_eq!(words[4][0].to_bits(), raised, "{} {}", case.kernel.name(), case.label);
                 assert_eq!((words[3][2], &words[0][16..21]), (0.0, &[0.0; 5][..]), "{} {}", case.kernel.name(), case.label);
             }
-            if raised == 1 && case.kernel.name() == "softmax_cross_entropy" {
+            if raised == 1 && case.kernel.name() != "squared_error" {
                 assert!(on_cpu[3][bad_row].is_nan() && on_gpu[3][bad_row].is_nan(), "{}", case.label);
             }
         }

@@ -168,7 +168,7 @@ macro_rules! judged {
 }
 
 judged! {
-    embedding_gather gemm weight_drop lstm_norm_input lstm_step_forward lstm_norm_forward lstm_project pool_steps softmax_cross_entropy squared_error pool_steps_gradient lstm_state_gradient lstm_step_backward lstm_norm_backward column_sums
+    embedding_gather dropout gemm weight_drop lstm_norm_input lstm_step_forward lstm_norm_forward lstm_project pool_steps softmax_cross_entropy binary_cross_entropy squared_error quantile_loss pool_steps_gradient lstm_state_gradient lstm_step_backward lstm_norm_backward column_sums
     embedding_gradient sum block_squares non_finite scale sgd rmsprop adam multiply_add
 }
 

@@ -6,6 +6,7 @@ mod cli; // the program from outside: exit codes, streams, signals
 mod collectives; // plans of the ring as data, and the ring itself
 mod compare; // the comparer, with faults planted for it
 mod data; // texts and series, as files and as batches
+mod frames; // classes of steps, frames of notes, weights of classes
 mod gpu_gemm_lstm; // products and LSTM steps on the GPU against the CPU, at the edges of dispatches and loops
 mod gpu_smoke; // the GPU backend itself: order, readbacks, loss, limits
 mod house; // floors, and what may be named where
@@ -25,6 +26,7 @@ mod store; // checkpoints and run folders through faults
 mod sweep; // a layer over time against an f64 layer
 mod tasks; // tiny tasks that must be learnt
 mod training; // whole runs
+mod tuning; // going on from another run, freezing, stopping early, quantiles, looking inside
 mod vectors; // cases computed by PyTorch
 
 /// The last test by name, so that what was skipped stands at the end.

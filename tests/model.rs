@@ -7,7 +7,7 @@ use carrousel::backend::cpu::CpuBackend;
 use carrousel::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan, read_now};
 use carrousel::kernels::Kernel;
 use carrousel::kernels::lstm::{Cell, sweep_plan};
-use carrousel::model::config::{Hidden, Input, LstmConfig, ModelConfig, Output, Pooling};
+use carrousel::model::config::{Hidden, Input, Levels, LstmConfig, ModelConfig, Output, Pooling};
 use carrousel::model::init::{Init, initial};
 use carrousel::model::{Model, Pass, Share, Words, read_buckets};
 use carrousel::params::ParamTable;
@@ -88,8 +88,14 @@ impl Case {
         };
         let (targets, mut weights) = match config.output {
             Output::Classes { .. } => (None, uniform(tb, 0.5)),
+            Output::Notes { n_notes } => {
+                let notes = uniform(tb * n_notes, 1.0).into_iter().map(|u| if u > 0.4 { 1.0 } else { 0.0 }).collect();
+                (Some(Data::Values(notes)), uniform(tb, 0.5))
+            }
             Output::Label { .. } => (None, uniform(n_rows, 0.5)),
-            Output::Values { n_outputs, .. } => (Some(Data::Values(uniform(n_rows * n_outputs, 1.5))), uniform(n_rows * n_outputs, 0.5)),
+            Output::Values { n_outputs, .. } | Output::Quantiles { n_values: n_outputs, .. } => {
+                (Some(Data::Values(uniform(n_rows * n_outputs, 1.5))), uniform(n_rows * n_outputs, 0.5))
+            }
         };
         weights.iter_mut().for_each(|w| *w += 1.0);
         if weights.len() > 1 {
@@ -106,7 +112,8 @@ impl Case {
         let streams = (0..n_rows as u32).map(|b| 1000 + 7 * b).collect();
         let l = &config.lstm;
         let draws = [config.dropout, l.recurrent_dropout, l.weight_drop, l.zoneout_h, l.zoneout_c];
-        let key = draws.iter().any(|&p| p > 0.0).then(|| StepKey::new(seed, 17));
+        let at_ends = [l.input_dropout, l.output_dropout];
+        let key = draws.iter().chain(&at_ends).any(|&p| p > 0.0).then(|| StepKey::new(seed, 17));
         Self { name, config, params, n_steps, n_rows, input, targets, weights, lengths: None, streams, state: None, scale, key }
     }
 
@@ -131,7 +138,7 @@ impl Case {
     }
 
     fn is_per_step(&self) -> bool {
-        matches!(self.config.output, Output::Classes { .. })
+        matches!(self.config.output, Output::Classes { .. } | Output::Notes { .. })
     }
 
     /// Valid steps of a row.
@@ -157,7 +164,8 @@ impl Case {
         let lengths = (0..self.n_rows).map(|row| self.length(row) as u32).collect();
         let (mut targets, mut weights) = (self.targets.clone(), self.weights.clone());
         if self.is_per_step() {
-            (targets, weights) = (cut_all(&targets, 0.0), cut(&weights, tb, 3.0));
+            // What the targets behind a row's end hold does not count.
+            (targets, weights) = (cut_all(&targets, 0.5), cut(&weights, tb, 3.0));
         }
         Self { n_steps, input: cut_all(&self.input, f32::NAN), targets, weights, lengths: Some(lengths), ..self.clone() }
     }
@@ -205,14 +213,15 @@ impl Case {
             Input::Values { n_features } => n_features,
         };
         let terms = match self.config.output {
-            Output::Classes { .. } => [t, b, 1],
+            Output::Classes { .. } | Output::Notes { .. } => [t, b, 1],
             Output::Label { .. } => [1, b, 1],
-            Output::Values { n_outputs, .. } => [1, b, n_outputs],
+            Output::Values { n_outputs, .. } | Output::Quantiles { n_values: n_outputs, .. } => [1, b, n_outputs],
         };
+        let targets = [terms[0], terms[1], if terms[2] == 1 { self.config.n_targets() } else { terms[2] }];
         Self {
             n_rows: rows.len(),
             input: self.input.rows([t, b, width], &rows),
-            targets: self.targets.rows(terms, &rows),
+            targets: self.targets.rows(targets, &rows),
             weights: columns(&self.weights, terms, &rows),
             lengths: self.lengths.as_ref().map(|lengths| lengths[rows.clone()].to_vec()),
             streams: self.streams[rows.clone()].to_vec(),
@@ -272,7 +281,50 @@ fn cases() -> Vec<Case> {
     .chain(options(&lm(5, 9, 3, 9), &deep))
     .chain(wider(&lm(5, 9, 3, 9), &deep))
     .chain(of_lengths(&lm(5, 9, 2, 9), &deep))
+    .chain(of_other_losses(&deep))
+    .chain(dropped_at_the_ends(&lm(5, 9, 2, 9), &deep))
     .collect()
+}
+
+/// Notes at every step, and quantiles.
+fn of_other_losses(values: &ModelConfig) -> Vec<Case> {
+    let notes = |n_notes| ModelConfig { output: Output::Notes { n_notes }, input: Input::Values { n_features: n_notes }, ..values.clone() };
+    let levels = |levels: &[f64]| Levels::try_from(levels.to_vec()).expect("levels");
+    let quantiles =
+        |of: &[f64], pooling| ModelConfig { output: Output::Quantiles { n_values: 3, levels: levels(of), pooling }, ..values.clone() };
+    vec![
+        Case::new("notes", notes(7), [6, 3], 100),
+        Case::new("notes of rows that end, dropout", ModelConfig { dropout: 0.3, ..notes(5) }, [6, 4], 101).with_lengths(&[4, 6, 1, 3]),
+        Case::new("quantiles", quantiles(&[0.1, 0.5, 0.9], Pooling::Last), [6, 3], 102),
+        Case::new("quantiles of rows that end, by the mean", quantiles(&[0.25, 0.975], Pooling::Mean), [6, 4], 103)
+            .with_lengths(&[4, 6, 1, 3]),
+    ]
+}
+
+/// Dropout of what the first layer reads and of what the last one hands up.
+fn dropped_at_the_ends(lm: &ModelConfig, values: &ModelConfig) -> Vec<Case> {
+    let with = |config: &ModelConfig, input_dropout, output_dropout, bidirectional| ModelConfig {
+        lstm: LstmConfig { input_dropout, output_dropout, bidirectional, ..LstmConfig::default() },
+        ..config.clone()
+    };
+    let label = |config: &ModelConfig, pooling| ModelConfig { output: Output::Label { n_classes: 4, pooling }, ..config.clone() };
+    let tied = ModelConfig { tied: true, dropout: 0.3, ..with(lm, 0.2, 0.4, false) };
+    let residual = ModelConfig {
+        lstm: LstmConfig { residual: true, input_dropout: 0.25, output_dropout: 0.25, ..LstmConfig::default() },
+        dropout: 0.3,
+        ..lm.clone()
+    };
+    vec![
+        Case::new("inputs of tokens dropped", with(lm, 0.3, 0.0, false), [5, 3], 110),
+        Case::new("outputs of steps dropped", with(lm, 0.0, 0.3, false), [5, 3], 111),
+        Case::new("tied, dropped everywhere", tied, [5, 3], 112).with_state(),
+        Case::new("residual, dropped everywhere", residual, [5, 3], 113),
+        Case::new("numbers dropped at both ends", with(values, 0.4, 0.3, false), [5, 4], 114),
+        Case::new("a label, dropped at both ends, both directions", with(&label(values, Pooling::Last), 0.3, 0.4, true), [5, 4], 115)
+            .with_lengths(&[5, 2, 4, 1]),
+        Case::new("a label by the mean, dropped at both ends", with(&label(lm, Pooling::Mean), 0.3, 0.4, true), [5, 4], 116)
+            .with_lengths(&[5, 2, 4, 1]),
+    ]
 }
 
 /// Sequences as a whole, and rows that end at different steps.
@@ -433,14 +485,24 @@ struct Solution {
 fn kept(case: &Case, lane: usize, row: usize, t: usize, unit: usize) -> f64 {
     let n = case.config.n_directions();
     let (layer, direction) = ((lane / n) as u32, (lane % n) as u32);
-    let Some(key) = case.key.filter(|_| layer as usize + 1 < case.config.n_layers) else { return 1.0 };
+    let is_last = layer as usize + 1 == case.config.n_layers;
+    let p = if is_last { case.config.lstm.output_dropout } else { case.config.dropout };
+    let Some(key) = case.key else { return 1.0 };
     let word = key.draw(Purpose::Dropout, layer | direction << 16, case.streams[row], t as u32, unit as u32 / 4)[unit % 4];
-    survives(word, case.config.dropout)
+    survives(word, p)
 }
 
 /// 1 / (1 - p) where the word says that a value is kept, else 0.
 fn survives(word: u32, p: f64) -> f64 {
     if f64::from(word) >= p * 4_294_967_296.0 { 1.0 / (1.0 - p) } else { 0.0 }
+}
+
+/// The factor of a value that dropout of probability `p` may have dropped.
+fn dropped(case: &Case, p: f64, layer: u32, stream: u32, t: usize, unit: usize) -> f64 {
+    match case.key.filter(|_| p > 0.0) {
+        Some(key) => survives(key.draw(Purpose::Dropout, layer, stream, t as u32, unit as u32 / 4)[unit % 4], p),
+        None => 1.0,
+    }
 }
 
 /// The factor of each recurrent weight, in torch's order; drawn by the place where it lies in the program.
@@ -487,6 +549,25 @@ fn term(case: &Case, at: usize, outputs: &[f64]) -> (f64, Vec<f64>) {
             let probability = |v: usize| (outputs[v] - max).exp() / sum;
             let gradient = (0..n).map(|v| weight(at) * (probability(v) - if v == target { 1.0 } else { 0.0 })).collect();
             (weight(at) * (max + sum.ln() - outputs[target]), gradient)
+        }
+        Data::Values(targets) if matches!(case.config.output, Output::Notes { .. }) => {
+            let target = |o: usize| f64::from(targets[at * n + o]);
+            let p = |o: usize| 1.0 / (1.0 + (-outputs[o]).exp());
+            let loss: f64 = (0..n).map(|o| -target(o) * p(o).ln() - (1.0 - target(o)) * (1.0 - p(o)).ln()).sum();
+            (weight(at) * loss, (0..n).map(|o| weight(at) * (p(o) - target(o))).collect())
+        }
+        Data::Values(targets) if matches!(case.config.output, Output::Quantiles { .. }) => {
+            let Output::Quantiles { n_values, levels, .. } = case.config.output else { unreachable!("it was just looked at") };
+            let levels: Vec<f64> = levels.values().collect();
+            let q = levels.len();
+            let (mut loss, mut gradient) = (0.0, vec![0.0; n]);
+            for (o, said) in outputs.iter().enumerate() {
+                let (value, level) = (at * n_values + o / q, levels[o % q]);
+                let d = f64::from(targets[value]) - said;
+                loss += weight(value) / q as f64 * (level * d).max((level - 1.0) * d);
+                gradient[o] = weight(value) / q as f64 * if d > 0.0 { -level } else { 1.0 - level };
+            }
+            (loss, gradient)
         }
         Data::Values(targets) => {
             let difference = |o: usize| outputs[o] - f64::from(targets[at * n + o]);
@@ -544,6 +625,10 @@ fn solve(case: &Case, params: &Tensors, gradients: bool) -> Solution {
                 }
             })
             .collect();
+        let stream = case.streams[row];
+        for (t, x) in flow.iter_mut().enumerate() {
+            x.iter_mut().enumerate().for_each(|(i, x)| *x *= dropped(case, case.config.lstm.input_dropout, 1 << 15, stream, t, i));
+        }
         let mut past: Vec<Past> = Vec::new();
         let mut inputs: Vec<Vec<Vec<f64>>> = Vec::new();
         let is_residual = |layer: usize, flow: &[Vec<f64>]| {
@@ -589,11 +674,15 @@ fn solve(case: &Case, params: &Tensors, gradients: bool) -> Solution {
         // By row of outputs: the steps that the head reads, how much each counts in the one direction and in the other.
         let mean = 1.0 / n_valid as f64;
         let reads: Vec<Vec<(usize, [f64; 2])>> = match case.config.output {
-            Output::Classes { .. } => (0..n_valid).map(|t| vec![(t, [1.0; 2])]).collect(),
-            Output::Label { pooling: Pooling::Mean, .. } | Output::Values { pooling: Pooling::Mean, .. } => {
+            Output::Classes { .. } | Output::Notes { .. } => (0..n_valid).map(|t| vec![(t, [1.0; 2])]).collect(),
+            Output::Label { pooling: Pooling::Mean, .. }
+            | Output::Values { pooling: Pooling::Mean, .. }
+            | Output::Quantiles { pooling: Pooling::Mean, .. } => {
                 vec![(0..n_valid).map(|t| (t, [mean; 2])).collect()]
             }
-            Output::Label { .. } | Output::Values { .. } => vec![vec![(n_valid - 1, [1.0, 0.0]), (0, [0.0, 1.0])]],
+            Output::Label { .. } | Output::Values { .. } | Output::Quantiles { .. } => {
+                vec![vec![(n_valid - 1, [1.0, 0.0]), (0, [0.0, 1.0])]]
+            }
         };
         for (i, steps) in reads.into_iter().enumerate() {
             let at = if per_step { i * n_rows + row } else { row };
@@ -663,7 +752,8 @@ fn solve(case: &Case, params: &Tensors, gradients: bool) -> Solution {
         }
         if let Data::Tokens(tokens) = &case.input {
             let to = grads.get_mut("embedding.weight").expect("tokens are embedded");
-            for (t, dx) in above.iter().enumerate() {
+            for (t, dx) in above.iter_mut().enumerate() {
+                dx.iter_mut().enumerate().for_each(|(i, dx)| *dx *= dropped(case, case.config.lstm.input_dropout, 1 << 15, stream, t, i));
                 add(&mut to[tokens[t * n_rows + row] as usize * dx.len()..][..dx.len()], dx);
             }
         }

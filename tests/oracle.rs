@@ -3,10 +3,11 @@
 //! An oracle reads the operands as they were before the launch, and gives for each what it must hold afterwards. Elements it does not
 //! write must keep their bits.
 
+use carrousel::kernels::dropout::Dropout;
 use carrousel::kernels::elementwise::Scale;
 use carrousel::kernels::embedding::{EmbeddingGather, EmbeddingGradient};
 use carrousel::kernels::gemm::{Gemm, Matrix};
-use carrousel::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
+use carrousel::kernels::loss::{BinaryCrossEntropy, QuantileLoss, SoftmaxCrossEntropy, SquaredError};
 use carrousel::kernels::lstm::{
     Cell, LstmNormBackward, LstmNormForward, LstmNormInput, LstmProject, LstmStateGradient, LstmStepBackward, LstmStepForward, NONE,
 };
@@ -64,10 +65,13 @@ const ORACLES: &[(&str, Oracle)] = &[
     ("lstm_step_forward", lstm_step_forward),
     ("lstm_norm_forward", lstm_norm_forward),
     ("lstm_project", lstm_project),
+    ("dropout", dropout),
     ("weight_drop", weight_drop),
     ("pool_steps", pool_steps),
     ("softmax_cross_entropy", softmax_cross_entropy),
+    ("binary_cross_entropy", binary_cross_entropy),
     ("squared_error", squared_error),
+    ("quantile_loss", quantile_loss),
     ("pool_steps_gradient", pool_steps_gradient),
     ("lstm_state_gradient", lstm_state_gradient),
     ("lstm_step_backward", lstm_step_backward),
@@ -894,6 +898,22 @@ fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     [left[0], right[0], left[1], right[1]]
 }
 
+fn dropout(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
+    let k: Dropout = parse(params);
+    let mut to = x.target(2);
+    for t in 0..k.n_steps as usize {
+        for row in 0..k.n_rows as usize {
+            for unit in 0..k.width as usize {
+                let at = (t * k.n_rows as usize + row) * k.width as usize + unit;
+                let words = philox([unit as u32 / 4, t as u32, x.u(0, row) as u32, k.tag], [k.key0, k.key1]);
+                let is_dropped = words[unit % 4] < k.threshold;
+                to[k.to as usize + at] = if is_dropped { 0.0 } else { x.f(1, k.start as usize + at) * f64::from(k.scale) };
+            }
+        }
+    }
+    vec![Want::Unchanged, Want::Unchanged, Want::Floats(to)]
+}
+
 fn weight_drop(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     let k: WeightDrop = parse(params);
     let mut kept = x.target(1);
@@ -994,6 +1014,63 @@ fn squared_error(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
         }
     }
     vec![Want::Floats(predictions), Want::Unchanged, Want::Unchanged, Want::Floats(losses), Want::Words(flags)]
+}
+
+fn binary_cross_entropy(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
+    let k: BinaryCrossEntropy = parse(params);
+    let (mut logits, mut losses, mut flags) = (x.target(0), x.target(3), x.operands[4].clone());
+    for (row, loss) in losses.iter_mut().enumerate().take(k.n_rows as usize) {
+        let weight = x.f(2, row);
+        *loss = 0.0;
+        for o in 0..k.row_stride as usize {
+            let at = row * k.row_stride as usize + o;
+            let mut gradient = 0.0;
+            if o < k.n_outputs as usize && weight != 0.0 {
+                let (z, y) = (x.f(0, at), x.f(1, row * k.n_outputs as usize + o));
+                // The likelihood as it is defined; where the odds are too long for f64's 1 - p, the line that it tends to.
+                let (p, q) = (1.0 / (1.0 + (-z).exp()), 1.0 / (1.0 + z.exp()));
+                let (log_p, log_q) = (if p > 0.0 { p.ln() } else { z }, if q > 0.0 { q.ln() } else { -z });
+                *loss -= weight * (y * log_p + (1.0 - y) * log_q);
+                gradient = weight * (p - y) * f64::from(k.scale);
+                if !z.is_finite() {
+                    flags[0] = 1;
+                }
+            }
+            if k.gradient == 1 {
+                logits[at] = gradient;
+            }
+        }
+    }
+    vec![Want::Floats(logits), Want::Unchanged, Want::Unchanged, Want::Floats(losses), Want::Words(flags)]
+}
+
+fn quantile_loss(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
+    let k: QuantileLoss = parse(params);
+    let (mut predictions, mut losses, mut flags) = (x.target(0), x.target(4), x.operands[5].clone());
+    let n_levels = k.n_levels as usize;
+    for (row, loss) in losses.iter_mut().enumerate().take(k.n_rows as usize) {
+        *loss = 0.0;
+        for column in 0..k.row_stride as usize {
+            let at = row * k.row_stride as usize + column;
+            let (o, level) = (column / n_levels, column % n_levels);
+            let mut gradient = 0.0;
+            if o < k.n_outputs as usize {
+                let dense = row * k.n_outputs as usize + o;
+                let (weight, d, q) = (x.f(2, dense), x.f(1, dense) - x.f(0, at), x.f(3, level));
+                if weight != 0.0 {
+                    *loss += weight * (q * d).max((q - 1.0) * d) / n_levels as f64;
+                    gradient = weight * f64::from(k.scale) / n_levels as f64 * if d > 0.0 { -q } else { 1.0 - q };
+                    if !x.f(0, at).is_finite() {
+                        flags[0] = 1;
+                    }
+                }
+            }
+            if k.gradient == 1 {
+                predictions[at] = gradient;
+            }
+        }
+    }
+    vec![Want::Floats(predictions), Want::Unchanged, Want::Unchanged, Want::Unchanged, Want::Floats(losses), Want::Words(flags)]
 }
 
 fn column_sums(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {

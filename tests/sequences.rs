@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use carrousel::data::sequences::{Form, Goal, LabelSpec, SequenceBatches, Sequences, SequencesOptions, StepSpec};
+use carrousel::data::sequences::{Form, Goal, LabelSpec, Labelled, SequenceBatches, Sequences, SequencesOptions, StepSpec};
 use carrousel::data::series::{Missing, Order, Part};
 use carrousel::data::source::{Source, Sources};
 use carrousel::data::split::Split;
@@ -30,6 +30,8 @@ fn options(goal: Goal) -> SequencesOptions {
         level: Level::Char,
         encoding: Encoding::Utf8,
         vocab_limit: None,
+        class_weights: None,
+        notes: 88,
         split: Split { train: 1.0, valid: 0.0, test: 0.0 },
         seed: 1,
     }
@@ -57,7 +59,7 @@ fn read(sequences: &Sequences, i: usize) -> (Vec<f32>, f32) {
     };
     let label = match batch.target {
         Target::Labels(labels) | Target::Tokens(labels) => labels[0] as f32,
-        Target::Values { values, .. } => values[0],
+        Target::Values { values, .. } | Target::Notes { values, .. } => values[0],
     };
     (values, label)
 }
@@ -148,10 +150,11 @@ fn a_run_s_other_data_are_read_with_its_scale_classes_and_vocabulary() {
     let json = serde_json::to_string(spec).unwrap();
     assert_eq!(&serde_json::from_str::<carrousel::data::sequences::SequencesSpec>(&json).unwrap(), spec);
     let other = TS.replace("b a\n", "a b\n").replace("5:?:b", "1,2,3:10,20,30:b");
-    let other = Sequences::from_held_out(vec![source("y.ts", &other)], spec, Encoding::Utf8).unwrap();
+    let other = Sequences::from_held_out(vec![source("y.ts", &other)], spec, Encoding::Utf8, Labelled::All).unwrap();
     assert_eq!((other.of_part(Part::All).len(), read(&other, 0), read(&other, 1).1), (3, read(&sequences, 0), 0.0));
-    let refused =
-        |name: &str, text: &str| Sequences::from_held_out(vec![source(name, text)], spec, Encoding::Utf8).unwrap_err().to_string();
+    let refused = |name: &str, text: &str| {
+        Sequences::from_held_out(vec![source(name, text)], spec, Encoding::Utf8, Labelled::All).unwrap_err().to_string()
+    };
     let unknown = TS.replace("b a\n", "b a c\n").replace(":b\n", ":c\n");
     assert!(
         refused("y.ts", &unknown).contains("y.ts, line 8: the training part has no class 'c'; it has b, a"),

@@ -3,10 +3,11 @@
 
 use std::mem::{offset_of, size_of};
 
+use carrousel::kernels::dropout::{DROPOUT_VECTORS, Dropout};
 use carrousel::kernels::elementwise::{ELEMENTS, Scale};
 use carrousel::kernels::embedding::{EMBEDDING_VECTORS, EmbeddingGather, EmbeddingGradient};
 use carrousel::kernels::gemm::{DIRECT_BLOCK, Gemm, TILED_BLOCK};
-use carrousel::kernels::loss::{SOFTMAX_WORKGROUP, SQUARED_ROWS, SoftmaxCrossEntropy, SquaredError};
+use carrousel::kernels::loss::{BinaryCrossEntropy, QuantileLoss, SOFTMAX_WORKGROUP, SQUARED_ROWS, SoftmaxCrossEntropy, SquaredError};
 use carrousel::kernels::lstm::{
     LstmNormBackward, LstmNormForward, LstmNormInput, LstmProject, LstmStateGradient, LstmStepBackward, LstmStepForward, NONE, STEP_ROWS,
 };
@@ -65,9 +66,12 @@ fn rust_layout(kernel: &str) -> (usize, Vec<Field>) {
             n_rows, hidden, units, width, gates, x, y, factors, norm_ih, norm_hh, norm_c, c_prev, dh, from_carry, carry, t, last, use_lengths
         ),
         "weight_drop" => layout!(WeightDrop: len, start, to, key0, key1, tag, threshold, scale),
+        "dropout" => layout!(Dropout: n_steps, n_rows, width, start, to, key0, key1, tag, threshold, scale),
         "pool_steps" | "pool_steps_gradient" => layout!(PoolSteps: n_steps, n_rows, width, x, pooled, which, use_lengths),
         "softmax_cross_entropy" => layout!(SoftmaxCrossEntropy: n_rows, n_classes, row_stride, scale, gradient),
+        "binary_cross_entropy" => layout!(BinaryCrossEntropy: n_rows, n_outputs, row_stride, scale, gradient),
         "squared_error" => layout!(SquaredError: n_rows, n_outputs, row_stride, scale, gradient),
+        "quantile_loss" => layout!(QuantileLoss: n_rows, n_outputs, n_levels, row_stride, scale, gradient),
         "column_sums" => layout!(ColumnSums: n_rows, n_cols, row_stride, offset, out, second_out, accumulate),
         "embedding_gradient" => layout!(EmbeddingGradient: n_distinct, width, n_places, n_classes, grad, dx, first, limit),
         "sum" => layout!(Sum: len, offset, out),
@@ -249,9 +253,10 @@ fn numbers_that_stand_in_wgsl_and_in_rust_are_the_same() {
             "scale" | "sgd" | "rmsprop" | "adam" => same("floats a workgroup", invocations * get("EACH"), ELEMENTS),
             "weight_drop" => same("vectors a workgroup", invocations, DROP_VECTORS),
             "embedding_gather" | "embedding_gradient" => same("vectors a workgroup", invocations, EMBEDDING_VECTORS),
+            "dropout" => same("vectors a workgroup", invocations, DROPOUT_VECTORS),
             "pool_steps" | "pool_steps_gradient" => same("vectors a workgroup", invocations, POOL_VECTORS),
-            "softmax_cross_entropy" => same("workgroup", invocations, SOFTMAX_WORKGROUP),
-            "squared_error" => same("rows a workgroup", invocations, SQUARED_ROWS),
+            "softmax_cross_entropy" | "binary_cross_entropy" => same("workgroup", invocations, SOFTMAX_WORKGROUP),
+            "squared_error" | "quantile_loss" => same("rows a workgroup", invocations, SQUARED_ROWS),
             "column_sums" => same("columns a workgroup", get("COLUMNS"), SUM_COLUMNS),
             "sum" => same("workgroup", invocations, REDUCE_WORKGROUP),
             "block_squares" => same("floats a workgroup", get("BLOCK"), BLOCK as u32),

@@ -51,6 +51,9 @@ pub enum Command {
     /// Write text with a trained network
     #[command(after_help = GENERATE_EXAMPLES)]
     Generate(GenerateArgs),
+    /// Tell the classes of sequences, or of their steps, with probabilities
+    #[command(after_help = CLASSIFY_EXAMPLES)]
+    Classify(ClassifyArgs),
     /// Continue a series beyond the end of its data
     #[command(after_help = FORECAST_EXAMPLES)]
     Forecast(ForecastArgs),
@@ -66,6 +69,9 @@ pub enum Command {
     /// Tell what several runs differ in, and draw their loss curves into one picture
     #[command(after_help = COMPARE_EXAMPLES)]
     Compare(CompareArgs),
+    /// List the recipes, the well-known pieces of work that train --recipe does again, or show one
+    #[command(after_help = RECIPES_EXAMPLES)]
+    Recipes(RecipesArgs),
     /// List the graphics adapters that --devices gpu:INDEX can name
     #[command(after_help = DEVICES_EXAMPLES)]
     Devices(DevicesArgs),
@@ -96,6 +102,9 @@ pub struct TrainArgs {
     /// Write what every worker, its ring and its GPU did when, as JSON for ui.perfetto.dev or chrome://tracing
     #[arg(long, value_name = "FILE", help_heading = RUN, conflicts_with = "dry_run")]
     pub trace: Option<PathBuf>,
+    /// Take the options of a recipe that comes with the program (see `recipes`); flags and --config go before it
+    #[arg(long, value_name = "NAME", help_heading = RUN)]
+    pub recipe: Option<String>,
 }
 
 /// What every command on a trained network takes.
@@ -125,6 +134,9 @@ pub struct EvaluateArgs {
     /// Count as wrong the numbers of sequences that are further off than this, in the label's unit; by default as in training
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub tolerance: Option<f64>,
+    /// Forecast from every N-th origin of the part only, and tell the errors by step ahead, the model's and the naive forecasts'
+    #[arg(long, value_name = "N")]
+    pub rolling: Option<Size>,
     /// Write what the network says: .csv for predictions beside the truth, .safetensors for its inputs and raw outputs
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
@@ -156,6 +168,24 @@ pub struct InspectArgs {
     /// The run folder
     #[arg(value_name = "RUN")]
     pub run: PathBuf,
+    /// Draw gates and cell states while the network reads this text, or a file like the run's data (of a series its end, of sequences the first one)
+    #[arg(long, value_name = "TEXT|FILE", allow_hyphen_values = true)]
+    pub activations: Option<String>,
+    /// The layer to draw, from 1; by default the last
+    #[arg(long, value_name = "N", requires = "activations")]
+    pub layer: Option<usize>,
+    /// The units to draw, from 1, up to eight; by default those whose cell state changes most
+    #[arg(long, value_name = "N,...", value_delimiter = ',', requires = "activations")]
+    pub units: Vec<usize>,
+    /// The picture of activations to write, as .svg and as .png
+    #[arg(long, value_name = "FILE", default_value = "activations.png", requires = "activations")]
+    pub output: PathBuf,
+    /// Another checkpoint than the one that the run selected: best, last or a step
+    #[arg(long, value_name = "WHICH", default_value = "selected", hide_default_value = true, requires = "activations")]
+    pub checkpoint: Which,
+    /// The device that reads: auto, cpu, cpu:THREADS or gpu:INDEX
+    #[arg(long, value_name = "DEVICE", default_value = "auto", requires = "activations")]
+    pub devices: String,
 }
 
 #[derive(Debug, Args)]
@@ -166,6 +196,22 @@ pub struct CompareArgs {
     /// The picture to write, as .svg and as .png
     #[arg(long, value_name = "FILE", default_value = "compare.png")]
     pub output: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct RecipesArgs {
+    #[command(subcommand)]
+    pub command: Option<RecipesCommand>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum RecipesCommand {
+    /// Print a recipe, a configuration file that --config takes
+    Show {
+        /// Its name
+        #[arg(value_name = "NAME")]
+        name: String,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -187,6 +233,18 @@ pub struct DevicesArgs {
     /// Measure each adapter, and the CPU beside: products of 1024 x 1024 matrices, and reading and writing memory
     #[arg(long)]
     pub measure: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ClassifyArgs {
+    #[command(flatten)]
+    pub trained: Trained,
+    /// Data to look at, like those of the run; labels may be missing; may be repeated
+    #[arg(long, value_name = "PATH", required = true)]
+    pub data: Vec<String>,
+    /// Write the probabilities of all classes to a CSV file
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -325,7 +383,7 @@ Examples:
 
 /// The commands as the help lists them; those that stand in no group come last.
 const GROUPS: [(&str, &[&str]); 5] = [
-    ("Train", &["train", "devices", "profile"]),
+    ("Train", &["train", "recipes", "devices", "profile"]),
     ("Use a trained network", &["evaluate", "generate", "forecast", "classify"]),
     ("Look at runs", &["inspect", "compare"]),
     ("Exchange", &["export", "import"]),
@@ -359,7 +417,7 @@ fn grouped(command: clap::Command) -> clap::Command {
 }
 
 const TRAIN_EXAMPLES: &str = "\
-Sizes may be written with K, M or G (1024). A flag goes before the same key of --config, and that before the default.
+Sizes may be written with K, M or G (1024). A flag goes before the same key of --config, that before --recipe, and that before the default.
 
 Examples:
   carrousel train                                               the built-in example
@@ -367,6 +425,7 @@ Examples:
   carrousel train --data sales.csv --target units --horizon 14  a series, two weeks ahead
   carrousel train --data 'vowels_*.ts' --pooling mean           the class of each sequence
   carrousel train --data book.txt --devices gpu:0,gpu:1,cpu:4   three workers in one ring
+  carrousel train --recipe zaremba-small --data ptb             a paper's table again
   carrousel train --config book.toml --lr 1e-3                  options from a file, one changed
   carrousel train --out runs/book --resume                      go on where a run was stopped
   carrousel train --data book.txt --hidden 512 --dry-run        what it would take, without training";
@@ -374,12 +433,18 @@ Examples:
 const EVALUATE_EXAMPLES: &str = "\
 Examples:
   carrousel evaluate --run runs/book
+  carrousel evaluate --run runs/sales --rolling 7
   carrousel evaluate --run runs/book --data other.txt --eval-batch-size 1 --json";
 
 const GENERATE_EXAMPLES: &str = "\
 Examples:
   carrousel generate --run runs/book --prompt 'It was ' --length 1000
   carrousel generate --run runs/book --temperature 1 --top-k 20 --seed 7";
+
+const CLASSIFY_EXAMPLES: &str = "\
+Examples:
+  carrousel classify --run runs/vowels --data new.ts
+  carrousel classify --run runs/reviews --data lines.txt --output classes.csv --json";
 
 const FORECAST_EXAMPLES: &str = "\
 Examples:
@@ -404,12 +469,19 @@ Examples:
 const INSPECT_EXAMPLES: &str = "\
 Examples:
   carrousel inspect runs/book
-  carrousel inspect runs/book --json";
+  carrousel inspect runs/book --json
+  carrousel inspect runs/book --activations 'It was the best of times' --output times.png";
 
 const COMPARE_EXAMPLES: &str = "\
 Examples:
   carrousel compare runs/book runs/book-wider
   carrousel compare runs/book* --output book.png --json";
+
+const RECIPES_EXAMPLES: &str = "\
+Examples:
+  carrousel recipes
+  carrousel recipes show zaremba-small > mine.toml
+  carrousel train --config mine.toml --data ptb";
 
 const DEVICES_EXAMPLES: &str = "\
 Examples:
@@ -459,6 +531,8 @@ pub const PROFILED: &[&str] = &[
     "embedding",
     "tied",
     "dropout",
+    "input_dropout",
+    "output_dropout",
     "proj_size",
     "layer_norm",
     "residual",
@@ -477,6 +551,8 @@ pub const PROFILED: &[&str] = &[
     "seq_len",
     "horizon",
     "pooling",
+    "notes",
+    "quantiles",
     "bidirectional",
     "batch_size",
     "lr",

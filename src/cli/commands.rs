@@ -11,28 +11,32 @@ use serde_json::{Map, Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::args::{
-    CompareArgs, CompletionsArgs, DevicesArgs, EvaluateArgs, ExportArgs, ForecastArgs, GenerateArgs, Global, ImportArgs, InspectArgs,
-    ManArgs, PROFILED, ProfileKernelsArgs, ProfileRingArgs, ProfileStepArgs, TRAINED, TrainArgs, Trained,
+    ClassifyArgs, CompareArgs, CompletionsArgs, DevicesArgs, EvaluateArgs, ExportArgs, ForecastArgs, GenerateArgs, Global, ImportArgs,
+    InspectArgs, ManArgs, PROFILED, ProfileKernelsArgs, ProfileRingArgs, ProfileStepArgs, RecipesArgs, RecipesCommand, TRAINED, TrainArgs,
+    Trained,
 };
 use super::resolve::{self, Layers};
-use super::{Done, INTERRUPTED, print, report};
+use super::{Done, INTERRUPTED, print, recipes as known, report};
 use crate::backend::gpu::adapters;
 use crate::backend::open;
 use crate::comm::measure::measure;
 use crate::comm::plan::Algorithm;
-use crate::data::series::{Dated, Part};
+use crate::data::sequences::Labelled;
+use crate::data::series::Part;
 use crate::data::vocab::Level as TextLevel;
+use crate::infer::activations::{Looking, activations};
+use crate::infer::classify as classes;
 use crate::infer::exchange;
 use crate::infer::forecast as forecasts;
 use crate::infer::generate as texts;
 use crate::infer::inspect as inspection;
 use crate::infer::predictions::Predictions;
 use crate::infer::session::Session;
-use crate::infer::task::Corpus;
+use crate::infer::task::{Corpus, NOTES};
 use crate::infer::{evaluate as evaluation, generate::GenerateOptions};
 use crate::kernels::Sizes;
 use crate::model::config::{Input, ModelConfig, Output, Pooling};
-use crate::observe::{Bus, Level, Trace};
+use crate::observe::{Bus, Level, Table, Trace};
 use crate::store::config::{RunConfig, Task};
 use crate::store::{RunFolder, default_run_path, interchange};
 use crate::train::devices::{self, DeviceKind};
@@ -43,7 +47,7 @@ use crate::train::run::{RunOptions, run};
 use crate::usage::UsageError;
 
 pub fn train(args: &TrainArgs, bus: &mut Bus) -> anyhow::Result<Done> {
-    let layers = Layers::new(&args.typed, args.config.as_deref())?;
+    let layers = Layers::new(&args.typed, args.config.as_deref())?.with_recipe(args.recipe.as_deref())?;
     let out = layers.out().map(PathBuf::from);
     let layers = match (&out, args.resume) {
         (None, true) => return Err(UsageError("--resume needs --out: name the folder of the run to continue".to_owned()).into()),
@@ -124,7 +128,8 @@ fn needs(session: &Session, trained: &Trained, task: Task) -> Result<(), UsageEr
     let other = match found {
         Task::Lm => "generate",
         Task::Forecast => "forecast",
-        Task::Classify | Task::Regress => "evaluate",
+        Task::Classify | Task::Tag => "classify",
+        Task::Regress | Task::Frames => "evaluate",
     };
     Err(UsageError(format!(
         "{} holds a run of --task {}, this command needs one of --task {}; use {other}",
@@ -158,11 +163,23 @@ pub fn evaluate(args: &EvaluateArgs, bus: &mut Bus) -> anyhow::Result<Done> {
         config.tolerance = Some(tolerance);
     }
     config.eval_batch_size = args.eval_batch_size.map_or(config.eval_batch_size, |size| size.0);
+    if let Some(stride) = args.rolling {
+        hold("--rolling", stride.0, stride.0 > 0, "at least 1")?;
+        let task = session.config.task;
+        UsageError::unless(task == Task::Forecast, || {
+            format!("--rolling means nothing for a run of --task {}; leave it out", task.name())
+        })?;
+    }
+    let part = if args.data.is_empty() { Part::Test } else { Part::All };
     let set = if args.data.is_empty() {
         let set = Corpus::load(&config, Some(&session.spec))?.eval_set(&config, Part::Test)?;
         set.ok_or_else(|| UsageError("the run's data has no test part; name what to measure on with --data".to_owned()))?
     } else {
-        Corpus::load_other(&config, &args.data, &session.spec)?.eval_set(&config)?
+        Corpus::load_other(&config, &args.data, &session.spec, Labelled::All)?.eval_set(&config)?
+    };
+    let set = match args.rolling {
+        Some(stride) => set.rolling(&config, part, stride.0)?,
+        None => set,
     };
     let evaluation = match &args.output {
         None => evaluation::evaluate(&set, &mut session)?,
@@ -177,6 +194,13 @@ pub fn evaluate(args: &EvaluateArgs, bus: &mut Bus) -> anyhow::Result<Done> {
     let mut summary = about(&session);
     summary.insert("loss".to_owned(), json!(evaluation.loss));
     summary.extend(evaluation.scores());
+    if let (Some(stride), Some(forecast)) = (args.rolling, evaluation.forecast()) {
+        let rolling = json!({ "stride": stride.0, "origins": forecast.origins.len(), "rmse_by_step": evaluation.by_step() });
+        summary.insert("rolling".to_owned(), rolling);
+        let table =
+            report::scores("evaluate", &summary.iter().filter(|(key, _)| *key != "rolling").map(|(k, v)| (k.clone(), v.clone())).collect());
+        return Ok(Done::new(summary.clone(), vec![report::rolling(table, &summary)]));
+    }
     Ok(Done::new(summary.clone(), vec![evaluation.judged.add_to(report::scores("evaluate", &summary))]))
 }
 
@@ -208,28 +232,52 @@ pub fn generate(args: &GenerateArgs, global: Global, bus: &mut Bus) -> anyhow::R
     Ok(Done::new(summary, Vec::new()))
 }
 
+pub fn classify(args: &ClassifyArgs, bus: &mut Bus) -> anyhow::Result<Done> {
+    let mut session = session(&args.trained, bus)?;
+    let task = session.config.task;
+    if !matches!(task, Task::Classify | Task::Tag) {
+        needs(&session, &args.trained, Task::Classify)?;
+    }
+    let found = classes::classify(&mut session, &args.data, args.output.as_deref())?;
+    if let Some(path) = &args.output {
+        bus.log(Level::Info, &format!("wrote {}", path.display()));
+    }
+    let mut summary = about(&session);
+    summary.extend(found);
+    let table = report::classes(&summary);
+    Ok(Done::new(summary, vec![table]))
+}
+
 pub fn forecast(args: &ForecastArgs, bus: &mut Bus) -> anyhow::Result<Done> {
     let mut session = session(&args.trained, bus)?;
     needs(&session, &args.trained, Task::Forecast)?;
     let data: Vec<String> = args.data.iter().cloned().collect();
-    let values = forecasts::forecast(&mut session, &data)?;
+    let beyond = forecasts::forecast(&mut session, &data)?;
     if let Some(path) = &args.output {
         let file = File::create(path).map_err(|error| UsageError(format!("cannot write {}: {error}", path.display())))?;
-        write_csv(file, &values).with_context(|| format!("cannot write {}", path.display()))?;
+        write_csv(file, &beyond).with_context(|| format!("cannot write {}", path.display()))?;
         bus.log(Level::Info, &format!("wrote {}", path.display()));
     }
     let mut summary = about(&session);
-    let rows = values.iter().map(|dated| json!({ "time": dated.time, "target": dated.target, "value": dated.value }));
+    let rows = beyond.values.iter().enumerate().map(|(i, dated)| {
+        let mut row = json!({ "time": dated.time, "target": dated.target, "value": dated.value });
+        for (level, values) in &beyond.quantiles {
+            row[format!("q{level}")] = json!(values[i]);
+        }
+        row
+    });
     summary.insert("values".to_owned(), rows.collect());
     let table = report::values(&summary);
     Ok(Done::new(summary, vec![table]))
 }
 
-fn write_csv(file: File, values: &[Dated]) -> anyhow::Result<()> {
+fn write_csv(file: File, beyond: &forecasts::Beyond) -> anyhow::Result<()> {
     let mut writer = csv::Writer::from_writer(file);
-    writer.write_record(["time", "target", "value"])?;
-    for dated in values {
-        writer.write_record([&dated.time, &dated.target, &dated.value.to_string()])?;
+    let levels = beyond.quantiles.iter().map(|(level, _)| format!("q{level}"));
+    writer.write_record(["time", "target", "value"].map(str::to_owned).into_iter().chain(levels))?;
+    for (i, dated) in beyond.values.iter().enumerate() {
+        let cells = [dated.time.clone(), dated.target.clone(), dated.value.to_string()];
+        writer.write_record(cells.into_iter().chain(beyond.quantiles.iter().map(|(_, values)| values[i].to_string())))?;
     }
     Ok(writer.flush()?)
 }
@@ -241,8 +289,23 @@ pub fn export(args: &ExportArgs, bus: &mut Bus) -> anyhow::Result<Done> {
 }
 
 /// What the data are and how they are read, which a file of ours has settled for its parameters.
-const OF_DATA: [&str; 13] = [
-    "task", "level", "vocab", "encoding", "target", "features", "sequence", "label", "missing", "relative", "season", "calendar", "horizon",
+const OF_DATA: [&str; 16] = [
+    "task",
+    "level",
+    "vocab",
+    "encoding",
+    "target",
+    "features",
+    "sequence",
+    "label",
+    "quantiles",
+    "class_weights",
+    "notes",
+    "missing",
+    "relative",
+    "season",
+    "calendar",
+    "horizon",
 ];
 
 pub fn import(args: &ImportArgs, bus: &mut Bus) -> anyhow::Result<Done> {
@@ -271,23 +334,50 @@ pub fn import(args: &ImportArgs, bus: &mut Bus) -> anyhow::Result<Done> {
     Ok(Done::new(summary.clone(), vec![report::scores("import", &summary)]))
 }
 
-pub fn inspect(args: &InspectArgs) -> anyhow::Result<Done> {
+pub fn inspect(args: &InspectArgs, bus: &mut Bus) -> anyhow::Result<Done> {
+    if let Some(over) = &args.activations {
+        let stem = picture_stem(&args.output)?;
+        let trained = Trained { run: args.run.clone(), checkpoint: args.checkpoint, devices: args.devices.clone() };
+        let mut session = session(&trained, bus)?;
+        let looking = Looking { over: over.clone(), layer: args.layer, units: args.units.clone() };
+        let found = activations(&mut session, &looking, &stem)?;
+        let mut summary = about(&session);
+        summary.extend(found);
+        let shown: Map<String, Value> =
+            summary.iter().filter(|(key, _)| !["steps", "units"].contains(&key.as_str())).map(|(k, v)| (k.clone(), v.clone())).collect();
+        // The text that was read is long, and so is what every unit did.
+        return Ok(Done::new(summary, vec![report::scores("activations", &shown)]));
+    }
     let summary = inspection::inspect(&args.run)?;
     let table = report::run(&summary);
     Ok(Done::new(summary, vec![table]))
 }
 
+/// Both pictures are written whichever extension is given.
+fn picture_stem(output: &Path) -> Result<PathBuf, UsageError> {
+    match output.extension().and_then(|extension| extension.to_str()) {
+        Some("png" | "svg") => Ok(output.with_extension("")),
+        Some(other) => Err(UsageError(format!("--output ends in .{other}, but the picture is written as .svg and .png"))),
+        None => Ok(output.to_owned()),
+    }
+}
+
 pub fn compare(args: &CompareArgs, bus: &mut Bus) -> anyhow::Result<Done> {
-    // Both pictures are written whichever extension is given.
-    let stem = match args.output.extension().and_then(|extension| extension.to_str()) {
-        Some("png" | "svg") => args.output.with_extension(""),
-        Some(other) => return Err(UsageError(format!("--output ends in .{other}, but the picture is written as .svg and .png")).into()),
-        None => args.output.clone(),
-    };
+    let stem = picture_stem(&args.output)?;
     let found = inspection::compare(&args.runs, &stem)?;
     found.warnings.into_iter().for_each(|warning| bus.warn(warning));
     let tables = report::comparison(&found.summary);
     Ok(Done::new(found.summary, tables))
+}
+
+pub fn recipes(args: &RecipesArgs, global: Global) -> anyhow::Result<Done> {
+    if let Some(RecipesCommand::Show { name }) = &args.command {
+        return told(known::find(name)?.text.to_owned(), global);
+    }
+    let rows = known::ALL.iter().map(|recipe| vec![recipe.name.to_owned(), recipe.about().to_owned()]).collect();
+    let table = Table::new("").columns("recipes", &["name", "what it is, and what others reached"], rows);
+    let listed = known::ALL.iter().map(|recipe| json!({ "name": recipe.name, "about": recipe.about(), "command": recipe.command() }));
+    Ok(Done::new(Map::from_iter([("recipes".to_owned(), listed.collect())]), vec![table]))
 }
 
 pub fn completions(args: &CompletionsArgs, global: Global) -> anyhow::Result<Done> {
@@ -453,10 +543,20 @@ fn workload(config: &RunConfig) -> Workload {
         Task::Forecast => {
             let n_targets = config.target.len().max(1);
             let n_features = n_targets + config.features.len();
-            (Input::Values { n_features }, Output::Values { n_outputs: n_targets * config.horizon, pooling: Pooling::Last })
+            let (n_outputs, pooling) = (n_targets * config.horizon, Pooling::Last);
+            let output = match config.quantiles {
+                None => Output::Values { n_outputs, pooling },
+                Some(levels) => Output::Quantiles { n_values: n_outputs, levels, pooling },
+            };
+            (Input::Values { n_features }, output)
         }
         Task::Classify => (made_up_features(config), Output::Label { n_classes: 10, pooling: config.pooling }),
         Task::Regress => (made_up_features(config), Output::Values { n_outputs: 1, pooling: config.pooling }),
+        Task::Tag => (made_up_features(config), Output::Classes { n_classes: 10 }),
+        Task::Frames => {
+            let n_notes = config.notes.unwrap_or(NOTES);
+            (Input::Values { n_features: n_notes }, Output::Notes { n_notes })
+        }
     };
     let model = ModelConfig {
         input,

@@ -6,6 +6,7 @@
 
 mod args;
 mod commands;
+mod recipes;
 mod report;
 mod resolve;
 mod typed;
@@ -102,10 +103,12 @@ fn run(command: &Command, global: Global, bus: &mut Bus) -> anyhow::Result<Done>
         Command::Train(args) => commands::train(args, bus),
         Command::Evaluate(args) => commands::evaluate(args, bus),
         Command::Generate(args) => commands::generate(args, global, bus),
+        Command::Classify(args) => commands::classify(args, bus),
         Command::Forecast(args) => commands::forecast(args, bus),
         Command::Export(args) => commands::export(args, bus),
         Command::Import(args) => commands::import(args, bus),
-        Command::Inspect(args) => commands::inspect(args),
+        Command::Inspect(args) => commands::inspect(args, bus),
+        Command::Recipes(args) => commands::recipes(args, global),
         Command::Compare(args) => commands::compare(args, bus),
         Command::Completions(args) => commands::completions(args, global),
         Command::Man(args) => commands::man(args, global),

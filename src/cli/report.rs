@@ -35,13 +35,50 @@ pub fn scores(title: &str, summary: &Map<String, Value>) -> Table {
 
 /// The values of a forecast, one line a time and target.
 pub fn values(summary: &Map<String, Value>) -> Table {
-    let names = ["time", "target", "value"];
     let rows = summary.get("values").and_then(Value::as_array);
+    let first = rows.and_then(|rows| rows.first()).and_then(Value::as_object);
+    let quantiles = first.into_iter().flat_map(Map::keys).filter(|name| name.starts_with('q')).map(String::as_str);
+    let names: Vec<&str> = ["time", "target", "value"].into_iter().chain(quantiles).collect();
     let rows: Vec<Vec<String>> = rows.into_iter().flatten().map(|row| cells(row, &names)).collect();
     if rows.is_empty() {
         return scores("forecast", summary);
     }
     Table::new("").columns("forecast", &names, rows)
+}
+
+/// The errors of a rolling origin: a line a step of the horizon.
+pub fn rolling(table: Table, summary: &Map<String, Value>) -> Table {
+    let Some(rolling) = summary.get("rolling") else { return table };
+    let show = |key: &str| rolling.get(key).map(text).unwrap_or_default();
+    let mut table = table.pairs("Rolling origin", [("origins", show("origins")), ("rows between them", show("stride"))]);
+    for (target, forecasts) in rolling.get("rmse_by_step").and_then(Value::as_object).into_iter().flatten() {
+        let forecasts: Vec<(&String, &Vec<Value>)> =
+            forecasts.as_object().into_iter().flatten().filter_map(|(name, steps)| Some((name, steps.as_array()?))).collect();
+        let n_steps = forecasts.first().map_or(0, |(_, steps)| steps.len());
+        let header: Vec<&str> = std::iter::once("step").chain(forecasts.iter().map(|(name, _)| name.as_str())).collect();
+        let row = |step: usize| {
+            std::iter::once((step + 1).to_string()).chain(forecasts.iter().map(move |(_, steps)| text(&steps[step]))).collect()
+        };
+        table = table.columns(format!("RMSE of {target} by step ahead"), &header, (0..n_steps).map(row).collect());
+    }
+    table
+}
+
+/// What was said of each sequence, or of each step, a line each; of many the first.
+pub fn classes(summary: &Map<String, Value>) -> Table {
+    const SHOWN: usize = 40;
+    let labels = summary.get("labels").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let names: Vec<&str> = ["sequence", "step", "class", "probability"]
+        .into_iter()
+        .filter(|&name| labels.first().is_some_and(|label| label.get(name).is_some()))
+        .collect();
+    let rows = labels.iter().take(SHOWN).map(|row| cells(row, &names)).collect();
+    let others: Map<String, Value> = summary.iter().filter(|(name, _)| *name != "labels").map(|(k, v)| (k.clone(), v.clone())).collect();
+    let table = scores("classify", &others).columns("classes", &names, rows);
+    if labels.len() <= SHOWN {
+        return table;
+    }
+    table.pairs("More", [("not shown", format!("{} of {}; --output writes all", labels.len() - SHOWN, labels.len()))])
 }
 
 /// The adapters, or that there is none. Limits and features are many, so they are in the JSON only.

@@ -1,4 +1,4 @@
-//! From what was given to what is run: layers of options (flags, file, an earlier start of the run), defaults, and whether every number
+//! From what was given to what is run: layers of options (flags, file, recipe, an earlier start of the run), defaults, and whether every number
 //! makes sense. Nothing is opened but the configuration file.
 
 use std::fmt::Display;
@@ -8,6 +8,7 @@ use std::path::Path;
 use serde::Serialize;
 use toml::{Table, Value};
 
+use super::recipes::{self, Recipe};
 use super::typed::{Size, Typed};
 use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
@@ -104,12 +105,18 @@ const INIT: Init = Init::Torch;
 /// Largest layer or embedding: four gates of it squared are 64 GiB.
 const MAX_UNITS: usize = 65_536;
 const MAX_LAYERS: usize = 256;
+/// As many as the file's numbers can tell apart.
+const MAX_NOTES: usize = 65_536;
 /// Largest window, horizon and batch: far above what fits, low enough that products of them do not overflow.
 const MAX_LENGTH: usize = 1 << 20;
 
 const LABELLED: &[Task] = &[Task::Classify, Task::Regress];
+/// Whole sequences, of whatever length each.
+const SEQUENTIAL: &[Task] = &[Task::Classify, Task::Regress, Task::Tag, Task::Frames];
+const IN_TABLES: &[Task] = &[Task::Classify, Task::Regress, Task::Tag];
+const OF_CLASSES: &[Task] = &[Task::Classify, Task::Tag];
 const OF_TEXT: &[Task] = &[Task::Lm, Task::Classify, Task::Regress];
-const OF_TABLES: &[Task] = &[Task::Forecast, Task::Classify, Task::Regress];
+const OF_TABLES: &[Task] = &[Task::Forecast, Task::Classify, Task::Regress, Task::Tag];
 /// Keys that do not mean something for every task, and for which they do.
 const MEANT_FOR: &[(&str, &[Task])] = &[
     ("encoding", OF_TEXT),
@@ -119,8 +126,11 @@ const MEANT_FOR: &[(&str, &[Task])] = &[
     ("tied", &[Task::Lm]),
     ("features", OF_TABLES),
     ("missing", OF_TABLES),
-    ("sequence", LABELLED),
-    ("label", LABELLED),
+    ("sequence", IN_TABLES),
+    ("label", IN_TABLES),
+    ("class_weights", OF_CLASSES),
+    ("quantiles", &[Task::Forecast]),
+    ("notes", &[Task::Frames]),
     ("pooling", LABELLED),
     ("tolerance", &[Task::Regress]),
     ("target", &[Task::Forecast]),
@@ -143,6 +153,7 @@ const LIMITS: [&str; 2] = ["epochs", "max_steps"];
 pub struct Layers {
     flags: Table,
     file: Option<(String, Table)>,
+    recipe: Option<(&'static str, Table)>,
     recorded: Table,
 }
 
@@ -153,7 +164,17 @@ impl Layers {
     /// A file cannot be read, is no TOML, or holds an unknown key or a value of the wrong kind: its name, the line, the nearest name.
     pub fn new(flags: &Typed, file: Option<&Path>) -> Result<Self, UsageError> {
         let file = file.map(|path| Ok((path.display().to_string(), table(&read(path)?)?))).transpose()?;
-        Ok(Self { flags: table(flags)?, file, recorded: Table::new() })
+        Ok(Self { flags: table(flags)?, file, recipe: None, recorded: Table::new() })
+    }
+
+    /// Adds the options of the recipe that is named, if one is, behind flags and file.
+    ///
+    /// # Errors
+    /// There is no such recipe.
+    pub fn with_recipe(self, name: Option<&str>) -> Result<Self, UsageError> {
+        let read = |recipe: Recipe| Ok((recipe.name, table(&parse_toml(recipe.name, recipe.text)?)?));
+        let recipe = name.map(|name| recipes::find(name).and_then(read)).transpose()?;
+        Ok(Self { recipe, ..self })
     }
 
     /// Adds what the run in `folder` recorded, if there is one, in place of the defaults. A start that left no checkpoint is none.
@@ -176,11 +197,13 @@ impl Layers {
         Ok(Self { recorded: table(&parse_toml(name, options)?)?, ..self })
     }
 
-    /// What was given in all, flag before file before record.
+    /// What was given in all, flag before file before recipe before record.
     fn merged(&self) -> Result<Typed, UsageError> {
         let mut merged = self.recorded.clone();
+        let recipe = self.recipe.iter().flat_map(|(_, table)| table);
+        merged.extend(recipe.map(|(key, value)| (key.clone(), value.clone())));
         if LIMITS.iter().any(|key| self.is_given(key)) {
-            // The record is what an earlier start settled: like a default, it does not limit what is asked for now.
+            // A recipe, or what an earlier start settled, is like a default: it does not limit what is asked for now.
             LIMITS.iter().for_each(|&key| drop(merged.remove(key)));
         }
         let file = self.file.iter().flat_map(|(_, table)| table);
@@ -202,7 +225,10 @@ impl Layers {
     pub fn name(&self, key: &str) -> String {
         match &self.file {
             Some((path, table)) if !self.flags.contains_key(key) && table.contains_key(key) => format!("{key} (in {path})"),
-            _ => format!("--{}", key.replace('_', "-")),
+            _ => match &self.recipe {
+                Some((name, table)) if !self.is_given(key) && table.contains_key(key) => format!("{key} (in the recipe {name})"),
+                _ => format!("--{}", key.replace('_', "-")),
+            },
         }
     }
 
@@ -258,10 +284,14 @@ pub fn nearest<'a>(unknown: &str, known: &[&'a str]) -> Option<&'a str> {
 /// A value that makes no sense: the name under which it was given, the value, what is allowed.
 pub fn resolve(layers: &Layers) -> Result<RunConfig, UsageError> {
     let config = settle(layers)?;
+    if let (true, Some((name, _))) = (config.data.is_empty(), &layers.recipe) {
+        let command = recipes::find(name)?.command();
+        return Err(UsageError(format!("the recipe {name} needs its data: name them with --data, as in {command}")));
+    }
     if config.task == Task::Lm && config.data.is_empty() {
         return Err(UsageError("--task lm needs a text: give one with --data".to_owned()));
     }
-    if LABELLED.contains(&config.task) {
+    if SEQUENTIAL.contains(&config.task) {
         let task = config.task.name();
         UsageError::unless(!config.data.is_empty(), || format!("--task {task} needs labelled sequences: give them with --data"))?;
         // Made-up sequences have as many steps as it says, those of a file their own.
@@ -281,23 +311,27 @@ pub fn settle(layers: &Layers) -> Result<RunConfig, UsageError> {
     let config = fill(&typed);
     check(layers, &typed, &config)?;
     let data = config.data.iter().map(|given| absolute(given)).collect();
-    Ok(RunConfig { data, ..config })
+    let init_from = config.init_from.as_deref().map(absolute);
+    Ok(RunConfig { data, init_from, ..config })
 }
 
 /// Puts defaults where nothing was given.
 fn fill(typed: &Typed) -> RunConfig {
     let data = typed.data.clone().unwrap_or_default();
     let is_ts = !data.is_empty() && data.iter().all(|given| holds(given, &[".ts"]));
+    let is_drawn = data.iter().any(|given| is_drawn(given));
     let task = typed.task.unwrap_or_else(|| {
         if is_ts || typed.sequence.is_some() {
             Task::Classify
+        } else if is_drawn {
+            Task::Regress
         } else if data.iter().all(|given| holds(given, &[".csv", ".tsv"])) {
             Task::Forecast
         } else {
             Task::Lm
         }
     });
-    let has_tokens = task == Task::Lm || (LABELLED.contains(&task) && !is_ts && typed.sequence.is_none());
+    let has_tokens = task == Task::Lm || (LABELLED.contains(&task) && !is_ts && !is_drawn && typed.sequence.is_none());
     let level = typed.level.unwrap_or(Level::Char);
     let defaults = match (task, level) {
         (Task::Lm, Level::Word) => WORDS,
@@ -305,7 +339,7 @@ fn fill(typed: &Typed) -> RunConfig {
         (Task::Forecast, _) if data.is_empty() => BUILTIN,
         (Task::Forecast, _) => SERIES,
         (Task::Classify | Task::Regress, _) if has_tokens => LINES,
-        (Task::Classify | Task::Regress, _) => SEQUENCES,
+        (Task::Classify | Task::Regress | Task::Tag | Task::Frames, _) => SEQUENCES,
     };
     let size = |given: Option<Size>, default: usize| given.map_or(default, |size| size.0);
     let hidden = match typed.hidden.as_ref().map(|units| &units.0[..]) {
@@ -339,6 +373,9 @@ fn fill(typed: &Typed) -> RunConfig {
         sequence: typed.sequence.clone(),
         label: typed.label.clone(),
         tolerance: typed.tolerance,
+        class_weights: typed.class_weights.clone(),
+        quantiles: typed.quantiles,
+        notes: typed.notes.map(|size| size.0),
         missing: typed.missing.unwrap_or(Missing::Fill),
         relative: typed.relative.unwrap_or(Relative::Auto),
         season: typed.season.map(|size| size.0),
@@ -350,6 +387,8 @@ fn fill(typed: &Typed) -> RunConfig {
         dropout: typed.dropout.unwrap_or(0.0),
         no_bias: typed.no_bias.unwrap_or(false),
         init: typed.init.unwrap_or(INIT),
+        init_from: typed.init_from.clone(),
+        freeze: typed.freeze.clone().unwrap_or_default(),
         gate_bias: typed.gate_bias,
         lstm: LstmConfig {
             bidirectional: typed.bidirectional.unwrap_or_default(),
@@ -365,6 +404,8 @@ fn fill(typed: &Typed) -> RunConfig {
             weight_drop: typed.weight_drop.unwrap_or_default(),
             zoneout_h: typed.zoneout_h.unwrap_or_default(),
             zoneout_c: typed.zoneout_c.unwrap_or_default(),
+            input_dropout: typed.input_dropout.unwrap_or_default(),
+            output_dropout: typed.output_dropout.unwrap_or_default(),
         },
         seq_len: size(typed.seq_len, defaults.seq_len),
         horizon: size(typed.horizon, defaults.horizon),
@@ -373,6 +414,7 @@ fn fill(typed: &Typed) -> RunConfig {
         eval_batch_size: size(typed.eval_batch_size, batch_size),
         epochs: typed.epochs.or_else(|| typed.max_steps.is_none().then_some(defaults.epochs)),
         max_steps: typed.max_steps,
+        early_stop: typed.early_stop,
         optimizer: OptimizerConfig {
             rule: typed.optimizer.unwrap_or(OPTIMIZER),
             lr: typed.lr.unwrap_or(defaults.lr),
@@ -427,10 +469,15 @@ fn holds(given: &str, ends: &[&str]) -> bool {
     }
 }
 
+/// Whether it names data that are drawn, not read.
+fn is_drawn(given: &str) -> bool {
+    given.starts_with("builtin:")
+}
+
 /// A path that means the same from everywhere, since later commands read the run's data again.
 fn absolute(given: &str) -> String {
     let path = Path::new(given);
-    if given == "-" || given.is_empty() || path.is_absolute() {
+    if given == "-" || given.is_empty() || is_drawn(given) || path.is_absolute() {
         return given.to_owned();
     }
     if !path.exists() && given.contains(['*', '?', '[']) {
@@ -515,6 +562,13 @@ fn check_data(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
     if let Some(tolerance) = config.tolerance {
         judge.at_least_zero("tolerance", tolerance)?;
     }
+    if let Some(notes) = config.notes {
+        judge.hold("notes", notes, (1..=MAX_NOTES).contains(&notes), &format!("from 1 to {MAX_NOTES}"))?;
+    }
+    if config.data.iter().any(|given| is_drawn(given)) {
+        judge.hold("data", config.data.join(", "), config.data.len() == 1, "built-in data alone")?;
+        judge.hold("task", config.task.name(), config.task == Task::Regress, "regress, with built-in data of the adding problem")?;
+    }
     if let Some(season) = config.season {
         judge.hold("season", season, season <= MAX_LENGTH, &format!("from 0 to {MAX_LENGTH}"))?;
     }
@@ -551,17 +605,23 @@ fn check_model(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
         ("weight_drop", l.weight_drop),
         ("zoneout_h", l.zoneout_h),
         ("zoneout_c", l.zoneout_c),
+        ("input_dropout", l.input_dropout),
+        ("output_dropout", l.output_dropout),
     ];
     for (key, share) in shares {
         judge.below_one(key, share)?;
     }
     if config.dropout > 0.0 && config.layers == 1 {
-        return judge.refuse("dropout", "acts between layers, and there is one; raise --layers, or take --recurrent-dropout");
+        return judge
+            .refuse("dropout", "acts between layers, and there is one; raise --layers, or take --output-dropout or --recurrent-dropout");
     }
     judge.at_least_zero("cell_clip", l.cell_clip)?;
     judge.at_least_zero("recurrent_grad_clip", l.recurrent_grad_clip)?;
     if l.bidirectional && config.task == Task::Lm {
         return judge.refuse("bidirectional", "lets a language model read the token that it is to predict; leave it out");
+    }
+    if l.bidirectional && config.task == Task::Frames {
+        return judge.refuse("bidirectional", "lets the model read the frame that it is to tell; leave it out");
     }
     // Without tokens there is none.
     if config.embedding > 0 || config.task == Task::Lm {
@@ -589,6 +649,20 @@ fn check_training(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
         if let Some(limit) = limit {
             judge.positive(key, limit)?;
         }
+    }
+    if let Some(n) = config.early_stop {
+        judge.positive("early_stop", n)?;
+    }
+    for pattern in &config.freeze {
+        judge.hold(
+            "freeze",
+            format!("'{pattern}'"),
+            glob::Pattern::new(pattern).is_ok() && !pattern.is_empty(),
+            "a pattern of tensors' names",
+        )?;
+    }
+    if let Some(from) = &config.init_from {
+        judge.hold("init_from", format!("'{from}'"), Path::new(from).exists(), "a run folder or a model file that is there")?;
     }
     judge.hold("lr", lr, lr.is_finite() && lr > 0.0, "a number above 0")?;
     judge.below_one("momentum", momentum)?;
@@ -672,7 +746,7 @@ pub fn default_text(key: &str) -> Option<String> {
         table(&config).ok()?.get(key).map(text).filter(|text| !text.is_empty())
     };
     let of = |task: Task, level: Level, data: &[&str]| {
-        example(task, level, data).filter(|_| is_meant(key, task) && !(key == "seq_len" && LABELLED.contains(&task)))
+        example(task, level, data).filter(|_| is_meant(key, task) && !(key == "seq_len" && SEQUENTIAL.contains(&task)))
     };
     let letters = of(Task::Lm, Level::Char, &["text"]);
     let words = of(Task::Lm, Level::Word, &["text"]).filter(|_| key != "level");

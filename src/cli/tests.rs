@@ -437,3 +437,64 @@ fn every_example_of_the_help_is_a_command_line_that_can_be_read() {
     }
     assert!(n_examples > 20, "{n_examples} examples");
 }
+
+#[test]
+fn every_recipe_is_a_configuration_that_can_be_run_and_tells_how() {
+    for recipe in super::recipes::ALL {
+        assert!(!recipe.about().is_empty() && recipe.command().starts_with("carrousel train --recipe "), "{}", recipe.name);
+        let layers = flags(&["--data", "somewhere"]).with_recipe(Some(recipe.name));
+        let layers = if recipe.name == "adding-100" { flags(&[]).with_recipe(Some(recipe.name)) } else { layers };
+        let config = resolve::resolve(&layers.unwrap()).unwrap_or_else(|e| panic!("{}: {e}", recipe.name));
+        assert!(recipe.command().contains(recipe.name));
+        // As a file it is the same run.
+        let (_folder, path) = file(recipe.text);
+        let data = config.data.clone();
+        let given: Vec<&str> = data.iter().flat_map(|data| ["--data", data.as_str()]).collect();
+        assert_eq!(resolve::resolve(&Layers::new(&typed(&given), Some(&path)).unwrap()).unwrap(), config, "{}", recipe.name);
+    }
+}
+
+#[test]
+fn a_flag_goes_before_the_file_that_before_the_recipe_and_that_before_the_default() {
+    let (_folder, path) = file("lr = 0.5\nhidden = 300\nembedding = 300\n");
+    let layers = Layers::new(&typed(&["--data", "ptb", "--lr", "0.25"]), Some(&path)).unwrap();
+    let config = resolve::resolve(&layers.with_recipe(Some("zaremba-small")).unwrap()).unwrap();
+    assert_eq!((config.optimizer.lr, config.hidden.clone(), config.seq_len, config.keep), (0.25, Hidden::All(300), 20, 3));
+    // A limit that is asked for takes the place of the recipe's.
+    let layers = flags(&["--data", "ptb", "--max-steps", "7"]).with_recipe(Some("zaremba-small")).unwrap();
+    assert_eq!((resolve::resolve(&layers).unwrap().epochs, resolve::resolve(&layers).unwrap().max_steps), (None, Some(7)));
+    let refused = |given: &[&str], name: &str| {
+        flags(given).with_recipe(Some(name)).and_then(|layers| resolve::resolve(&layers)).unwrap_err().to_string()
+    };
+    let error = refused(&["--data", "x"], "zaremba");
+    assert!(error.contains("no recipe 'zaremba'") && error.contains("the nearest is zaremba-small"), "{error}");
+    assert!(refused(&[], "zaremba-small").contains("--data"));
+    // What does not go with it names the recipe.
+    let error = refused(&["--data", "x", "--no-bias", "--task", "regress"], "adding-100");
+    assert!(error.contains("recipe adding-100") || error.contains("built-in"), "{error}");
+}
+
+#[test]
+fn frames_tags_and_quantiles_are_refused_where_they_mean_nothing() {
+    for (given, parts) in [
+        (&["--task", "lm", "--data", "a.txt", "--notes", "12"][..], &["--notes", "--task lm"][..]),
+        (&["--data", "a.csv", "--class-weights", "balanced"], &["--class-weights", "--task forecast"]),
+        (&["--data", "a.txt", "--quantiles", "0.1,0.9"], &["--quantiles", "--task lm"]),
+        (&["--task", "frames", "--data", "a.txt", "--bidirectional"], &["--bidirectional", "frame"]),
+        (&["--task", "frames", "--data", "a.txt", "--seq-len", "9"], &["--seq-len", "--task frames"]),
+        (&["--task", "frames", "--data", "a.txt", "--notes", "0"], &["--notes", "1"]),
+        (&["--task", "frames"], &["--task frames", "--data"]),
+        (&["--task", "tag", "--data", "a.csv", "--pooling", "mean"], &["--pooling", "--task tag"]),
+        (&["--data", "builtin:adding-100", "--task", "classify"], &["--task", "regress"]),
+        (&["--data", "a.txt", "--output-dropout", "1"], &["--output-dropout", "below 1"]),
+        (&["--data", "a.txt", "--early-stop", "0"], &["--early-stop", "at least 1"]),
+        (&["--data", "a.txt", "--init-from", "/nowhere"], &["--init-from", "/nowhere"]),
+        (&["--data", "a.txt", "--freeze", "[a"], &["--freeze", "[a"]),
+    ] {
+        let error = refusal(given);
+        assert!(parts.iter().all(|part| error.contains(part)), "{given:?}: {error}");
+    }
+    assert_eq!(config(&["--data", "builtin:adding-100"]).task, Task::Regress);
+    assert_eq!(config(&["--data", "a.csv", "--quantiles", "0.1,0.5,0.9"]).quantiles.unwrap().count(), 3);
+    assert!(Cli::try_parse_from(["carrousel", "train", "--quantiles", "0.9,0.1"]).is_err());
+}

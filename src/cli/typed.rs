@@ -9,11 +9,12 @@ use serde::de::value::{Error as NameError, StrDeserializer};
 use serde::de::{self, DeserializeOwned, Deserializer, IntoDeserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
+use crate::data::sequences::ClassWeights;
 use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
 use crate::data::text::Encoding;
 use crate::data::vocab::Level;
-use crate::model::config::Pooling;
+use crate::model::config::{Levels, Pooling};
 use crate::model::init::Init;
 use crate::optim::Rule;
 use crate::optim::schedule::ScheduleKind;
@@ -30,7 +31,7 @@ pub struct Size(pub usize);
 #[serde(deny_unknown_fields, default)]
 pub struct Typed {
     /// What is learnt: the next token of a text (lm), the next values of a series (forecast), the class (classify) or a number (regress)
-    /// of each sequence; by default classify for .ts files and with --sequence, forecast for .csv and .tsv files and for the built-in
+    /// of each sequence, the class of each step (tag), the next frame of notes (frames); by default classify for .ts files and with --sequence, forecast for .csv and .tsv files and for the built-in
     /// example, else lm
     #[arg(long, value_name = "TASK", help_heading = DATA, value_parser = choice::<Task>())]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -64,7 +65,7 @@ pub struct Typed {
     #[arg(long, value_name = "COLUMN", help_heading = DATA)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sequence: Option<String>,
-    /// Column of the sequences' labels, the same in all rows of a sequence
+    /// Column of the sequences' labels, the same in all rows of a sequence; for tag each row's own
     #[arg(long, value_name = "COLUMN", help_heading = DATA)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
@@ -76,6 +77,18 @@ pub struct Typed {
     #[arg(long, value_name = "X", help_heading = DATA, allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tolerance: Option<f64>,
+    /// Count classes unlike: balanced (in inverse proportion to how often the training part has them), or a weight for each, in their order
+    #[arg(long, value_name = "W,...", help_heading = DATA, value_parser = ClassWeights::from_str, allow_hyphen_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub class_weights: Option<ClassWeights>,
+    /// Notes of a frame, numbered from 0 [default: 88]
+    #[arg(long, value_name = "N", help_heading = DATA)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub notes: Option<Size>,
+    /// Forecast quantiles instead of one value: levels between 0 and 1, rising, as in 0.1,0.5,0.9
+    #[arg(long, value_name = "LEVEL,...", help_heading = MODEL, value_parser = Levels::from_str)]
+    #[serde(deserialize_with = "levels", skip_serializing_if = "Option::is_none")]
+    pub quantiles: Option<Levels>,
     /// Fill blanks from what lies before them, or refuse them
     #[arg(long, value_name = "WAY", help_heading = DATA, value_parser = choice::<Missing>())]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -113,6 +126,14 @@ pub struct Typed {
     #[arg(long, value_name = "P", help_heading = MODEL, allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dropout: Option<f64>,
+    /// Fraction dropped in training of what the first layer reads: an embedding's columns, or features
+    #[arg(long, value_name = "P", help_heading = MODEL, allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub input_dropout: Option<f64>,
+    /// Fraction dropped in training of what the last layer hands to the output
+    #[arg(long, value_name = "P", help_heading = MODEL, allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output_dropout: Option<f64>,
     /// LSTM layers without biases
     #[arg(long, help_heading = MODEL, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -177,6 +198,14 @@ pub struct Typed {
     #[arg(long, value_name = "INIT", help_heading = MODEL, value_parser = Init::from_str)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init: Option<Init>,
+    /// Begin with the parameters of another run, or of a safetensors or ONNX file, as far as they fit
+    #[arg(long, value_name = "RUN|FILE", help_heading = MODEL)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init_from: Option<String>,
+    /// Tensors that are not trained, by patterns of their names, as in 'embedding.*,lstm.*_l0'
+    #[arg(long, value_name = "PATTERN,...", help_heading = TRAINING, value_delimiter = ',')]
+    #[serde(deserialize_with = "comma_list", skip_serializing_if = "Option::is_none")]
+    pub freeze: Option<Vec<String>>,
     /// Starting biases of the gates; by default those of --init
     #[arg(long, value_name = "I,F,G,O", help_heading = MODEL, value_parser = numbers::<4>, allow_hyphen_values = true)]
     #[serde(deserialize_with = "fixed_numbers", skip_serializing_if = "Option::is_none")]
@@ -211,6 +240,10 @@ pub struct Typed {
     #[arg(long, value_name = "N", help_heading = TRAINING, value_parser = whole())]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<u64>,
+    /// End after so many evaluations in a row that found no lower loss; by default never
+    #[arg(long, value_name = "N", help_heading = TRAINING, value_parser = whole())]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub early_stop: Option<u64>,
     /// Learning rate
     #[arg(long, value_name = "X", help_heading = TRAINING, allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -516,6 +549,21 @@ fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<
 
 fn comma_list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<String>>, D::Error> {
     deserializer.deserialize_any(ListVisitor { commas: true }).map(Some)
+}
+
+/// A list of numbers, or a string as that of the flag.
+fn levels<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Levels>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "a list of numbers, or a string of them with commas between")]
+    enum Given {
+        Text(String),
+        Numbers(Vec<f64>),
+    }
+    let levels = match Given::deserialize(deserializer)? {
+        Given::Text(text) => text.parse(),
+        Given::Numbers(numbers) => numbers.try_into(),
+    };
+    levels.map(Some).map_err(de::Error::custom)
 }
 
 struct NumbersVisitor<const N: usize>;

@@ -188,7 +188,12 @@ fn rules(series: &Series) -> [(&'static str, Rule<'_>); 4] {
 
 /// The naive forecasts of a part by name, those that the data allow, in the order of the module's list. Empty for a part without windows.
 pub fn baselines(series: &Series, part: Part) -> Vec<(&'static str, Scores)> {
-    let (spec, origins) = (series.spec(), series.windows(part));
+    baselines_at(series, &series.windows(part))
+}
+
+/// As [`baselines`], of these windows, by the row of their last input.
+pub fn baselines_at(series: &Series, origins: &[u32]) -> Vec<(&'static str, Scores)> {
+    let spec = series.spec();
     if origins.is_empty() {
         return Vec::new();
     }
@@ -196,7 +201,7 @@ pub fn baselines(series: &Series, part: Part) -> Vec<(&'static str, Scores)> {
         .into_iter()
         .filter_map(|(name, rule)| {
             let mut scorer = Scorer::new(series);
-            for &origin in &origins {
+            for &origin in origins {
                 let steps = (1..=spec.horizon).flat_map(|h| (0..spec.targets.len()).map(move |k| (h, k)));
                 let forecasts: Vec<f64> = steps.map(|(h, k)| rule(origin as usize, h, k)).collect::<Option<_>>()?;
                 scorer.add(&forecasts, &series.truth(origin));

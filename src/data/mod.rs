@@ -42,7 +42,7 @@ pub enum Input {
 /// What the network should say.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Target {
-    /// The next token of each step, `[T, B]`.
+    /// The next token, or the class, of each step, `[T, B]`.
     Tokens(Vec<u32>),
     /// The class of each row, `[B]`.
     Labels(Vec<u32>),
@@ -52,6 +52,13 @@ pub enum Target {
         values: Vec<f32>,
         /// `O`.
         n_outputs: usize,
+    },
+    /// 1 for each note that sounds at a step, `[T, B, N]`.
+    Notes {
+        /// Zeros and ones.
+        values: Vec<f32>,
+        /// `N`.
+        n_notes: usize,
     },
 }
 
@@ -66,7 +73,7 @@ pub struct Batch {
     pub input: Input,
     /// What should come out.
     pub target: Target,
-    /// The weight of each term: `[T, B]` for tokens, `[B]` for labels, `[B, O]` for values; 0 = not scored.
+    /// The weight of each term: `[T, B]` for tokens and notes, `[B]` for labels, `[B, O]` for values; 0 = not scored.
     pub weights: Vec<f32>,
     /// Valid steps of each row, `[B]`, none of them above `T`; none: all steps of all rows.
     pub lengths: Option<Vec<u32>>,
@@ -97,7 +104,7 @@ impl Batch {
         let weight = weights.iter().map(|&w| f64::from(w)).sum();
         let n_tokens = match target {
             Target::Tokens(_) => weights.iter().filter(|&&w| w != 0.0).count() as u64,
-            Target::Labels(_) | Target::Values { .. } => (n_steps * n_rows) as u64,
+            Target::Labels(_) | Target::Values { .. } | Target::Notes { .. } => (n_steps * n_rows) as u64,
         };
         Self { n_steps, n_rows, input, target, weights, lengths: None, streams, resets, carries, weight, n_tokens }
     }
@@ -108,6 +115,11 @@ impl Batch {
         let ends = lengths.iter().any(|&length| (length as usize) < n_steps);
         let batch = Self::new(n_steps, input, target, weights, sequences, true, false);
         Self { n_tokens, lengths: ends.then_some(lengths), ..batch }
+    }
+
+    /// Whether each step of whole sequences is a term: what a model says of them comes row after row, the valid steps of each.
+    pub fn is_of_steps(&self) -> bool {
+        !self.carries && matches!(self.target, Target::Tokens(_) | Target::Notes { .. })
     }
 
     /// Valid steps of a row.
@@ -138,6 +150,10 @@ impl Batch {
         let (target, weights) = match &self.target {
             Target::Tokens(tokens) => (Target::Tokens(columns(tokens, t, b, 1, &rows)), columns(&self.weights, t, b, 1, &rows)),
             Target::Labels(labels) => (Target::Labels(labels[rows.clone()].to_vec()), self.weights[rows.clone()].to_vec()),
+            Target::Notes { values, n_notes } => (
+                Target::Notes { values: columns(values, t, b, *n_notes, &rows), n_notes: *n_notes },
+                columns(&self.weights, t, b, 1, &rows),
+            ),
             Target::Values { values, n_outputs } => (
                 Target::Values { values: columns(values, 1, b, *n_outputs, &rows), n_outputs: *n_outputs },
                 columns(&self.weights, 1, b, *n_outputs, &rows),

@@ -827,6 +827,12 @@ impl SeriesBatches {
         Ok(Self { series, origins: origins.into(), batch_size, order, shuffled: Mutex::new(None) })
     }
 
+    /// With only every `stride`-th window, from the first on.
+    pub fn every(mut self, stride: usize) -> Self {
+        self.origins = self.origins.iter().copied().step_by(stride.max(1)).collect();
+        self
+    }
+
     /// The windows, by the row of their last input, in time.
     pub fn origins(&self) -> &[u32] {
         &self.origins

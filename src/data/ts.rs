@@ -2,7 +2,7 @@
 //! commas between, dimensions and the label separated by colons.
 
 use super::error::DataError;
-use super::sequences::{Cells, Raw};
+use super::sequences::{Cells, Labelled, Raw};
 use super::source::Source;
 
 /// A file, read.
@@ -18,7 +18,7 @@ pub struct TsFile {
 ///
 /// # Errors
 /// The file and the line, and what is wrong there.
-pub fn read(source: &Source) -> Result<TsFile, DataError> {
+pub fn read(source: &Source, labelled: Labelled) -> Result<TsFile, DataError> {
     let text = String::from_utf8_lossy(&source.bytes);
     let wrong = |line: usize, problem: String, remedy: &str| DataError::Line {
         file: source.name.clone(),
@@ -49,7 +49,7 @@ pub fn read(source: &Source) -> Result<TsFile, DataError> {
                 "targetlabel" if is_true => numbers = true,
                 "data" => {
                     in_data = true;
-                    if classes.is_none() && !numbers {
+                    if classes.is_none() && !numbers && labelled == Labelled::All {
                         return Err(wrong(
                             number,
                             "the header declares no labels".to_string(),
@@ -62,7 +62,11 @@ pub fn read(source: &Source) -> Result<TsFile, DataError> {
             continue;
         }
         let mut parts: Vec<&str> = line.split(':').collect();
-        let label = parts.pop().unwrap_or_default().trim().to_string();
+        let is_bare = classes.is_none() && !numbers;
+        let label = parts.pop().filter(|_| !is_bare).unwrap_or_default().trim().to_string();
+        if is_bare {
+            parts = line.split(':').collect();
+        }
         if parts.is_empty() {
             return Err(wrong(number, "there is no colon between values and label".to_string(), "write VALUE,VALUE,...:LABEL"));
         }
@@ -89,13 +93,15 @@ pub fn read(source: &Source) -> Result<TsFile, DataError> {
             let problem = format!("dimension {} has {} steps, the first has {n_steps}", d + 1, columns[d].len());
             return Err(wrong(number, problem, "dimensions of one sequence need the same steps; write ? for blanks"));
         }
-        if let Some(classes) = classes.as_ref().filter(|classes| !classes.is_empty() && !classes.contains(&label)) {
+        if let Some(classes) =
+            classes.as_ref().filter(|classes| !classes.is_empty() && !classes.contains(&label) && labelled == Labelled::All)
+        {
             let problem = format!("the label '{label}' is not among those of @classLabel, {}", classes.join(", "));
             return Err(wrong(number, problem, "correct the label or the header"));
         }
         let values = (0..n_steps).flat_map(|t| columns.iter().map(move |column| column[t])).collect();
         let name = (sequences.len() + 1).to_string();
-        sequences.push(Raw { file: source.name.clone(), line: number as u64, name, label, cells: Cells::Values(values) });
+        sequences.push(Raw { file: source.name.clone(), line: number as u64, name, label, tags: Vec::new(), cells: Cells::Values(values) });
     }
     if sequences.is_empty() {
         return Err(DataError::Empty { file: source.name.clone(), wanted: "a header, @data and a sequence a line".to_string() });

@@ -7,9 +7,10 @@ use serde_json::{Map, Value, json};
 
 use super::task::{EvalSet, Truth};
 use crate::data::Batch;
-use crate::data::baselines::{Scorer, Scores, baselines};
+use crate::data::baselines::{Scorer, Scores, baselines_at};
 use crate::data::sequences::{LabelSpec, Sequences};
 use crate::data::series::Series;
+use crate::model::config::Levels;
 use crate::model::state::Carried;
 use crate::observe::Table;
 
@@ -25,7 +26,7 @@ pub trait Forward {
 /// What came out.
 #[derive(Clone, Debug)]
 pub struct Evaluation {
-    /// Mean over terms: nats a token or a sequence, or the squared error on the normalised scale.
+    /// Mean over terms: nats a token, a step, a frame or a sequence, or the squared error on the normalised scale.
     pub loss: f64,
     /// Terms.
     pub weight: f64,
@@ -39,6 +40,31 @@ pub enum Judged {
     Forecast(ForecastScores),
     Classes(ClassScores),
     Numbers(NumberScores),
+    Frames(FrameScores),
+}
+
+/// Notes that were told against those that sounded. A note counts as told where its odds are even or better.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FrameScores {
+    /// By note: told and sounded, told alone, sounded alone.
+    pub counts: Vec<[u64; 3]>,
+    /// The negative log-likelihood a frame of always giving each note the odds that it has in the training part.
+    pub frequency_loss: f64,
+}
+
+impl FrameScores {
+    /// Notes told rightly, as a share of all that were told or sounded (Bay, Ehmann and Downie 2009).
+    pub fn accuracy(&self) -> f64 {
+        let sums = self.counts.iter().fold([0, 0], |[hits, all], counts| [hits + counts[0], all + counts.iter().sum::<u64>()]);
+        sums[0] as f64 / sums[1] as f64
+    }
+
+    /// The mean of all notes' F1; notes that neither sounded nor were told do not count.
+    pub fn macro_f1(&self) -> f64 {
+        let f1 = |[both, told, sounded]: &[u64; 3]| 2.0 * *both as f64 / (2 * both + told + sounded) as f64;
+        let counted: Vec<f64> = self.counts.iter().filter(|counts| counts.iter().any(|&n| n > 0)).map(f1).collect();
+        counted.iter().sum::<f64>() / counted.len() as f64
+    }
 }
 
 /// A classifier against the truth.
@@ -61,7 +87,7 @@ impl ClassScores {
         hits as f64 / self.confusion.iter().flatten().sum::<u64>() as f64
     }
 
-    /// Sequences whose class was said, as a share of all.
+    /// Sequences, or steps, whose class was said, as a share of all.
     pub fn accuracy(&self) -> f64 {
         self.share_of((0..self.classes.len()).map(|c| self.confusion[c][c]).sum())
     }
@@ -106,6 +132,69 @@ pub struct ForecastScores {
     /// Windows by the row of their last input, and what the model says of each, in the unit, `[O]`.
     pub origins: Vec<u32>,
     pub values: Vec<Vec<f64>>,
+    /// Where quantiles are forecast; then `values` are those of the level nearest to one half.
+    pub quantiles: Option<QuantileScores>,
+}
+
+/// Forecast quantiles against the truth.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QuantileScores {
+    pub levels: Levels,
+    /// By level: values that lay below the quantile, or on it.
+    pub below: Vec<u64>,
+    /// Values within the lowest and the highest quantile, ends included.
+    pub within: u64,
+    /// Values in all.
+    pub of: u64,
+    /// The sum of the distances from the lowest to the highest quantile, in the unit, of each target, and how many.
+    pub widths: Vec<(f64, u64)>,
+}
+
+/// The quantiles of each value of a row of outputs `[O, levels]`, by level `[O]`. Quantiles that cross are put in order, which is never worse
+/// (Chernozhukov, Fernandez-Val and Galichon 2010).
+pub fn by_level(row: &[f32], levels: Levels) -> Vec<Vec<f32>> {
+    let n = levels.count();
+    let mut by_level = vec![Vec::with_capacity(row.len() / n.max(1)); n];
+    for value in row.chunks_exact(n.max(1)) {
+        let mut sorted = value.to_vec();
+        sorted.sort_by(f32::total_cmp);
+        by_level.iter_mut().zip(sorted).for_each(|(of_level, value)| of_level.push(value));
+    }
+    by_level
+}
+
+impl QuantileScores {
+    fn new(levels: Levels, n_targets: usize) -> Self {
+        Self { levels, below: vec![0; levels.count()], within: 0, of: 0, widths: vec![(0.0, 0); n_targets] }
+    }
+
+    /// A window's quantiles by level, in the unit, against its truth.
+    fn add(&mut self, quantiles: &[Vec<f64>], truth: &[Option<f64>]) {
+        let (lowest, highest) = (&quantiles[0], &quantiles[quantiles.len() - 1]);
+        for (o, truth) in truth.iter().enumerate() {
+            let Some(truth) = truth else { continue };
+            self.below.iter_mut().zip(quantiles).for_each(|(n, quantile)| *n += u64::from(*truth <= quantile[o]));
+            self.within += u64::from((lowest[o]..=highest[o]).contains(truth));
+            self.of += 1;
+            let n_targets = self.widths.len();
+            let width = &mut self.widths[o % n_targets];
+            *width = (width.0 + highest[o] - lowest[o], width.1 + 1);
+        }
+    }
+
+    /// As the summary has it.
+    fn summary(&self, targets: &[String]) -> Value {
+        let share = |n: u64| n as f64 / self.of as f64;
+        let levels: Vec<f64> = self.levels.values().collect();
+        let below = levels.iter().zip(&self.below).map(|(level, &n)| json!({ "level": level, "below": share(n) }));
+        let widths = targets.iter().zip(&self.widths).map(|(name, (sum, n))| (name.clone(), json!(sum / *n as f64)));
+        json!({
+            "levels": below.collect::<Vec<Value>>(),
+            "coverage": share(self.within),
+            "nominal": levels[levels.len() - 1] - levels[0],
+            "mean_width": widths.collect::<Map<String, Value>>(),
+        })
+    }
 }
 
 /// Runs over the whole set.
@@ -163,14 +252,23 @@ enum Judge<'s> {
     Text,
     Series {
         series: &'s Series,
-        truth: &'s Truth,
+        quantiles: Option<QuantileScores>,
         scorer: Scorer,
         origins: Vec<u32>,
         values: Vec<Vec<f64>>,
     },
+    /// Of sequences, or of steps.
     Classes {
         sequences: &'s Sequences,
         scores: ClassScores,
+    },
+    /// Beside the counts the losses of the odds of the training part, and how many frames there are.
+    Frames {
+        sequences: &'s Sequences,
+        frequency: &'s [f64],
+        counts: Vec<[u64; 3]>,
+        loss: f64,
+        n: u64,
     },
     /// Sums of squared errors in the unit: the model's, and the mean's; how many; and how many are further off than the tolerance.
     Numbers {
@@ -188,11 +286,15 @@ impl<'s> Judge<'s> {
     fn new(truth: &'s Truth) -> Self {
         match truth {
             Truth::Text => Self::Text,
-            Truth::Series(series, _) => {
-                Self::Series { series, truth, scorer: Scorer::new(series), origins: Vec::new(), values: Vec::new() }
+            Truth::Series(series, levels) => {
+                let quantiles = levels.map(|levels| QuantileScores::new(levels, series.spec().targets.len()));
+                Self::Series { series, quantiles, scorer: Scorer::new(series), origins: Vec::new(), values: Vec::new() }
             }
             Truth::Sequences(sequences, tolerance) => match &sequences.spec().label {
-                LabelSpec::Classes(classes) => {
+                LabelSpec::Frames(frequency) => {
+                    Self::Frames { sequences, frequency, counts: vec![[0; 3]; frequency.len()], loss: 0.0, n: 0 }
+                }
+                LabelSpec::Classes(classes) | LabelSpec::Tags(classes) => {
                     // The first of those that are equal.
                     let most = classes.iter().map(|class| class.count).max();
                     let majority = classes.iter().position(|class| Some(class.count) == most).unwrap_or(0);
@@ -209,11 +311,48 @@ impl<'s> Judge<'s> {
     fn add(&mut self, batch: &Batch, outputs: &[f32]) {
         match self {
             Self::Text => {}
-            Self::Series { series, scorer, origins, values, .. } => {
-                for (&origin, row) in batch.streams.iter().zip(outputs.chunks_exact(series.spec().n_outputs())) {
-                    scorer.add_outputs(series, origin, row);
+            Self::Series { series, quantiles, scorer, origins, values } => {
+                let columns = series.spec().n_outputs() * quantiles.as_ref().map_or(1, |q| q.levels.count());
+                for (&origin, row) in batch.streams.iter().zip(outputs.chunks_exact(columns)) {
+                    let truth = series.truth(origin);
+                    let said = match quantiles {
+                        None => series.denormalise(origin, row),
+                        Some(quantiles) => {
+                            let by_level = by_level(row, quantiles.levels);
+                            let mut by_level: Vec<Vec<f64>> = by_level.iter().map(|row| series.denormalise(origin, row)).collect();
+                            quantiles.add(&by_level, &truth);
+                            by_level.swap_remove(quantiles.levels.middle())
+                        }
+                    };
+                    scorer.add(&said, &truth);
                     origins.push(origin);
-                    values.push(series.denormalise(origin, row));
+                    values.push(said);
+                }
+            }
+            Self::Classes { sequences, scores } if batch.is_of_steps() => {
+                for ((i, t), row) in places(batch).zip(outputs.chunks_exact(scores.classes.len())) {
+                    if let Some(truth) = sequences.tag(i, t) {
+                        scores.confusion[truth as usize][likeliest(row)] += 1;
+                    }
+                }
+            }
+            Self::Frames { sequences, frequency, counts, loss, n } => {
+                let mut sounds = vec![false; counts.len()];
+                for ((i, t), row) in places(batch).zip(outputs.chunks_exact(counts.len().max(1))) {
+                    sounds.fill(false);
+                    sequences.next_frame(i, t).iter().for_each(|&note| sounds[usize::from(note)] = true);
+                    for (((logit, &sounds), counts), p) in row.iter().zip(&sounds).zip(counts.iter_mut()).zip(frequency.iter()) {
+                        match (*logit >= 0.0, sounds) {
+                            (true, true) => counts[0] += 1,
+                            (true, false) => counts[1] += 1,
+                            (false, true) => counts[2] += 1,
+                            (false, false) => {}
+                        }
+                        // A note that training never had gets odds of one in as many frames.
+                        let p = p.clamp(1e-5, 1.0 - 1e-5);
+                        *loss -= if sounds { p.ln() } else { (1.0 - p).ln() };
+                    }
+                    *n += 1;
                 }
             }
             Self::Classes { sequences, scores } => {
@@ -239,14 +378,16 @@ impl<'s> Judge<'s> {
     fn judged(self) -> Judged {
         match self {
             Self::Text => Judged::Text,
-            Self::Series { series, truth, scorer, origins, values } => Judged::Forecast(ForecastScores {
+            Self::Series { series, quantiles, scorer, origins, values } => Judged::Forecast(ForecastScores {
                 model: scorer.scores(),
-                baselines: if let Truth::Series(_, part) = truth { baselines(series, *part) } else { Vec::new() },
+                baselines: baselines_at(series, &origins),
+                quantiles,
                 targets: series.spec().target_columns().map(|column| column.name.clone()).collect(),
                 origins,
                 values,
             }),
             Self::Classes { scores, .. } => Judged::Classes(scores),
+            Self::Frames { counts, loss, n, .. } => Judged::Frames(FrameScores { counts, frequency_loss: loss / n as f64 }),
             Self::Numbers { std, squares, n, tolerance, wrong, .. } => {
                 let [model, mean] = squares.map(|sum| sum / n as f64);
                 Judged::Numbers(NumberScores {
@@ -259,6 +400,11 @@ impl<'s> Judge<'s> {
             }
         }
     }
+}
+
+/// The sequence and the step of each row of outputs of a batch whose steps are terms.
+pub fn places(batch: &Batch) -> impl Iterator<Item = (usize, usize)> + '_ {
+    (0..batch.n_rows).flat_map(move |row| (0..batch.length(row)).map(move |t| (batch.streams[row] as usize, t)))
 }
 
 /// The class of the largest logit, the first of equal ones.
@@ -280,6 +426,11 @@ impl Evaluation {
                 map.insert("baselines".into(), json!({ "majority": scores.majority_accuracy() }));
                 map.insert("confusion".into(), json!({ "classes": scores.classes, "counts": scores.confusion }));
             }
+            Judged::Frames(scores) => {
+                map.insert("accuracy".into(), json!(scores.accuracy()));
+                map.insert("macro_f1".into(), json!(scores.macro_f1()));
+                map.insert("baselines".into(), json!({ "frequency": scores.frequency_loss }));
+            }
             Judged::Numbers(scores) => {
                 map.insert("baselines".into(), json!({ "mean": scores.mean_loss }));
                 map.insert("rmse".into(), json!({ "model": scores.rmse, "mean": scores.mean_rmse }));
@@ -297,6 +448,10 @@ impl Evaluation {
                     .zip((0..).map(|k| self.rmse(k).into_iter().map(|(name, r)| (name, json!(r))).collect()))
                     .collect();
                 map.insert("rmse".into(), by_target.first().map_or(Value::Null, |(_, rmse)| rmse.clone()));
+                if let Some(quantiles) = &forecast.quantiles {
+                    map.insert("mse".into(), json!(forecast.model.mse));
+                    map.insert("quantiles".into(), quantiles.summary(&forecast.targets));
+                }
                 if by_target.len() > 1 {
                     let named = by_target.into_iter().map(|(name, rmse)| (name.clone(), rmse));
                     map.insert("rmse_by_target".into(), Value::Object(named.collect()));
@@ -304,6 +459,14 @@ impl Evaluation {
             }
         }
         map
+    }
+
+    /// Root mean squared errors by step of the horizon in the unit: of each target by name the model's and each baseline's, one a step.
+    pub fn by_step(&self) -> Map<String, Value> {
+        let Some(forecast) = self.forecast() else { return Map::new() };
+        let all = || std::iter::once(("model", &forecast.model)).chain(forecast.baselines.iter().map(|(name, scores)| (*name, scores)));
+        let of = |k: usize| -> Map<String, Value> { all().map(|(name, scores)| (name.to_owned(), json!(scores.rmse[k]))).collect() };
+        forecast.targets.iter().enumerate().map(|(k, name)| (name.clone(), Value::Object(of(k)))).collect()
     }
 
     /// The scores of a forecast, if it is one.

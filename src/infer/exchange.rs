@@ -12,6 +12,7 @@ use super::session::{read_config, read_data};
 use super::task::{Corpus, DATA_FILE, DataRecord, DataSpec, model_config};
 use crate::data::sequences::{LabelSpec, Scaled, SequencesSpec, StepSpec};
 use crate::data::series::{Column, SeriesSpec};
+use crate::model::config::Levels;
 use crate::model::init::initial;
 use crate::store::checkpoint::{Checkpoint, NamedTensor};
 use crate::store::config::RunConfig;
@@ -47,7 +48,7 @@ pub fn export(run: &Path, which: Which, format: Format, part: Part, output: &Pat
         config: toml::to_string(&config).context("the configuration cannot be written as TOML")?,
         data: serde_json::to_string(&spec)?,
         scale: match &spec {
-            DataSpec::Series(spec) => Some(scale(spec).to_string()),
+            DataSpec::Series(spec) => Some(scale(spec, config.quantiles).to_string()),
             DataSpec::Sequences(spec) => scale_of_sequences(spec).map(|scale| scale.to_string()),
             DataSpec::Text(_) => None,
         },
@@ -73,19 +74,21 @@ pub fn export(run: &Path, which: Which, format: Format, part: Part, output: &Pat
 
 /// How numbers of a series become inputs, `(x - offset) / scale`, and outputs become numbers, `offset + scale * y`. Where a column is relative,
 /// its offset is the last value of the window instead.
-fn scale(spec: &SeriesSpec) -> Value {
+fn scale(spec: &SeriesSpec, levels: Option<Levels>) -> Value {
     let column =
         |column: &Column, scale: f64| json!({ "name": column.name, "relative": column.relative, "offset": column.mean, "scale": scale });
     let inputs: Vec<Value> = spec.inputs.iter().map(|c| column(c, c.spread)).collect();
     let targets: Vec<Value> = spec.target_columns().map(|c| column(c, c.std)).collect();
+    let quantiles: Vec<f64> = levels.iter().flat_map(|levels| levels.values().collect::<Vec<f64>>()).collect();
     json!({
+        "quantiles": quantiles,
         "window": spec.window,
         "horizon": spec.horizon,
         "inputs": inputs,
         "calendar": spec.calendar,
         "outputs": targets,
         "rule": "input = (x - offset) / scale; value = offset + scale * output; offset is the window's last value where relative; \
-                 output[step * targets + target]; calendar adds sine and cosine of the season's phase as last inputs",
+                 output[step * targets + target], with quantiles output[(step * targets + target) * quantiles + quantile]; calendar adds sine and cosine of the season's phase as last inputs",
     })
 }
 
@@ -94,11 +97,11 @@ fn scale_of_sequences(spec: &SequencesSpec) -> Option<Value> {
     let column = |column: &Scaled| json!({ "name": column.name, "relative": false, "offset": column.mean, "scale": column.std });
     let inputs: Vec<Value> = match &spec.step {
         StepSpec::Features(features) => features.iter().map(column).collect(),
-        StepSpec::Tokens(_) => Vec::new(),
+        StepSpec::Tokens(_) | StepSpec::Notes(_) => Vec::new(),
     };
     let outputs: Vec<Value> = match &spec.label {
         LabelSpec::Number(scale) => vec![column(scale)],
-        LabelSpec::Classes(_) => Vec::new(),
+        LabelSpec::Classes(_) | LabelSpec::Tags(_) | LabelSpec::Frames(_) => Vec::new(),
     };
     let rule = "input = (x - offset) / scale; value = offset + scale * output";
     (!inputs.is_empty() || !outputs.is_empty()).then(|| json!({ "inputs": inputs, "outputs": outputs, "rule": rule }))

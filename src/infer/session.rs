@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use super::activations::LaneTrace;
 use super::evaluate::Forward;
 use super::task::{DATA_FILE, DataRecord, DataSpec, model_config};
 use crate::backend::{Backend, DeviceInfo, Span, read_now};
@@ -179,6 +180,41 @@ impl Session {
     }
 }
 
+impl Session {
+    /// What the network consists of.
+    pub fn model_config(&self) -> &ModelConfig {
+        self.replica.model.config()
+    }
+
+    /// Reads one sequence of `n_steps` from the initial state, and gives what the cells did, by lane: layer, then direction.
+    ///
+    /// # Errors
+    /// Something that is not finite; the device's.
+    pub fn trace(&mut self, n_steps: usize, input: Words<'_>) -> Result<Vec<LaneTrace>> {
+        let Replica { model, backend, .. } = &mut self.replica;
+        let backend = backend.as_mut();
+        let share = Share {
+            n_steps,
+            n_rows: 1,
+            input,
+            targets: None,
+            weights: &[],
+            lengths: None,
+            streams: &[0],
+            state: None,
+            final_gradient: None,
+            scale: 0.0,
+        };
+        model.lower_flags(backend)?;
+        model.run(backend, &share, Pass { key: None, gradients: false, part: 0 }, &mut |_, _, _| Ok(()))?;
+        let flag = read_now(backend, model.flag(), DEADLINE)?[0];
+        check_finite(flag.to_bits() == 0)?;
+        let gates = model.read_gates(backend, n_steps, 1, DEADLINE)?;
+        let cells = model.read_cells(backend, n_steps, 1, DEADLINE)?;
+        Ok(gates.into_iter().zip(cells).map(|(gates, cells)| LaneTrace { gates, cells }).collect())
+    }
+}
+
 /// Only a model that is of use is used.
 fn check_finite(finite: bool) -> Result<()> {
     ensure!(
@@ -196,7 +232,8 @@ pub struct Passed {
     pub non_finite: bool,
     /// The final state of the rows, where it was wanted.
     pub state: Vec<f32>,
-    /// `[rows, columns]`, where they were wanted.
+    /// `[rows, columns]`, where they were wanted; of the steps of whole sequences row after row, the valid steps of each, so that parts of a batch
+    /// follow each other.
     pub outputs: Vec<f32>,
 }
 
@@ -225,7 +262,12 @@ pub fn pass_forward(
         let (span, stride) = model.outputs(batch.n_steps, batch.n_rows);
         let padded = read_now(backend, span, DEADLINE)?;
         let n = model.config().n_outputs();
-        outputs.extend(padded.chunks_exact(stride).flat_map(|row| row[..n].iter().copied()));
+        if batch.is_of_steps() {
+            let places = (0..batch.n_rows).flat_map(|row| (0..batch.length(row)).map(move |t| t * batch.n_rows + row));
+            outputs.extend(places.flat_map(|place| padded[place * stride..][..n].iter().copied()));
+        } else {
+            outputs.extend(padded.chunks_exact(stride).flat_map(|row| row[..n].iter().copied()));
+        }
     }
     Ok(Passed { loss: f64::from(words[0]), non_finite: words[1].to_bits() != 0, state, outputs })
 }
@@ -241,7 +283,7 @@ pub fn share_of<'a>(batch: &'a Batch, state: Option<&'a [f32]>, scale: f32) -> S
         },
         targets: Some(match &batch.target {
             Target::Tokens(tokens) | Target::Labels(tokens) => Words::Tokens(tokens),
-            Target::Values { values, .. } => Words::Values(values),
+            Target::Values { values, .. } | Target::Notes { values, .. } => Words::Values(values),
         }),
         weights: &batch.weights,
         lengths: batch.lengths.as_deref(),

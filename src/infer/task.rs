@@ -7,12 +7,12 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::data::builtin;
-use crate::data::sequences::{Goal, LabelSpec, SequenceBatches, Sequences, SequencesOptions, SequencesSpec, StepSpec};
+use crate::data::sequences::{Goal, LabelSpec, Labelled, SequenceBatches, Sequences, SequencesOptions, SequencesSpec, StepSpec};
 use crate::data::series::{Order, Part, Series, SeriesBatches, SeriesOptions, SeriesSpec};
 use crate::data::text::{Text, TextBatches, TextEval, TextOptions, load_tokens};
 use crate::data::vocab::Vocab;
 use crate::data::{Batches, DataError};
-use crate::model::config::{Input, ModelConfig, Output, Pooling};
+use crate::model::config::{Input, Levels, ModelConfig, Output, Pooling};
 use crate::store::config::{RunConfig, Task};
 use crate::usage::UsageError;
 
@@ -27,6 +27,9 @@ pub enum DataSpec {
     /// Features or vocabulary, and labels.
     Sequences(Box<SequencesSpec>),
 }
+
+/// Notes of a frame where nothing else is said: the keys of a piano.
+pub const NOTES: usize = 88;
 
 /// The file in the run folder that holds a [`DataRecord`].
 pub const DATA_FILE: &str = "data.json";
@@ -69,7 +72,8 @@ pub struct EvalSet {
 pub enum Truth {
     /// Nothing: the loss says it.
     Text,
-    Series(Arc<Series>, Part),
+    /// The levels beside, where quantiles are forecast.
+    Series(Arc<Series>, Option<Levels>),
     /// The tolerance beside, beyond which a number is wrong.
     Sequences(Arc<Sequences>, Option<f64>),
 }
@@ -110,9 +114,14 @@ impl Corpus {
                 };
                 Self::Series(Arc::new(if config.data.is_empty() { builtin::co2(&options)? } else { Series::load(&config.data, &options)? }))
             }
-            Task::Classify | Task::Regress => {
+            task @ (Task::Classify | Task::Regress | Task::Tag | Task::Frames) => {
                 let options = SequencesOptions {
-                    goal: if config.task == Task::Regress { Goal::Number } else { Goal::Class },
+                    goal: match task {
+                        Task::Regress => Goal::Number,
+                        Task::Tag => Goal::Tags,
+                        Task::Frames => Goal::Frames,
+                        _ => Goal::Class,
+                    },
                     sequence: config.sequence.clone(),
                     label: config.label.clone(),
                     features: config.features.clone(),
@@ -120,6 +129,8 @@ impl Corpus {
                     level: config.level,
                     encoding: config.encoding,
                     vocab_limit: config.vocab,
+                    class_weights: config.class_weights.clone(),
+                    notes: config.notes.unwrap_or(NOTES),
                     split: config.split,
                     seed: config.seed,
                 };
@@ -128,15 +139,15 @@ impl Corpus {
         })
     }
 
-    /// Reads other data as the run read its own; all of it is one part.
+    /// Reads other data as the run read its own; all of it is one part. `labelled` says whether all sequences must have labels.
     ///
     /// # Errors
     /// [`DataError`].
-    pub fn load_other(config: &RunConfig, data: &[String], spec: &DataSpec) -> Result<OtherData> {
+    pub fn load_other(config: &RunConfig, data: &[String], spec: &DataSpec, labelled: Labelled) -> Result<OtherData> {
         Ok(match spec {
             DataSpec::Text(vocab) => OtherData::Text(load_tokens(data, vocab, config.encoding)?),
             DataSpec::Series(spec) => OtherData::Series(Arc::new(Series::load_with(data, spec)?)),
-            DataSpec::Sequences(spec) => OtherData::Sequences(Arc::new(Sequences::load_with(data, spec, config.encoding)?)),
+            DataSpec::Sequences(spec) => OtherData::Sequences(Arc::new(Sequences::load_with(data, spec, config.encoding, labelled)?)),
         })
     }
 
@@ -249,7 +260,7 @@ impl Corpus {
                 // The first token is nobody's target.
                 if tokens.len() < 2 { None } else { Some(text_set(tokens, config.eval_batch_size, config.seq_len)?) }
             }
-            Self::Series(series) => series_set(series, config.eval_batch_size, part)?,
+            Self::Series(series) => series_set(series, config, part, 1)?,
             Self::Sequences(sequences) => sequences_set(sequences, config, part)?,
         })
     }
@@ -270,11 +281,23 @@ impl OtherData {
     pub fn eval_set(&self, config: &RunConfig) -> Result<EvalSet> {
         match self {
             Self::Text(tokens) => text_set(tokens, config.eval_batch_size, config.seq_len),
-            Self::Series(series) => series_set(series, config.eval_batch_size, Part::All)?
+            Self::Series(series) => series_set(series, config, Part::All, 1)?
                 .ok_or_else(|| UsageError("--data has no window to evaluate; give a longer file".to_owned()).into()),
             Self::Sequences(sequences) => sequences_set(sequences, config, Part::All)?
                 .ok_or_else(|| UsageError("--data has no sequence to evaluate".to_owned()).into()),
         }
+    }
+}
+
+impl EvalSet {
+    /// The same for a series with only every `stride`-th of its windows, from the first on; other sets stay.
+    ///
+    /// # Errors
+    /// [`DataError`].
+    pub fn rolling(self, config: &RunConfig, part: Part, stride: usize) -> Result<Self> {
+        let Truth::Series(series, _) = &self.truth else { return Ok(self) };
+        let set = series_set(series, config, part, stride)?;
+        Ok(set.unwrap_or(self))
     }
 }
 
@@ -284,11 +307,11 @@ fn text_set(tokens: &Arc<[u32]>, n_streams: usize, window: usize) -> Result<Eval
     Ok(EvalSet { batches: Arc::new(batches), n_streams, truth: Truth::Text })
 }
 
-fn series_set(series: &Arc<Series>, batch_size: usize, part: Part) -> Result<Option<EvalSet>> {
-    let batches: Result<_, DataError> = SeriesBatches::new(Arc::clone(series), part, batch_size, Order::InTime);
-    let batches = batches?;
+fn series_set(series: &Arc<Series>, config: &RunConfig, part: Part, stride: usize) -> Result<Option<EvalSet>> {
+    let batches: Result<_, DataError> = SeriesBatches::new(Arc::clone(series), part, config.eval_batch_size, Order::InTime);
+    let batches = batches?.every(stride);
     let empty = batches.origins().is_empty();
-    Ok((!empty).then(|| EvalSet { batches: Arc::new(batches), n_streams: 0, truth: Truth::Series(Arc::clone(series), part) }))
+    Ok((!empty).then(|| EvalSet { batches: Arc::new(batches), n_streams: 0, truth: Truth::Series(Arc::clone(series), config.quantiles) }))
 }
 
 fn sequences_set(sequences: &Arc<Sequences>, config: &RunConfig, part: Part) -> Result<Option<EvalSet>> {
@@ -308,16 +331,24 @@ pub fn model_config(config: &RunConfig, spec: &DataSpec) -> ModelConfig {
             (Input::Tokens { vocabulary: vocab.size(), width: config.embedding }, Output::Classes { n_classes: vocab.size() })
         }
         DataSpec::Series(spec) => {
-            (Input::Values { n_features: spec.n_features() }, Output::Values { n_outputs: spec.n_outputs(), pooling: Pooling::Last })
+            let (n_outputs, pooling) = (spec.n_outputs(), Pooling::Last);
+            let output = match config.quantiles {
+                None => Output::Values { n_outputs, pooling },
+                Some(levels) => Output::Quantiles { n_values: n_outputs, levels, pooling },
+            };
+            (Input::Values { n_features: spec.n_features() }, output)
         }
         DataSpec::Sequences(spec) => {
             let input = match &spec.step {
                 StepSpec::Features(features) => Input::Values { n_features: features.len() },
                 StepSpec::Tokens(vocab) => Input::Tokens { vocabulary: vocab.size(), width: config.embedding },
+                StepSpec::Notes(n_notes) => Input::Values { n_features: *n_notes },
             };
             let output = match &spec.label {
                 LabelSpec::Classes(classes) => Output::Label { n_classes: classes.len(), pooling: config.pooling },
                 LabelSpec::Number(_) => Output::Values { n_outputs: 1, pooling: config.pooling },
+                LabelSpec::Tags(classes) => Output::Classes { n_classes: classes.len() },
+                LabelSpec::Frames(frequency) => Output::Notes { n_notes: frequency.len() },
             };
             (input, output)
         }

@@ -1,4 +1,4 @@
-//! Losses with their gradient in the same pass: softmax cross-entropy and mean squared error.
+//! Losses with their gradient in the same pass: softmax cross-entropy, binary cross-entropy, squared error and the quantile loss.
 //!
 //! A loss is a weighted sum of terms; what comes out is each row's sum and the gradient times `scale` (1 over the global weight), which overwrites the logits
 //! or predictions. Terms of weight 0 (padding) give exactly zero, whatever they hold.
@@ -21,9 +21,16 @@ pub static SOFTMAX: Shader =
 pub static SQUARED: Shader =
     Shader { name: "squared_error", source: include_str!("../../shaders/squared_error.wgsl"), fragments: &[&ACTIVATIONS] };
 
-/// Invocations of one workgroup of [`SOFTMAX`], on software adapters and on others.
+/// The shader of [`BinaryCrossEntropy`]: a workgroup a row.
+pub static BINARY: Shader =
+    Shader { name: "binary_cross_entropy", source: include_str!("../../shaders/binary_cross_entropy.wgsl"), fragments: &[&ACTIVATIONS] };
+/// The shader of [`QuantileLoss`]: an invocation a row.
+pub static QUANTILE: Shader =
+    Shader { name: "quantile_loss", source: include_str!("../../shaders/quantile_loss.wgsl"), fragments: &[&ACTIVATIONS] };
+
+/// Invocations of one workgroup of [`SOFTMAX`] and of [`BINARY`], on software adapters and on others.
 pub const SOFTMAX_WORKGROUP: u32 = 64;
-/// Rows that one workgroup of [`SQUARED`] covers.
+/// Rows that one workgroup of [`SQUARED`] and of [`QUANTILE`] covers.
 pub const SQUARED_ROWS: u32 = 64;
 
 /// Rows of logits `[n_rows, n_classes]` become gradients; `row_loss[n] = weight[n] * (log sum exp(logits) - logits[target])`.
@@ -219,6 +226,173 @@ impl Kernel for SquaredError {
     }
 }
 
+/// Rows of logits `[n_rows, n_outputs]`, each for itself the log-odds of one thing, become gradients `weight (sigmoid(z) - y) scale`;
+/// `row_loss[n] = weight[n] * sum of (max(z, 0) - z y + log(1 + e^-|z|))`, the negative log-likelihood of the row's targets.
+///
+/// Logits are `row_stride` apart, and floats behind `n_outputs` become zero; targets `[n_rows, n_outputs]`, from 0 to 1, are dense, and a row has one weight.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+pub struct BinaryCrossEntropy {
+    pub n_rows: u32,
+    pub n_outputs: u32,
+    pub row_stride: u32,
+    pub scale: f32,
+    pub gradient: u32,
+}
+
+impl Kernel for BinaryCrossEntropy {
+    kernel_basics!(
+        "binary_cross_entropy",
+        const { &[read_write("logits"), read("targets"), read("weights"), read_write("row_loss"), read_write("flags")] }
+    );
+
+    fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
+        const NAME: &str = "binary_cross_entropy";
+        at_least(NAME, "a row", self.row_stride as usize, self.n_outputs as usize)?;
+        at_least(NAME, "logits", lens[0], self.n_rows as usize * self.row_stride as usize)?;
+        at_least(NAME, "targets", lens[1], self.n_rows as usize * self.n_outputs as usize)?;
+        at_least(NAME, "weights", lens[2], self.n_rows as usize)?;
+        at_least(NAME, "row_loss", lens[3], self.n_rows as usize)?;
+        at_least(NAME, "flags", lens[4], 1)?;
+        loop_trips(NAME, "a pass over the outputs", self.row_stride.div_ceil(SOFTMAX_WORKGROUP) + SOFTMAX_WORKGROUP.ilog2())
+    }
+
+    fn dispatch(&self, _: AdapterClass) -> Dispatch {
+        Dispatch { shader: &BINARY, overrides: &[], grid: grid_1d(u64::from(self.n_rows)) }
+    }
+
+    fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
+        let [logits, targets, weights, row_loss, flags] = operands else { unreachable!("five operands") };
+        let (n, outputs, stride) = (self.n_rows as usize, self.n_outputs as usize, self.row_stride as usize);
+        let (targets, weights) = (targets.as_slice(), weights.as_slice());
+        let raised = std::sync::atomic::AtomicBool::new(false);
+        let isa = ctx.isa;
+        let work = (
+            Rows { data: &mut logits.as_mut_slice()[..n * stride], width: stride },
+            Rows { data: &mut row_loss.as_mut_slice()[..n], width: 1 },
+        );
+        let min_rows = (1usize << 12).div_ceil(stride.max(1));
+        ctx.pool.run(work, n, min_rows, &|(logits, losses): (Rows<'_>, Rows<'_>), range: std::ops::Range<usize>| {
+            let mut bad = 0u32;
+            for ((row, loss), logits) in range.zip(losses.data).zip(logits.data.chunks_exact_mut(stride)) {
+                let (this, targets, weight, flag) = (self, &targets[row * outputs..][..outputs], weights[row], &mut bad);
+                for_isa!(isa, binary_row(this: &BinaryCrossEntropy, logits: &mut [f32], targets: &[f32], weight: f32, loss: &mut f32, flag: &mut u32));
+            }
+            if bad != 0 {
+                raised.store(true, std::sync::atomic::Ordering::Relaxed);
+            }
+        });
+        if raised.into_inner() {
+            flags.as_indices_mut()[FLAG_NON_FINITE] = 1;
+        }
+    }
+}
+
+#[inline(always)]
+fn binary_row(k: &BinaryCrossEntropy, logits: &mut [f32], targets: &[f32], weight: f32, loss: &mut f32, flag: &mut u32) {
+    if weight == 0.0 {
+        *loss = 0.0;
+        if k.gradient == 1 {
+            logits.fill(0.0);
+        }
+        return;
+    }
+    let (row, padding) = logits.split_at_mut(k.n_outputs as usize);
+    let bad = row.iter().fold(0u32, |bad, z| bad | u32::from(z.to_bits() & 0x7f80_0000 == 0x7f80_0000));
+    *flag |= bad;
+    let mut sum = 0.0;
+    for (z, y) in row.iter().zip(targets) {
+        let above = if *z > 0.0 { *z } else { 0.0 };
+        sum += above - z * y + activations::exp(-z.abs()).ln_1p();
+    }
+    // What the clamps of exp hid must not look like a loss.
+    *loss = if bad == 0 { weight * sum } else { f32::NAN };
+    if k.gradient == 1 {
+        let factor = weight * k.scale;
+        row.iter_mut().zip(targets).for_each(|(z, y)| *z = (activations::sigmoid(*z) - y) * factor);
+        padding.fill(0.0);
+    }
+}
+
+/// Most levels that a [`QuantileLoss`] has.
+pub const MAX_LEVELS: u32 = 64;
+
+/// Rows of predicted quantiles `[n_rows, n_outputs, n_levels]` become gradients; with `d = y - p` a term is the mean over the levels q of
+/// `max(q d, (q - 1) d)` (Koenker and Bassett 1978), and `row_loss[n]` the sum of its terms, each times its weight.
+///
+/// Predictions of a row lie `row_stride` from the next row's, and floats behind them become zero; targets and weights `[n_rows, n_outputs]` are dense.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+pub struct QuantileLoss {
+    pub n_rows: u32,
+    pub n_outputs: u32,
+    pub n_levels: u32,
+    pub row_stride: u32,
+    pub scale: f32,
+    pub gradient: u32,
+}
+
+impl Kernel for QuantileLoss {
+    kernel_basics!(
+        "quantile_loss",
+        const { &[read_write("predictions"), read("targets"), read("weights"), read("levels"), read_write("row_loss"), read_write("flags")] }
+    );
+
+    fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
+        const NAME: &str = "quantile_loss";
+        at_least(NAME, "a row", self.row_stride as usize, self.n_outputs as usize * self.n_levels as usize)?;
+        at_least(NAME, "predictions", lens[0], self.n_rows as usize * self.row_stride as usize)?;
+        at_least(NAME, "targets", lens[1], self.n_rows as usize * self.n_outputs as usize)?;
+        at_least(NAME, "weights", lens[2], self.n_rows as usize * self.n_outputs as usize)?;
+        at_least(NAME, "levels", lens[3], self.n_levels as usize)?;
+        at_least(NAME, "row_loss", lens[4], self.n_rows as usize)?;
+        at_least(NAME, "flags", lens[5], 1)?;
+        loop_trips(NAME, "columns and outputs", self.row_stride.saturating_add(self.n_outputs))
+    }
+
+    fn dispatch(&self, _: AdapterClass) -> Dispatch {
+        Dispatch { shader: &QUANTILE, overrides: &[], grid: grid_1d(u64::from(self.n_rows.div_ceil(SQUARED_ROWS))) }
+    }
+
+    fn run(&self, _: &mut CpuContext, operands: &mut [Operand<'_>]) {
+        let [predictions, targets, weights, levels, row_loss, flags] = operands else { unreachable!("six operands") };
+        let (n, outputs, n_levels, stride) =
+            (self.n_rows as usize, self.n_outputs as usize, self.n_levels as usize, self.row_stride as usize);
+        let (targets, weights, levels) = (targets.as_slice(), weights.as_slice(), &levels.as_slice()[..n_levels]);
+        let mut bad = false;
+        let rows = predictions.as_mut_slice()[..n * stride].chunks_exact_mut(stride).zip(row_loss.as_mut_slice());
+        for (row, (values, loss)) in rows.enumerate() {
+            let mut sum = 0.0;
+            let (said, padding) = values.split_at_mut(outputs * n_levels);
+            for (o, said) in said.chunks_exact_mut(n_levels.max(1)).enumerate() {
+                let weight = weights[row * outputs + o];
+                let mut term = 0.0;
+                for (value, level) in said.iter_mut().zip(levels) {
+                    if weight == 0.0 {
+                        *value = if self.gradient == 1 { 0.0 } else { *value };
+                        continue;
+                    }
+                    bad |= !value.is_finite();
+                    let difference = targets[row * outputs + o] - *value;
+                    let slope = if difference > 0.0 { *level } else { *level - 1.0 };
+                    term += slope * difference;
+                    if self.gradient == 1 {
+                        *value = -slope * weight * self.scale / n_levels as f32;
+                    }
+                }
+                sum += if weight == 0.0 { 0.0 } else { weight * term / n_levels as f32 };
+            }
+            if self.gradient == 1 {
+                padding.fill(0.0);
+            }
+            *loss = sum;
+        }
+        if bad {
+            flags.as_indices_mut()[FLAG_NON_FINITE] = 1;
+        }
+    }
+}
+
 /// Weights as they occur: some terms are not scored.
 fn weights(n: u32) -> Fill {
     Fill::Floats((0..n).map(|i| [1.0, 1.0, 0.0, 0.5][i as usize % 4]).collect())
@@ -283,6 +457,71 @@ fn squared_case(n_rows: u32, n_outputs: u32, gradient: u32) -> Case {
             operand((n_rows * row_stride) as usize, Fill::Uniform { low: -1.0, high: 1.0 }),
             operand(dense, Fill::Uniform { low: -1.0, high: 1.0 }),
             operand(dense, weights(n_rows * n_outputs)),
+            operand(n_rows as usize, Fill::Poison),
+            operand(1, Fill::Zeros),
+        ],
+        flop: 0,
+    }
+}
+
+/// The catalogue's line.
+pub const BINARY_ENTRY: Entry = Entry {
+    name: "binary_cross_entropy",
+    tolerance: Tolerance {
+        absolute: 2e-5,
+        relative: 1e-5,
+        reason: "a logarithm and an exponential with 17 ulp on some drivers, up to 300 of them added",
+    },
+    cases: || {
+        let sizes = ODD.iter().enumerate().map(|(i, &n)| (n, ODD[(i + 3) % 5])).chain([(5, 300), (66_000, 3)]);
+        sizes.enumerate().map(|(i, (n, o))| binary_case(n, o, u32::from(i % 3 != 1), 2.0)).chain([binary_case(9, 33, 1, 80.0)]).collect()
+    },
+    bench_cases: || vec![binary_case(4096, 88, 1, 2.0)],
+    sized: |s| vec![binary_case(s.places(), s.n_classes, 1, 2.0)],
+    shaders: &[&BINARY],
+};
+
+fn binary_case(n_rows: u32, n_outputs: u32, gradient: u32, range: f32) -> Case {
+    let row_stride = pad_inner(n_outputs as usize) as u32 + 4;
+    let notes = (0..n_rows * n_outputs).map(|i| [0.0, 1.0, 0.0, 0.0, 0.25][i as usize % 5]).collect();
+    Case {
+        label: format!("{n_rows}x{n_outputs} gradient {gradient} range {range}"),
+        kernel: Box::new(BinaryCrossEntropy { n_rows, n_outputs, row_stride, scale: 0.25, gradient }),
+        operands: vec![
+            operand((n_rows * row_stride) as usize, Fill::Uniform { low: -range, high: range }),
+            operand((n_rows * n_outputs) as usize, Fill::Floats(notes)),
+            operand(n_rows as usize, weights(n_rows)),
+            operand(n_rows as usize, Fill::Poison),
+            operand(1, Fill::Zeros),
+        ],
+        flop: 0,
+    }
+}
+
+/// The catalogue's line.
+pub const QUANTILE_ENTRY: Entry = Entry {
+    name: "quantile_loss",
+    tolerance: Tolerance { absolute: 5e-6, relative: 1e-5, reason: "sums of up to 65 terms of 5 levels" },
+    cases: || {
+        let sizes = ODD.iter().enumerate().map(|(i, &n)| (n, ODD[(i + 3) % 5], i as u32 + 1));
+        sizes.map(|(n, o, l)| quantile_case(n, o, l, u32::from(l != 3))).chain([quantile_case(70_001, 1, 2, 1)]).collect()
+    },
+    bench_cases: || vec![quantile_case(4096, 26, 3, 1)],
+    sized: |s| vec![quantile_case(s.n_rows, s.n_classes, 3, 1)],
+    shaders: &[&QUANTILE],
+};
+
+fn quantile_case(n_rows: u32, n_outputs: u32, n_levels: u32, gradient: u32) -> Case {
+    let row_stride = pad_inner((n_outputs * n_levels) as usize) as u32 + 4;
+    let dense = (n_rows * n_outputs) as usize;
+    Case {
+        label: format!("{n_rows}x{n_outputs}x{n_levels} gradient {gradient}"),
+        kernel: Box::new(QuantileLoss { n_rows, n_outputs, n_levels, row_stride, scale: 0.25, gradient }),
+        operands: vec![
+            operand((n_rows * row_stride) as usize, Fill::Uniform { low: -1.0, high: 1.0 }),
+            operand(dense, Fill::Uniform { low: -1.0, high: 1.0 }),
+            operand(dense, weights(n_rows * n_outputs)),
+            operand(n_levels as usize, Fill::Floats((1..=n_levels).map(|i| i as f32 / (n_levels + 1) as f32).collect())),
             operand(n_rows as usize, Fill::Poison),
             operand(1, Fill::Zeros),
         ],

@@ -4,6 +4,7 @@
 //! lengths of its operands, runs itself on slices, and names its shader and grid. No device and no wgpu here.
 
 pub mod activations;
+pub mod dropout;
 pub mod elementwise;
 pub mod embedding;
 pub mod gemm;
@@ -352,6 +353,7 @@ pub struct Entry {
 /// All kernels, in order of first use in a training step; the last is used by measurements only.
 pub const ALL: &[Entry] = &[
     embedding::GATHER_ENTRY,
+    dropout::ENTRY,
     gemm::ENTRY,
     weight_drop::ENTRY,
     lstm::NORM_INPUT_ENTRY,
@@ -360,7 +362,9 @@ pub const ALL: &[Entry] = &[
     lstm::PROJECT_ENTRY,
     pooling::ENTRY,
     loss::SOFTMAX_ENTRY,
+    loss::BINARY_ENTRY,
     loss::MSE_ENTRY,
+    loss::QUANTILE_ENTRY,
     pooling::GRADIENT_ENTRY,
     lstm::STATE_GRADIENT_ENTRY,
     lstm::BACKWARD_ENTRY,

@@ -27,6 +27,77 @@ pub enum Output {
     Label { n_classes: usize, pooling: Pooling },
     /// Numbers of the sequence as a whole; squared error.
     Values { n_outputs: usize, pooling: Pooling },
+    /// Any number of notes sounding at every time step, each with odds of its own; binary cross-entropy, added up over the notes of a step.
+    Notes { n_notes: usize },
+    /// Quantiles of numbers of the sequence as a whole, `[n_values, levels]`; the quantile loss.
+    Quantiles { n_values: usize, levels: Levels, pooling: Pooling },
+}
+
+/// Levels of quantiles, rising, each above 0 and below 1, in ten-thousandths.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Vec<f64>", into = "Vec<f64>")]
+pub struct Levels {
+    n: usize,
+    parts: [u16; Levels::MOST],
+}
+
+impl Levels {
+    /// Most levels.
+    pub const MOST: usize = 15;
+    const WHOLE: f64 = 10_000.0;
+
+    /// As numbers, rising.
+    pub fn values(&self) -> impl Iterator<Item = f64> + Clone + '_ {
+        self.parts[..self.n].iter().map(|&part| f64::from(part) / Self::WHOLE)
+    }
+
+    /// How many there are, at least one.
+    pub fn count(&self) -> usize {
+        self.n
+    }
+
+    /// Which of them is nearest to one half: what stands for the forecast as one number.
+    pub fn middle(&self) -> usize {
+        let distance = |i: usize| self.parts[i].abs_diff(5000);
+        (0..self.n).min_by_key(|&i| distance(i)).unwrap_or(0)
+    }
+}
+
+impl TryFrom<Vec<f64>> for Levels {
+    type Error = String;
+
+    fn try_from(values: Vec<f64>) -> Result<Self, String> {
+        if !(1..=Self::MOST).contains(&values.len()) {
+            return Err(format!("{} quantiles, but there must be from 1 to {}", values.len(), Self::MOST));
+        }
+        let mut levels = Self { n: values.len(), parts: [0; Self::MOST] };
+        for (i, &value) in values.iter().enumerate() {
+            let part = (value * Self::WHOLE).round();
+            if !(part > 0.0 && part < Self::WHOLE && (part / Self::WHOLE - value).abs() < 1e-9) {
+                return Err(format!("a quantile of {value}, but it must be above 0 and below 1, with at most four digits"));
+            }
+            levels.parts[i] = part as u16;
+            if i > 0 && levels.parts[i] <= levels.parts[i - 1] {
+                return Err(format!("quantiles must rise, but {value} follows {}", values[i - 1]));
+            }
+        }
+        Ok(levels)
+    }
+}
+
+impl From<Levels> for Vec<f64> {
+    fn from(levels: Levels) -> Self {
+        levels.values().collect()
+    }
+}
+
+impl std::str::FromStr for Levels {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let values = text.split(',').map(|part| part.trim().parse().map_err(|_| format!("'{}' is not a number", part.trim())));
+        values.collect::<Result<Vec<f64>, String>>()?.try_into()
+    }
 }
 
 /// What the head reads of a sequence as a whole.
@@ -121,6 +192,10 @@ pub struct LstmConfig {
     /// Probabilities that h and c keep their old values.
     pub zoneout_h: f64,
     pub zoneout_c: f64,
+    /// In training, the fraction that is dropped of what the first layer reads (an embedding's columns, or features).
+    pub input_dropout: f64,
+    /// In training, the fraction that is dropped of what the last layer hands up.
+    pub output_dropout: f64,
 }
 
 /// An LSTM network: optional embedding, stacked layers with dropout between them, linear head.
@@ -193,6 +268,8 @@ impl ModelConfig {
             ("--weight-drop", l.weight_drop),
             ("--zoneout-h", l.zoneout_h),
             ("--zoneout-c", l.zoneout_c),
+            ("--input-dropout", l.input_dropout),
+            ("--output-dropout", l.output_dropout),
         ];
         for (flag, share) in shares {
             UsageError::unless((0.0..1.0).contains(&share), || format!("{flag} is {share}, but must be at least 0 and below 1"))?;
@@ -233,34 +310,44 @@ impl ModelConfig {
         match self.output {
             Output::Classes { n_classes } | Output::Label { n_classes, .. } => n_classes,
             Output::Values { n_outputs, .. } => n_outputs,
+            Output::Notes { n_notes } => n_notes,
+            Output::Quantiles { n_values, levels, .. } => n_values * levels.count(),
         }
     }
 
-    /// Targets, and weights, of one row of outputs: one for classes, one for each number.
+    /// Targets of one row of outputs: one for classes, one for each number or note.
     pub fn n_targets(&self) -> usize {
         match self.output {
             Output::Classes { .. } | Output::Label { .. } => 1,
             Output::Values { n_outputs, .. } => n_outputs,
+            Output::Notes { n_notes } => n_notes,
+            Output::Quantiles { n_values, .. } => n_values,
         }
+    }
+
+    /// Terms, which have a weight each, of one row of outputs: one for classes and for all notes together, one for each number.
+    pub fn n_terms(&self) -> usize {
+        if matches!(self.output, Output::Notes { .. }) { 1 } else { self.n_targets() }
     }
 
     pub(super) fn reading(&self) -> Reading {
         match self.output {
-            Output::Classes { .. } => Reading::Steps,
-            // What a residual layer hands up at a row's end is more than its state.
-            Output::Label { pooling, .. } | Output::Values { pooling, .. }
-                if pooling == Pooling::Mean || self.is_residual(self.n_layers - 1) =>
+            Output::Classes { .. } | Output::Notes { .. } => Reading::Steps,
+            // What a residual layer hands up at a row's end is more than its state, and what is dropped is less.
+            Output::Label { pooling, .. } | Output::Values { pooling, .. } | Output::Quantiles { pooling, .. }
+                if pooling == Pooling::Mean || self.is_residual(self.n_layers - 1) || self.lstm.output_dropout > 0.0 =>
             {
                 Reading::Pooled(pooling)
             }
-            Output::Label { .. } | Output::Values { .. } => Reading::FinalStates,
+            Output::Label { .. } | Output::Values { .. } | Output::Quantiles { .. } => Reading::FinalStates,
         }
     }
 
     /// Whether training draws random numbers.
     pub fn is_random(&self) -> bool {
         let l = &self.lstm;
-        [self.dropout, l.recurrent_dropout, l.weight_drop, l.zoneout_h, l.zoneout_c].iter().any(|&p| p > 0.0)
+        let shares = [self.dropout, l.recurrent_dropout, l.weight_drop, l.zoneout_h, l.zoneout_c, l.input_dropout, l.output_dropout];
+        shares.iter().any(|&p| p > 0.0)
     }
 
     /// Directions of a layer: 1 or 2.
@@ -289,7 +376,7 @@ impl ModelConfig {
             norms: l.layer_norm,
             peepholes: l.peephole,
             masks: l.recurrent_dropout > 0.0,
-            outputs: self.is_residual(layer) || (self.dropout > 0.0 && layer + 1 < self.n_layers),
+            outputs: self.is_residual(layer) || self.dropout_above(layer) > 0.0,
         }
     }
 
@@ -311,6 +398,11 @@ impl ModelConfig {
             Input::Tokens { width, .. } => Axis::units(width),
             Input::Values { n_features } => Axis::inner(n_features),
         }
+    }
+
+    /// The fraction that training drops of what `layer` hands up.
+    pub(super) fn dropout_above(&self, layer: usize) -> f64 {
+        if layer + 1 < self.n_layers { self.dropout } else { self.lstm.output_dropout }
     }
 
     /// Whether `layer` adds its input to its output.

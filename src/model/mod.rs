@@ -13,9 +13,10 @@ use tracing::debug_span;
 use self::config::{Input, LayerParams, ModelConfig, ModelParams, Output, Pooling, Reading};
 use crate::backend::{Backend, BufferId, Limits, Span};
 use crate::kernels::MAX_LOOP_TRIPS;
+use crate::kernels::dropout::Dropout;
 use crate::kernels::embedding::{EmbeddingGather, EmbeddingGradient, TokenIndex};
 use crate::kernels::gemm::{Gemm, Matrix};
-use crate::kernels::loss::{SoftmaxCrossEntropy, SquaredError};
+use crate::kernels::loss::{BinaryCrossEntropy, QuantileLoss, SoftmaxCrossEntropy, SquaredError};
 use crate::kernels::lstm::{
     Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneStarts, LaneTensors, LaneVectors, NONE, SweepArgs,
 };
@@ -32,7 +33,7 @@ use crate::usage::UsageError;
 pub enum Words<'a> {
     /// `[T, B]`; as the targets of whole sequences `[B]`.
     Tokens(&'a [u32]),
-    /// Inputs `[T, B, I]`, targets `[B, O]`.
+    /// Inputs `[T, B, I]`, targets `[B, O]`, of notes `[T, B, N]`.
     Values(&'a [f32]),
 }
 
@@ -46,7 +47,7 @@ pub struct Share<'a> {
     pub input: Words<'a>,
     /// None where only the outputs are wanted.
     pub targets: Option<Words<'a>>,
-    /// Of each term: `[T, B]` for classes of steps, `[B]` for those of sequences, `[B, O]` for values.
+    /// Of each term: `[T, B]` for classes and notes of steps, `[B]` for classes of sequences, `[B, O]` for values.
     pub weights: &'a [f32],
     /// Valid steps of each row `[B]`, from 0 to T; none: all steps of all rows. Behind a row's end nothing counts, whatever inputs and weights hold
     /// there (tokens must be of the vocabulary); a row of length 0 only fills up the batch and must have weight 0.
@@ -72,6 +73,9 @@ pub struct Pass {
     /// the first of them, since what they gather does not outlive the workspace.
     pub part: usize,
 }
+
+/// The layer as which dropout of the inputs draws: far above all others.
+const INPUT_LAYER: u32 = 1 << 15;
 
 /// Parts a share may be cut into.
 pub const MAX_PARTS: usize = 64;
@@ -118,6 +122,8 @@ struct Workspace {
     n_rows: usize,
     input: BufferId,
     embedded: Option<BufferId>,
+    /// What the first layer reads where some of it is dropped.
+    dropped_input: Option<BufferId>,
     index: Option<BufferId>,
     /// Lengths, then from [`streams_at`] on stream numbers.
     rows: BufferId,
@@ -142,7 +148,7 @@ impl Workspace {
         let buffer_of = |arena: Arena| (arena.at == 0).then_some(arena.buffer);
         let others = [self.input, self.rows, self.targets, self.weights, self.outputs, self.row_loss];
         let arenas = self.lanes.into_iter().flat_map(of_lane).chain(self.flow.into_iter().flatten()).filter_map(buffer_of);
-        arenas.chain(others).chain(self.pooled).chain(self.embedded).chain(self.index)
+        arenas.chain(others).chain(self.pooled).chain(self.dropped_input).chain(self.embedded).chain(self.index)
     }
 }
 
@@ -158,6 +164,8 @@ pub struct Model {
     grads: Vec<BufferId>,
     flags: BufferId,
     loss: BufferId,
+    /// The levels of quantiles.
+    levels: Option<BufferId>,
     workspace: Option<Workspace>,
     token_index: TokenIndex,
     padded: Vec<f32>,
@@ -204,8 +212,17 @@ impl Model {
         let (params, grads) = (alloc("parameter")?, alloc("gradient")?);
         let flags = backend.alloc("flags", ALIGN)?;
         let loss = backend.alloc("loss", MAX_PARTS.max(ALIGN))?;
+        let levels = match &config.output {
+            Output::Quantiles { levels, .. } => {
+                let buffer = backend.alloc("levels", ALIGN)?;
+                let values: Vec<f32> = levels.values().map(|level| level as f32).collect();
+                backend.write(front(buffer, values.len()), &values)?;
+                Some(buffer)
+            }
+            _ => None,
+        };
         let token_index = TokenIndex::default();
-        Ok(Self { config, table, at, params, grads, flags, loss, workspace: None, token_index, padded: Vec::new() })
+        Ok(Self { config, table, at, params, grads, flags, loss, levels, workspace: None, token_index, padded: Vec::new() })
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -331,6 +348,32 @@ impl Model {
         Ok(of_lanes)
     }
 
+    /// The cell states that a forward pass over this many steps and rows has left, by lane: `[T, B, H]` without padding, after each step.
+    ///
+    /// # Errors
+    /// The backend's.
+    pub fn read_cells(
+        &self,
+        backend: &mut dyn Backend,
+        n_steps: usize,
+        n_rows: usize,
+        deadline: std::time::Duration,
+    ) -> Result<Vec<Vec<f32>>> {
+        let Some(workspace) = &self.workspace else { return Ok(Vec::new()) };
+        let mut of_lanes = Vec::with_capacity(workspace.lanes.len());
+        for (idx, lane) in workspace.lanes.iter().enumerate() {
+            let shape = self.shape(idx);
+            let width = shape.hidden as usize;
+            let len = n_steps * n_rows * width;
+            // States follow on the initial one, in reverse they lie before it.
+            let first = if self.is_reverse(idx) { 0 } else { n_rows * width };
+            let words = backend.read(&[lane.c.front(first + len)], Vec::new())?.wait(deadline)?;
+            let rows = words[first..].chunks_exact(width);
+            of_lanes.push(rows.flat_map(|row| row[..shape.units as usize].iter().copied()).collect());
+        }
+        Ok(of_lanes)
+    }
+
     /// Where the gradient of the initial state lies after a pass with gradients, in the order of [`Share::state`]: what
     /// [`Share::final_gradient`] of the window before takes.
     pub fn initial_gradient(&self, n_rows: usize) -> Vec<Span> {
@@ -339,7 +382,7 @@ impl Model {
         carries.map(|(shape, carry)| carry.front(n_rows * (shape.width + shape.hidden) as usize)).collect()
     }
 
-    /// Outputs after a forward pass without targets: `[rows, columns]`, and the floats from row to row. Rows are `T x B` for classes of steps, else `B`.
+    /// Outputs after a forward pass without targets: `[rows, columns]`, and the floats from row to row. Rows are `T x B` for classes and notes of steps, else `B`.
     pub fn outputs(&self, n_steps: usize, n_rows: usize) -> (Span, usize) {
         let stride = pad_inner(self.config.n_outputs());
         let rows = self.output_rows(n_steps, n_rows);
@@ -399,6 +442,8 @@ impl Model {
             ),
             Input::Values { n_features } => (alloc("inputs", tb * pad_inner(n_features))?, None, None),
         };
+        let input_width = self.config.layer_input(0).padded_len();
+        let dropped_input = (self.config.lstm.input_dropout > 0.0).then(|| alloc("dropped inputs", tb * input_width)).transpose()?;
         let n_targets = rows * self.config.n_targets();
         let n_pooled = if matches!(self.config.reading(), Reading::Pooled(_)) { self.config.n_directions() } else { 0 };
         let n = self.config.n_directions();
@@ -447,10 +492,11 @@ impl Model {
             n_rows: b,
             input,
             embedded,
+            dropped_input,
             index,
             rows: alloc("lengths and stream numbers", streams_at(b) + b)?,
             targets: alloc("targets", n_targets)?,
-            weights: alloc("weights", n_targets)?,
+            weights: alloc("weights", rows * self.config.n_terms())?,
             lanes,
             pooled: (0..n_pooled).map(|_| alloc("pooled outputs", b * self.top_width())).collect::<Result<_>>()?,
             outputs: alloc("outputs", rows * out_stride)?,
@@ -558,12 +604,13 @@ impl Model {
                     }
                     bytemuck::cast_slice(targets)
                 }
-                (Output::Values { .. }, Words::Values(targets)) => targets,
+                (Output::Values { .. } | Output::Notes { .. } | Output::Quantiles { .. }, Words::Values(targets)) => targets,
                 _ => anyhow::bail!("the share's targets are not of the kind that the model gives"),
             };
-            ensure!(words.len() == share.weights.len(), "{} targets with {} weights", words.len(), share.weights.len());
-            let n_terms = self.output_rows(t, b) * self.config.n_targets();
-            ensure!(words.len() == n_terms, "{} targets for {n_terms} terms", words.len());
+            let rows = self.output_rows(t, b);
+            let (n_targets, n_terms) = (rows * self.config.n_targets(), rows * self.config.n_terms());
+            ensure!(words.len() == n_targets, "{} targets instead of {n_targets}", words.len());
+            ensure!(share.weights.len() == n_terms, "{} weights for {n_terms} terms", share.weights.len());
             backend.write(at(w.targets, words.len()), words)?;
             let mut weights = share.weights;
             if share.lengths.is_some() && self.config.reading() == Reading::Steps {
@@ -571,7 +618,7 @@ impl Model {
                 self.padded.extend(weights.iter().enumerate().map(|(place, &weight)| if is_valid(share, place) { weight } else { 0.0 }));
                 weights = &self.padded;
             }
-            backend.write(at(w.weights, words.len()), weights)?;
+            backend.write(at(w.weights, n_terms), weights)?;
         }
         let mut given = share.state;
         for (i, lane) in w.lanes.iter().enumerate() {
@@ -632,8 +679,9 @@ impl Model {
         }
         let n = self.config.n_directions();
         let (layer, direction) = (lane / n, lane % n);
-        if self.config.dropout > 0.0 && layer + 1 < self.config.n_layers {
-            (cell.drop_threshold, cell.drop_scale) = drop_numbers(self.config.dropout);
+        let dropped = self.config.dropout_above(layer);
+        if dropped > 0.0 {
+            (cell.drop_threshold, cell.drop_scale) = drop_numbers(dropped);
             // The reverse direction draws as a layer far above all others.
             cell.drop_tag = tag(Purpose::Dropout, (layer | direction << 16) as u32);
         }
@@ -708,6 +756,13 @@ impl Model {
         backend.launch(&kernel, &[from, to.0])
     }
 
+    /// Dropout of what the first layer reads, or of its gradient.
+    fn drop_input(&self, backend: &mut dyn Backend, w: &Workspace, share: &Share<'_>, key: StepKey, from: Span, to: Span) -> Result<()> {
+        let sizes = [share.n_steps as u32, share.n_rows as u32, self.config.layer_input(0).padded_len() as u32];
+        let kernel = Dropout::new(self.config.lstm.input_dropout, key, INPUT_LAYER, sizes, 0, 0);
+        backend.launch(&kernel, &[streams(w, share.n_rows), from, to])
+    }
+
     fn forward(&self, backend: &mut dyn Backend, w: &Workspace, share: &Share<'_>, pass: Pass) -> Result<Forward> {
         let (t, b) = (share.n_steps, share.n_rows);
         let inputs = self.config.layer_input(0).padded_len();
@@ -720,6 +775,11 @@ impl Model {
                 EmbeddingGather { n_tokens: (t * b) as u32, width: width as u32, n_classes: vocabulary as u32, table: offset, out: 0 };
             backend.launch(&kernel, &[front(w.input, t * b), span, out])?;
             x = [Some(LanePart { span: out, offset: 0, width: width as u32 }), None];
+        }
+        if let (Some(key), Some(buffer), Some(input)) = (pass.key, w.dropped_input, x[0]) {
+            let out = front(buffer, t * b * inputs);
+            self.drop_input(backend, w, share, key, input.span, out)?;
+            x = [Some(LanePart { span: out, offset: 0, width: input.width }), None];
         }
         let mut lanes = Vec::with_capacity(self.config.n_lanes());
         for l in 0..self.config.n_layers {
@@ -810,6 +870,16 @@ impl Model {
             Output::Classes { n_classes } | Output::Label { n_classes, .. } => {
                 let kernel = SoftmaxCrossEntropy { n_rows, n_classes: n_classes as u32, row_stride, scale, gradient };
                 backend.launch(&kernel, &[outputs, front(w.targets, rows), front(w.weights, rows), row_loss, flags])?;
+            }
+            Output::Notes { n_notes } => {
+                let kernel = BinaryCrossEntropy { n_rows, n_outputs: n_notes as u32, row_stride, scale, gradient };
+                backend.launch(&kernel, &[outputs, front(w.targets, rows * n_notes), front(w.weights, rows), row_loss, flags])?;
+            }
+            Output::Quantiles { n_values, levels, .. } => {
+                let (terms, n_levels) = (rows * n_values, levels.count());
+                let kernel = QuantileLoss { n_rows, n_outputs: n_values as u32, n_levels: n_levels as u32, row_stride, scale, gradient };
+                let levels = front(self.levels.context("levels are written with the model")?, n_levels);
+                backend.launch(&kernel, &[outputs, front(w.targets, terms), front(w.weights, terms), levels, row_loss, flags])?;
             }
             Output::Values { n_outputs, .. } => {
                 let terms = rows * n_outputs;
@@ -904,6 +974,10 @@ impl Model {
         if let (Input::Tokens { vocabulary, width }, Some(index), Some(embedding)) = (self.config.input, w.index, self.at.embedding) {
             let (grads, grad) = self.place(backend, &self.grads, embedding);
             let width = pad_units(width);
+            if let (Some(key), Some(_)) = (pass.key, w.dropped_input) {
+                self.drop_input(backend, w, share, key, above[0].front(t * b * width), below[0].front(t * b * width))?;
+                above = below;
+            }
             let words = self.token_index.words().len();
             for first in (0..self.token_index.max_count).step_by(EmbeddingGradient::LIMIT as usize) {
                 let kernel = EmbeddingGradient {

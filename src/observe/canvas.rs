@@ -40,6 +40,8 @@ pub(super) enum Ink {
     Curve(usize),
     /// The noise behind a curve: the same hue, pale.
     Faint(usize),
+    /// A measurement from -1 (blue) by 0 (white) to 1 (red).
+    Level(f64),
 }
 
 const CURVES: [RGBColor; 7] = [
@@ -62,6 +64,12 @@ impl Ink {
             Self::Grid => RGBColor(0xE8, 0xE8, 0xE8),
             Self::Truth => RGBColor(0xA8, 0xA8, 0xA8),
             Self::Curve(i) => CURVES[i % CURVES.len()],
+            Self::Level(level) => {
+                let RGBColor(r, g, b) = if level < 0.0 { RGBColor(0x21, 0x66, 0xAC) } else { RGBColor(0xB2, 0x18, 0x2B) };
+                let share = if level.is_finite() { level.abs().min(1.0) } else { 0.0 };
+                let mix = |channel: u8| (share * f64::from(channel) + (1.0 - share) * 255.0) as u8;
+                RGBColor(mix(r), mix(g), mix(b))
+            }
             // Mixed with white: unlike transparency it does not darken where a line crosses itself.
             Self::Faint(i) => {
                 let mix = |channel: u8| (0.28 * f64::from(channel) + 0.72 * 255.0) as u8;
@@ -81,6 +89,8 @@ impl Ink {
             Self::Truth => "--truth".into(),
             Self::Curve(i) => format!("--curve{}", i % CURVES.len()),
             Self::Faint(i) => format!("--faint{}", i % CURVES.len()),
+            // The same on any ground, since it is a measurement.
+            Self::Level(_) => "--level".into(),
         }
     }
 }
@@ -107,6 +117,8 @@ pub(super) trait Canvas {
     fn sheet(&self) -> Sheet;
     /// Joins `points` by a line of that width.
     fn line(&mut self, points: &[(f64, f64)], ink: Ink, width: f64) -> anyhow::Result<()>;
+    /// A filled rectangle between two corners.
+    fn rect(&mut self, from: (f64, f64), to: (f64, f64), ink: Ink) -> anyhow::Result<()>;
     /// A filled disc.
     fn disc(&mut self, center: (f64, f64), radius: f64, ink: Ink) -> anyhow::Result<()>;
     /// One line of text with its base line at `at.1`; `size` is the font's em.
@@ -201,6 +213,11 @@ impl<B: DrawingBackend> Canvas for Page<B> {
         Ok(())
     }
 
+    fn rect(&mut self, from: (f64, f64), to: (f64, f64), ink: Ink) -> anyhow::Result<()> {
+        let style = ShapeStyle::from(&ink.color()).filled();
+        self.backend.draw_rect(self.at(from), self.at(to), &style, true).map_err(|error| anyhow!("{error}"))
+    }
+
     fn disc(&mut self, center: (f64, f64), radius: f64, ink: Ink) -> anyhow::Result<()> {
         let color = ink.color();
         if self.is_raster {
@@ -282,6 +299,13 @@ impl Canvas for Markup {
             writeln!(self.text, "<polyline style=\"stroke:var({color});stroke-width:{width}\" points=\"{places}\"/>")?;
         }
         Ok(())
+    }
+
+    fn rect(&mut self, from: (f64, f64), to: (f64, f64), ink: Ink) -> anyhow::Result<()> {
+        let (x, y, width, height) = (tenths(from.0), tenths(from.1), tenths(to.0 - from.0), tenths(to.1 - from.1));
+        let RGBColor(r, g, b) = ink.color();
+        let fill = if matches!(ink, Ink::Level(_)) { format!("rgb({r},{g},{b})") } else { format!("var({})", ink.variable()) };
+        Ok(writeln!(self.text, "<rect x=\"{x}\" y=\"{y}\" width=\"{width}\" height=\"{height}\" style=\"fill:{fill}\"/>")?)
     }
 
     fn disc(&mut self, (x, y): (f64, f64), radius: f64, ink: Ink) -> anyhow::Result<()> {

@@ -42,6 +42,85 @@ pub struct ForecastPlot {
     pub baseline: Option<(String, Vec<f64>)>,
 }
 
+/// What one unit did at each step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UnitTrace {
+    pub name: String,
+    /// The tanh of its cell state.
+    pub cell: Vec<f64>,
+    /// Its gates i, f, g, o, activated.
+    pub gates: [Vec<f64>; 4],
+}
+
+impl UnitTrace {
+    /// Without the first steps.
+    pub fn from(&self, first: usize) -> Self {
+        let rest = |values: &[f64]| values.get(first..).unwrap_or_default().to_vec();
+        Self { name: self.name.clone(), cell: rest(&self.cell), gates: self.gates.each_ref().map(|gate| rest(gate)) }
+    }
+}
+
+/// What [`activations`] draws.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Activations {
+    pub title: String,
+    /// What was read at each step: drawn where it has one character, else every tenth.
+    pub steps: Vec<String>,
+    pub units: Vec<UnitTrace>,
+}
+
+/// Draws what units do while they read into `STEM.svg` and `STEM.png`: for each the cell state behind what is read, then its gates. Red is 1, white
+/// 0, blue -1.
+///
+/// # Errors
+/// The files cannot be written.
+pub fn activations(path_stem: &Path, plot: &Activations) -> anyhow::Result<()> {
+    canvas::write(path_stem, &|canvas| draw_activations(canvas, plot))
+}
+
+fn draw_activations(canvas: &mut dyn Canvas, plot: &Activations) -> anyhow::Result<()> {
+    /// Rows of gates beside that of the cell, which is twice as high.
+    const GATE_ROWS: [(usize, &str); 4] = [(0, "input"), (1, "forget"), (2, "candidate"), (3, "output")];
+    let Sheet { width, height, margin } = canvas.sheet();
+    let (left, top) = (margin + 110.0, margin + 26.0);
+    let step = (width - margin - left) / plot.steps.len().max(1) as f64;
+    let block = (height - margin - top) / plot.units.len().max(1) as f64;
+    // The cell's row, four rows of gates, and air.
+    let row = (block / 7.0).min(18.0);
+    canvas.text(&plot.title, (margin, margin + 8.0), 17.0, Ink::Text, Anchor::Start)?;
+    canvas.text("red 1, white 0, blue -1", (width - margin, margin + 8.0), 13.0, Ink::Label, Anchor::End)?;
+    let is_text = plot.steps.iter().all(|step| step.chars().count() <= 1);
+    for (u, unit) in plot.units.iter().enumerate() {
+        let y = top + u as f64 * block;
+        let cells = |canvas: &mut dyn Canvas, values: &[f64], y: f64, high: f64| -> anyhow::Result<()> {
+            for (t, &value) in values.iter().enumerate() {
+                let x = left + t as f64 * step;
+                canvas.rect((x, y), (x + step, y + high), Ink::Level(value))?;
+            }
+            Ok(())
+        };
+        cells(canvas, &unit.cell, y, 2.0 * row)?;
+        canvas.text(&unit.name, (left - 8.0, y + 1.4 * row), 13.0, Ink::Text, Anchor::End)?;
+        for (i, (gate, name)) in GATE_ROWS.into_iter().enumerate() {
+            let y = y + (2 + i) as f64 * row;
+            cells(canvas, &unit.gates[gate], y + 1.0, row - 1.0)?;
+            canvas.text(name, (left - 8.0, y + 0.8 * row), (0.8 * row).clamp(6.0, 12.0), Ink::Label, Anchor::End)?;
+        }
+        for (t, read) in plot.steps.iter().enumerate().filter(|(t, _)| is_text || t % 10 == 9) {
+            let dark = unit.cell.get(t).is_some_and(|value| value.abs() > 0.55);
+            let shown = match read.as_str() {
+                "\n" => "\\n",
+                " " => continue,
+                read => read,
+            };
+            let x = left + (t as f64 + 0.5) * step;
+            let ink = if dark { Ink::Level(0.0) } else { Ink::Text };
+            canvas.text(shown, (x, y + 1.45 * row), (1.3 * row).clamp(8.0, 1.6 * step.max(6.0)), ink, Anchor::Middle)?;
+        }
+    }
+    Ok(())
+}
+
 /// Above this ratio of the largest to the smallest value the vertical axis is logarithmic.
 const LOG_RATIO: f64 = 20.0;
 /// A curve of more points than this is noisy and gets a smoothed line over the faint points.

@@ -3,11 +3,12 @@
 use serde::{Deserialize, Serialize};
 
 use super::run_folder::Select;
+use crate::data::sequences::ClassWeights;
 use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
 use crate::data::text::Encoding;
 use crate::data::vocab::Level;
-use crate::model::config::{Hidden, LstmConfig, Pooling};
+use crate::model::config::{Hidden, Levels, LstmConfig, Pooling};
 use crate::model::init::Init;
 use crate::optim::OptimizerConfig;
 use crate::optim::schedule::ScheduleConfig;
@@ -24,6 +25,10 @@ pub enum Task {
     Classify,
     /// A number that belongs to a sequence.
     Regress,
+    /// The class of each step of a sequence.
+    Tag,
+    /// The notes of the frame after each step.
+    Frames,
 }
 
 impl Task {
@@ -34,6 +39,8 @@ impl Task {
             Self::Forecast => "forecast",
             Self::Classify => "classify",
             Self::Regress => "regress",
+            Self::Tag => "tag",
+            Self::Frames => "frames",
         }
     }
 }
@@ -91,6 +98,15 @@ pub struct RunConfig {
     /// Numbers of sequences that are further off than this, in the label's unit, count as wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tolerance: Option<f64>,
+    /// How much classes count; none: all alike.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class_weights: Option<ClassWeights>,
+    /// Levels of the quantiles that are forecast; none: the mean.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantiles: Option<Levels>,
+    /// Notes of a frame.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notes: Option<usize>,
     pub missing: Missing,
     pub relative: Relative,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -105,6 +121,12 @@ pub struct RunConfig {
     pub dropout: f64,
     pub no_bias: bool,
     pub init: Init,
+    /// A run folder or a model file whose parameters the run begins with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init_from: Option<String>,
+    /// Patterns of tensors' names that are not trained.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub freeze: Vec<String>,
     /// Starting biases of the gates i, f, g, o.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gate_bias: Option<[f64; 4]>,
@@ -122,6 +144,9 @@ pub struct RunConfig {
     pub epochs: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<u64>,
+    /// Evaluations in a row without a lower loss after which training ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub early_stop: Option<u64>,
     #[serde(flatten)]
     pub optimizer: OptimizerConfig,
     #[serde(flatten)]

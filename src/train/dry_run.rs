@@ -59,7 +59,7 @@ pub fn dry_run(config: &RunConfig, out: Option<&Path>, bus: &mut Bus) -> Result<
     group.load(params, vec![zeros; config.optimizer.states().len()])?;
 
     let n_batches = batches.n_batches();
-    let total = End { epochs: config.epochs, steps: config.max_steps }.total_steps(n_batches);
+    let total = End { epochs: config.epochs, steps: config.max_steps, worse: None }.total_steps(n_batches);
     let n_streams = corpus.n_streams(config);
     let carried = |n: usize| (n > 0).then(|| Carried::new(&model, n));
 

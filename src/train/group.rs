@@ -127,6 +127,8 @@ pub struct Group {
     update: Update,
     /// The next step hands its gradients out.
     wants_gradients: bool,
+    /// Tensors of the table that are not trained.
+    frozen: Arc<Vec<usize>>,
 }
 
 /// One committed step.
@@ -204,6 +206,7 @@ impl Group {
             members: Vec::new(),
             update: Update::Everywhere,
             wants_gradients: false,
+            frozen: Arc::default(),
         };
         for seat in 0..group.devices.len() {
             let member = group.open(seat)?;
@@ -257,6 +260,11 @@ impl Group {
         };
         let Answer::Open(info) = member.answer()? else { bail!("{} answered out of order", member.name) };
         member.info = info;
+        // One that comes later trains what the others do.
+        if !self.frozen.is_empty() {
+            member.tell(Command::Freeze(Arc::clone(&self.frozen)))?;
+            let Answer::Loaded = member.answer()? else { bail!("{} answered out of order", member.name) };
+        }
         Ok(member)
     }
 
@@ -312,6 +320,18 @@ impl Group {
     pub fn load(&mut self, params: Tensors, states: Vec<Tensors>) -> Result<()> {
         let (params, states) = (Arc::new(params), Arc::new(states));
         let told = self.tell_all(|_| Command::Load { params: Arc::clone(&params), states: Arc::clone(&states) });
+        let answers = self.collect(told, |answer| matches!(answer, Answer::Loaded).then_some(()));
+        self.all_of(answers).map(drop)
+    }
+
+    /// Trains these tensors of the table no more, on any rank.
+    ///
+    /// # Errors
+    /// A worker's.
+    pub fn freeze(&mut self, tensors: Vec<usize>) -> Result<()> {
+        self.frozen = Arc::new(tensors);
+        let frozen = Arc::clone(&self.frozen);
+        let told = self.tell_all(|_| Command::Freeze(Arc::clone(&frozen)));
         let answers = self.collect(told, |answer| matches!(answer, Answer::Loaded).then_some(()));
         self.all_of(answers).map(drop)
     }

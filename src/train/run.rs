@@ -1,7 +1,7 @@
 //! A run from configuration to trained model: epochs, evaluations, checkpoints, resume.
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -24,12 +24,14 @@ use crate::infer::evaluate::{Evaluation, Forward, evaluate, truth_at_end};
 use crate::infer::generate::{GenerateOptions, generate};
 use crate::infer::session::{Session, read_config, read_data};
 use crate::infer::task::{Corpus, DATA_FILE, DataRecord, EvalSet, model_config};
+use crate::infer::warm::Warm;
 use crate::model::init::initial;
 use crate::model::state::Carried;
 use crate::observe::plot::{self, ForecastPlot, Series as Curve, Times};
 use crate::observe::sinks::{Metrics, Report, ReportFiles, TensorBoard, history, up_to};
 use crate::observe::{Bus, CheckpointKind, Event, Exhibit, Level, RunInfo, StartDevice, Table, Throughput, format};
 use crate::optim::schedule::{Plateau, Schedule, ScheduleKind};
+use crate::params::ParamTable;
 use crate::rng::StepKey;
 use crate::store::checkpoint::{Checkpoint, NamedTensor};
 use crate::store::config::{LossReduction, OnDeviceLoss, RunConfig, Task};
@@ -85,6 +87,11 @@ struct Position {
     last_loss: Option<f64>,
     train_loss: Option<f64>,
     valid_loss: Option<f64>,
+    /// The lowest loss of an evaluation, and evaluations since then.
+    #[serde(default)]
+    lowest: Option<f64>,
+    #[serde(default)]
+    n_worse: u64,
     /// Nothing is left to do.
     finished: bool,
 }
@@ -176,7 +183,9 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
         RunFolder::check_free(&options.out)?;
     }
     let recorded = found.as_ref().map(|(_, _, data)| data);
-    let corpus = Corpus::load(&config, recorded.map(|data| &data.spec))?;
+    let warm = config.init_from.as_ref().filter(|_| !begun).map(|from| Warm::open(Path::new(from))).transpose()?;
+    let known = recorded.map(|data| &data.spec).or(warm.as_ref().and_then(Warm::text_spec));
+    let corpus = Corpus::load(&config, known)?;
     if let Some(fingerprint) = recorded.and_then(|data| data.fingerprint.as_ref()) {
         corpus.check_unchanged(fingerprint)?;
     }
@@ -196,6 +205,12 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
     let survives = config.on_device_loss == OnDeviceLoss::Continue;
     let safety = Safety { survives, deadline: Duration::from_secs(config.deadline), memory_limits, tap: None };
     let mut group = Group::start_safe(group_spec, &devices, safety, options.wrap.as_ref())?;
+    let frozen = frozen(&config.freeze, &model.table())?;
+    if !frozen.is_empty() {
+        let n: usize = frozen.iter().map(|&tensor| group.table().tensors()[tensor].layout.torch_len()).sum();
+        bus.log(Level::Info, &format!("{} parameters are not trained", format::count(n as u64)));
+        group.freeze(frozen)?;
+    }
     let kinds: Vec<String> = group.devices().map(|(_, info)| info.kind.clone()).collect();
     if group.update() == Update::ByOwner {
         bus.log(Level::Detail, "devices differ in kind: the owner of each segment updates it");
@@ -203,7 +218,7 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
     bus.log(Level::Info, &format!("{} parameters on {}", format::count(group.table().n_parameters() as u64), describe(&group)));
 
     let n_batches = batches.n_batches();
-    let end = End { epochs: config.epochs, steps: config.max_steps };
+    let end = End { epochs: config.epochs, steps: config.max_steps, worse: config.early_stop };
     let total = end.total_steps(n_batches);
     let mut position = Position {
         step: 0,
@@ -220,6 +235,8 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
         last_loss: None,
         train_loss: None,
         valid_loss: None,
+        lowest: None,
+        n_worse: 0,
         finished: false,
     };
     let mut state = (corpus.n_streams(&config) > 0).then(|| Carried::new(&model, corpus.n_streams(&config)));
@@ -250,7 +267,13 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
             folder
         }
         None => {
-            let params = initial(&model, group.table(), config.init, config.gate_bias, config.seed);
+            let mut params = initial(&model, group.table(), config.init, config.gate_bias, config.seed);
+            if let (Some(warm), Some(from)) = (warm, &config.init_from) {
+                let fresh = warm.apply(group.table(), &spec, &mut params)?;
+                if !fresh.is_empty() {
+                    bus.warn(format!("{from} has nothing that fits for {}: they start as --init says", fresh.join(", ")));
+                }
+            }
             let zeros: Tensors = group.table().tensors().iter().map(|t| vec![0.0; t.layout.torch_len()]).collect();
             group.load(params, vec![zeros; config.optimizer.states().len()])?;
             let mut folder = if options.resume { RunFolder::open_or_create(&options.out)? } else { RunFolder::create(&options.out)? };
@@ -356,11 +379,27 @@ fn continued(asked: RunConfig, recorded: RunConfig) -> Result<RunConfig> {
     Ok(kept)
 }
 
+/// The tensors that the patterns name.
+fn frozen(patterns: &[String], table: &ParamTable) -> Result<Vec<usize>, UsageError> {
+    let names: Vec<&str> = table.tensors().iter().map(|tensor| tensor.name.as_str()).collect();
+    let mut frozen = vec![false; names.len()];
+    for pattern in patterns {
+        let glob = glob::Pattern::new(pattern).map_err(|e| UsageError(format!("--freeze {pattern} is no pattern: {e}")))?;
+        let hits: Vec<usize> = (0..names.len()).filter(|&i| glob.matches(names[i])).collect();
+        UsageError::unless(!hits.is_empty(), || format!("--freeze {pattern} fits no tensor of the model: it has {}", names.join(", ")))?;
+        hits.into_iter().for_each(|i| frozen[i] = true);
+    }
+    UsageError::unless(frozen.contains(&false), || format!("--freeze {} leaves nothing to train: name fewer tensors", patterns.join(",")))?;
+    Ok((0..names.len()).filter(|&i| frozen[i]).collect())
+}
+
 /// When a run is over.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct End {
     pub epochs: Option<u64>,
     pub steps: Option<u64>,
+    /// Evaluations in a row that found no lower loss.
+    pub worse: Option<u64>,
 }
 
 impl End {
@@ -374,7 +413,11 @@ impl End {
     }
 
     fn reached(self, position: &Position) -> bool {
-        self.epochs.is_some_and(|e| position.epoch >= e) || self.steps.is_some_and(|s| position.step >= s)
+        self.epochs.is_some_and(|e| position.epoch >= e) || self.steps.is_some_and(|s| position.step >= s) || self.is_stalled(position)
+    }
+
+    fn is_stalled(self, position: &Position) -> bool {
+        self.worse.is_some_and(|n| position.n_worse >= n)
     }
 }
 
@@ -389,7 +432,7 @@ fn position_of(checkpoint: &Checkpoint) -> Result<Position> {
 
 /// What a run that has nothing left to do came to, as it was kept; its data may be gone.
 fn finished(folder: &RunFolder, config: &RunConfig, position: &Position) -> Option<Outcome> {
-    let end = End { epochs: config.epochs, steps: config.max_steps };
+    let end = End { epochs: config.epochs, steps: config.max_steps, worse: config.early_stop };
     if !position.finished || !end.reached(position) {
         return None;
     }
@@ -419,10 +462,11 @@ fn losses_table(config: &RunConfig, summary: &Map<String, Value>) -> Table {
     if let Some(perplexity) = summary.get("perplexity").and_then(Value::as_f64) {
         losses.push(("test perplexity", format::number(perplexity, 4)));
     }
-    if matches!(config.task, Task::Classify | Task::Regress) {
+    if !matches!(config.task, Task::Lm | Task::Forecast) {
         let scores = [
             ("/accuracy", "test accuracy"),
             ("/baselines/majority", "accuracy of the commonest class"),
+            ("/baselines/frequency", "loss of each note's own frequency"),
             ("/macro_f1", "test macro F1"),
             ("/rmse/model", "test RMSE, the label's unit"),
             ("/rmse/mean", "RMSE of the mean"),
@@ -436,6 +480,9 @@ fn losses_table(config: &RunConfig, summary: &Map<String, Value>) -> Table {
     let unit = match config.task {
         Task::Lm => "Loss, nats a token",
         Task::Classify => "Loss, nats a sequence",
+        Task::Tag => "Loss, nats a step",
+        Task::Frames => "Negative log-likelihood, nats a frame",
+        Task::Forecast if config.quantiles.is_some() => "Loss, quantile loss on the normalised scale",
         Task::Forecast | Task::Regress => "Loss, squared error on the normalised scale",
     };
     Table::new(format!("Run {}", summary.get("status").and_then(Value::as_str).unwrap_or_default())).pairs(unit, losses)
@@ -677,12 +724,16 @@ impl Trainer<'_> {
             (position.epoch_loss, position.epoch_weight) = (0.0, 0.0);
             (position.epoch, position.batch) = (epoch + 1, 0);
         }
-        let done = self.end.reached(&self.position);
+        let mut done = self.end.reached(&self.position);
         let every = |n: u64| if n == 0 { over } else { step % n == 0 };
         if self.config.hash_every > 0 && self.group.world() > 1 && (step % self.config.hash_every == 0 || done) {
             self.survive(|group| group.compare_replicas(step))?;
         }
         let evaluated = if every(self.config.eval_every) || over || done { self.evaluate_valid()? } else { None };
+        if !done && self.end.is_stalled(&self.position) {
+            done = true;
+            self.bus.log(Level::Info, &format!("step {step}: {} evaluations found no lower loss, so the run ends", self.position.n_worse));
+        }
         if !stepped.gradients.is_empty() {
             self.show_tensors(corpus, &stepped.gradients)?;
         }
@@ -714,6 +765,11 @@ impl Trainer<'_> {
         let loss = evaluate(valid, &mut together)?.loss;
         regrouped.iter().for_each(|regrouped| self.note(regrouped));
         self.position.valid_loss = Some(loss);
+        if self.position.lowest.is_none_or(|lowest| loss < lowest) {
+            (self.position.lowest, self.position.n_worse) = (Some(loss), 0);
+        } else {
+            self.position.n_worse += 1;
+        }
         if self.position.schedule.kind == ScheduleKind::Plateau {
             self.position.plateau.observe(loss, &self.position.schedule);
         }
@@ -988,6 +1044,9 @@ impl Trainer<'_> {
             let label = match self.config.task {
                 Task::Lm => "loss, nats a token",
                 Task::Classify => "loss, nats a sequence",
+                Task::Tag => "loss, nats a step",
+                Task::Frames => "negative log-likelihood, nats a frame",
+                Task::Forecast if self.config.quantiles.is_some() => "quantile loss, normalised",
                 Task::Forecast | Task::Regress => "squared error, normalised",
             };
             plot::loss_curve(&dir.join("loss"), &series, "Loss", label)

@@ -34,6 +34,8 @@ pub enum Command {
     Join(Box<Seat>),
     /// Set parameters and optimizer state (tensors in the table's order, each in PyTorch's).
     Load { params: Arc<Vec<Vec<f32>>>, states: Arc<Vec<Vec<Vec<f32>>>> },
+    /// Train these tensors of the table no more.
+    Freeze(Arc<Vec<usize>>),
     /// Take the memory for training on so many steps and rows.
     Reserve { n_steps: usize, n_rows: usize },
     /// Compute and exchange a training step.
@@ -238,6 +240,8 @@ struct Worker {
     /// Sent in earlier rings, and in this one.
     bytes_sent: [u64; 2],
     whereabouts: Whereabouts,
+    /// By bucket: words that are not trained.
+    frozen: Vec<Vec<Range<usize>>>,
     /// Of the step at hand, where they are wanted and owners update.
     gradients: Vec<Vec<f32>>,
     /// Steps and rows of an evaluation's last pass, as long as its gates are there.
@@ -336,6 +340,7 @@ impl Worker {
             tail: Vec::new(),
             bytes_sent: [0; 2],
             whereabouts,
+            frozen: vec![Vec::new(); buckets.len()],
             gradients: Vec::new(),
             evaluated: None,
         })
@@ -420,7 +425,7 @@ impl Worker {
         let deadline = self.spec.deadline;
         self.whereabouts.set(match command {
             Command::Join(_) => "taking its place in the ring",
-            Command::Load { .. } => "loading parameters",
+            Command::Load { .. } | Command::Freeze(_) => "loading parameters",
             Command::Reserve { .. } | Command::Step(_) => "computing gradients",
             Command::Commit => "updating",
             Command::Abort => "idle",
@@ -435,6 +440,14 @@ impl Worker {
             Command::Load { params, states } => {
                 self.model.write_params(self.backend.as_mut(), &params)?;
                 self.write_states(&states)?;
+                Some(Answer::Loaded)
+            }
+            Command::Freeze(tensors) => {
+                self.frozen.iter_mut().for_each(Vec::clear);
+                for &tensor in tensors.iter() {
+                    let tensor = self.model.table().tensors().get(tensor).context("a tensor to freeze is in the table")?;
+                    self.frozen[tensor.bucket].push(tensor.in_bucket());
+                }
                 Some(Answer::Loaded)
             }
             Command::Reserve { n_steps, n_rows } => {
@@ -492,13 +505,16 @@ impl Worker {
             let share = share_of(&batch, part_state.as_deref(), work.scale);
             let pass = Pass { key: self.spec.model.is_random().then_some(work.key), gradients: true, part };
             let (ring, memory, messages) = (self.ring.as_ref(), &mut self.memory, &mut self.messages);
-            let is_last = part + 1 == n_parts;
-            self.model.run(backend, &share, pass, &mut |backend, bucket, span| match ring {
-                Some(ring) if is_last => {
-                    let words = backend.read(&[span], memory.pop().unwrap_or_default())?;
-                    ring.reduce(bucket, words, messages.get_mut(bucket).and_then(Option::take))
+            let (is_last, frozen) = (part + 1 == n_parts, &self.frozen);
+            self.model.run(backend, &share, pass, &mut |backend, bucket, span| {
+                if !is_last {
+                    return Ok(());
                 }
-                _ => Ok(()),
+                // What is not trained counts for no norm.
+                frozen[bucket].iter().try_for_each(|range| backend.clear(span.part(range.start, range.len())))?;
+                let Some(ring) = ring else { return Ok(()) };
+                let words = backend.read(&[span], memory.pop().unwrap_or_default())?;
+                ring.reduce(bucket, words, messages.get_mut(bucket).and_then(Option::take))
             })?;
             if work.wants_state && n_parts > 1 {
                 let spans = self.model.final_state(batch.n_steps, batch.n_rows);
@@ -604,7 +620,11 @@ impl Worker {
                     backend.copy(of(state[bucket]), second)?;
                 }
                 let states = with_spare(&seconds, Span { buffer: self.spare, offset: 0, len });
-                self.spec.optimizer.update(backend, new, grad, states, work.step, work.lr, factor)?;
+                for range in live(&self.frozen[bucket], segment.range.clone()) {
+                    let (at, len) = (range.start - segment.range.start, range.len());
+                    let part = |span: Span| span.part(at, len);
+                    self.spec.optimizer.update(backend, part(new), part(grad), states.map(part), work.step, work.lr, factor)?;
+                }
             }
             // A rule without state has none to copy.
             let copied = self.keeps_copies && !seconds.is_empty();
@@ -635,7 +655,10 @@ impl Worker {
                     let states: Vec<Span> = self.states.iter().map(|s| whole(s[bucket])).collect();
                     let states = with_spare(&states, whole(self.spare));
                     let (param, grad) = (whole(self.model.params()[bucket]), whole(self.model.grads()[bucket]));
-                    self.spec.optimizer.update(backend, param, grad, states, step, lr, factor)?;
+                    for range in live(&self.frozen[bucket], 0..b.range.len()) {
+                        let part = |span: Span| span.part(range.start, range.len());
+                        self.spec.optimizer.update(backend, part(param), part(grad), states.map(part), step, lr, factor)?;
+                    }
                 }
             }
             Pending::NewParams { copies } => {
@@ -704,6 +727,19 @@ fn write_parts(backend: &mut dyn Backend, buffer: BufferId, message: &Shared) ->
         backend.write(Span { buffer, offset: range.start, len: range.len() }, part)?;
     }
     Ok(())
+}
+
+/// What of `within` is trained: all but the frozen ranges, which lie apart and rise.
+fn live(frozen: &[Range<usize>], within: Range<usize>) -> Vec<Range<usize>> {
+    let mut parts = Vec::with_capacity(frozen.len() + 1);
+    let mut start = within.start;
+    for range in frozen {
+        parts.push(start..range.start.clamp(start, within.end));
+        start = range.end.clamp(start, within.end);
+    }
+    parts.push(start..within.end);
+    parts.retain(|part| !part.is_empty());
+    parts
 }
 
 /// A rule with less state than its kernel has bindings gets the spare in front: only momenta are ever missing.

@@ -274,6 +274,8 @@ impl Network {
         self.head.map(|head| match head {
             Output::Classes { n_classes } | Output::Label { n_classes, .. } => vec![n_classes, self.width()],
             Output::Values { n_outputs, .. } => vec![n_outputs, self.width()],
+            Output::Notes { n_notes } => vec![n_notes, self.width()],
+            Output::Quantiles { n_values, levels, .. } => vec![n_values * levels.count(), self.width()],
         })
     }
 

@@ -385,11 +385,16 @@ fn graph(network: &Network, tensors: &[NamedTensor]) -> Graph {
     let (last, width) = (layers.len().saturating_sub(1), network.width());
     match network.head {
         None => b.output("output", &[Axis::Time, Axis::Batch, Axis::Of(width)]),
-        Some(Output::Classes { n_classes }) => {
+        Some(Output::Classes { n_classes } | Output::Notes { n_notes: n_classes }) => {
             head(&mut b, network, &params, n_classes, &x);
             b.output("output", &[Axis::Time, Axis::Batch, Axis::Of(n_classes)]);
         }
-        Some(Output::Label { n_classes: n_outputs, pooling } | Output::Values { n_outputs, pooling }) => {
+        Some(output @ (Output::Label { pooling, .. } | Output::Values { pooling, .. } | Output::Quantiles { pooling, .. })) => {
+            let n_outputs = match output {
+                Output::Quantiles { n_values, levels, .. } => n_values * levels.count(),
+                Output::Label { n_classes: n, .. } | Output::Values { n_outputs: n, .. } | Output::Classes { n_classes: n } => n,
+                Output::Notes { n_notes } => n_notes,
+            };
             let read = match pooling {
                 Pooling::Last => {
                     // [D, B, H] -> [B, D * H]

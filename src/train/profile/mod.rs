@@ -112,7 +112,13 @@ impl Workload {
             config::Output::Classes { .. } if !tokens.is_empty() => (Target::Tokens(tokens[b..].to_vec()), t * b),
             config::Output::Classes { n_classes } => (Target::Tokens(below(numbers(t * b), n_classes)), t * b),
             config::Output::Label { n_classes, .. } => (Target::Labels(below(numbers(b), n_classes)), b),
-            config::Output::Values { n_outputs, .. } => (Target::Values { values: numbers(b * n_outputs), n_outputs }, b * n_outputs),
+            config::Output::Values { n_outputs, .. } | config::Output::Quantiles { n_values: n_outputs, .. } => {
+                (Target::Values { values: numbers(b * n_outputs), n_outputs }, b * n_outputs)
+            }
+            config::Output::Notes { n_notes } => {
+                let values = numbers(t * b * n_notes).into_iter().map(|u| f32::from(u8::from(u > 0.9))).collect();
+                (Target::Notes { values, n_notes }, t * b)
+            }
         };
         let input = match self.model.input {
             config::Input::Tokens { .. } => Input::Tokens(tokens[..t * b].to_vec()),
