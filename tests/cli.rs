@@ -325,7 +325,7 @@ fn sequences_in_a_table_are_trained_on_judged_and_written_out() {
     assert_eq!(said.lines().count() - 1, counts.iter().flatten().sum::<usize>());
     let tensors = run(&["evaluate", "--run", "run", "--output", "said.safetensors"]);
     assert_eq!(tensors.code, 0, "{}", tensors.err);
-    assert!(run(&["generate", "--run", "run"]).err.contains("use evaluate"));
+    assert!(run(&["generate", "--run", "run"]).err.contains("use classify"));
     assert!(
         run(&["train", "--data", "kinds.csv", "--task", "classify", "--out", "other"]).err.contains("--sequence COLUMN --label COLUMN")
     );

@@ -1274,7 +1274,7 @@ fn a_share_that_contradicts_the_model_is_refused_by_name() {
     assert!(refused(Share { targets: Some(Words::Tokens(&outside)), ..share }, 0).contains("target 11 is outside the 11 classes"));
     assert!(refused(Share { input: Words::Tokens(&outside[1..]), ..share }, 0).contains("17 tokens for 6 steps of 3 rows"));
     assert!(refused(Share { input: Words::Values(&[0.0; 18]), ..share }, 0).contains("kind"));
-    assert!(refused(Share { weights: &[1.0], ..share }, 0).contains("18 targets with 1 weights"));
+    assert!(refused(Share { weights: &[1.0], ..share }, 0).contains("1 weights for 18 terms"));
     assert!(refused(share, 64).contains("at most 64 parts"));
     assert!(refused(Share { lengths: Some(&[6, 6]), ..share }, 0).contains("2 lengths for 3 rows"));
     assert!(refused(Share { lengths: Some(&[6, 7, 1]), ..share }, 0).contains("a row has 7 valid steps of 6"));

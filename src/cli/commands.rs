@@ -41,7 +41,7 @@ use crate::store::config::{RunConfig, Task};
 use crate::store::{RunFolder, default_run_path, interchange};
 use crate::train::devices::{self, DeviceKind};
 use crate::train::dry_run::dry_run;
-use crate::train::profile::kernels::{Asked, profile_kernels as measure_kernels};
+use crate::train::profile::kernels::{Asked, chosen, profile_kernels as measure_kernels};
 use crate::train::profile::{self, Measured, Mode, Workload};
 use crate::train::run::{RunOptions, run};
 use crate::usage::UsageError;
@@ -483,6 +483,8 @@ pub fn profile_kernels(args: &ProfileKernelsArgs, bus: &mut Bus) -> anyhow::Resu
     }
     let is_sized = given.iter().any(|(_, size, _)| size.is_some());
     let sizes = is_sized.then_some(Sizes { n_steps: t as u32, n_rows: b as u32, inputs: i as u32, hidden: h as u32, n_classes: v as u32 });
+    // A wrong name is told before the devices are.
+    chosen(&args.kernel)?;
     let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
     let (devices, reasons) = devices::resolve(&devices::parse(&args.devices)?, devices::adapters, n_cores)?;
     reasons.iter().for_each(|reason| bus.log(Level::Info, reason));

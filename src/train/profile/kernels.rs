@@ -181,7 +181,11 @@ pub fn profile_kernels(asked: &Asked, devices: &[Resolved]) -> Result<Map<String
     ]))
 }
 
-fn chosen(names: &[String]) -> Result<Vec<&'static Entry>, UsageError> {
+/// Kernels by name; all where none is named.
+///
+/// # Errors
+/// A name that none has.
+pub fn chosen(names: &[String]) -> Result<Vec<&'static Entry>, UsageError> {
     if names.is_empty() {
         return Ok(ALL.iter().collect());
     }
