@@ -85,10 +85,17 @@ fn what_was_given_wrongly_is_code_2_with_one_line_on_standard_error() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("key.toml"), "layers = 2\nhiden = 3\n").unwrap();
     fs::write(folder.path().join("value.toml"), "dropout = 1.5\n").unwrap();
+    for (name, value) in [("none", "[]"), ("text", "\"x\""), ("float", "2.5"), ("zero", "\"24,0\"")] {
+        fs::write(folder.path().join(format!("{name}.toml")), format!("layers = 2\nhidden = {value}\n")).unwrap();
+    }
     for (args, part) in [
         (&["train", "--config", "key.toml"][..], "key.toml, line 2: unknown key `hiden`; the nearest is `hidden`"),
         (&["train", "--config", "value.toml"], "dropout (in value.toml) is 1.5, but must be at least 0 and below 1"),
-        (&["train", "--config", "none.toml"], "cannot read none.toml"),
+        (&["train", "--config", "none.toml"], "none.toml, line 2: hidden names no layer"),
+        (&["train", "--config", "text.toml"], "text.toml, line 2: hidden is \"x\": not a whole number"),
+        (&["train", "--config", "float.toml"], "float.toml, line 2: hidden must be a whole number"),
+        (&["train", "--config", "zero.toml"], "hidden (in zero.toml) is 24,0, but must be from 1"),
+        (&["train", "--config", "nothing.toml"], "cannot read nothing.toml"),
         (&["train", "--lr", "-1"], "--lr is -1, but must be a number above 0"),
         (&["train", "--resume"], "--resume needs --out"),
         (&["train", "--task", "lm"], "--data"),
@@ -131,7 +138,7 @@ fn what_was_given_wrongly_is_code_2_with_one_line_on_standard_error() {
         assert!(call.err.starts_with("error: ") && call.err.contains(part) && call.err.lines().count() == 1, "{args:?}: {}", call.err);
     }
     let files = fs::read_dir(folder.path()).unwrap().count();
-    assert_eq!(files, 2, "a refused command left something behind");
+    assert_eq!(files, 6, "a refused command left something behind");
 }
 
 #[test]

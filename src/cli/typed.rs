@@ -496,16 +496,22 @@ impl Serialize for Units {
 
 impl<'de> Deserialize<'de> for Units {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // Only `hidden` is of this kind.
         #[derive(Deserialize)]
-        #[serde(untagged, expecting = "a whole number, one with K, M, G in quotes, or a list of such")]
+        #[serde(untagged, expecting = "hidden must be a whole number, one with K, M or G in quotes, or a list of such")]
         enum Given {
             All(Size),
             Each(Vec<Size>),
+            Text(String),
         }
-        Ok(Self(match Given::deserialize(deserializer)? {
-            Given::All(one) => vec![one],
-            Given::Each(each) => each,
-        }))
+        let none = || serde::de::Error::custom("hidden names no layer: give one number for all layers, or one for each");
+        match Given::deserialize(deserializer)? {
+            Given::All(one) => Ok(Self(vec![one])),
+            Given::Each(each) if each.is_empty() => Err(none()),
+            Given::Each(each) => Ok(Self(each)),
+            // As the flag is written.
+            Given::Text(text) => text.parse().map_err(|e| serde::de::Error::custom(format!("hidden is \"{text}\": {e}"))),
+        }
     }
 }
 
