@@ -542,8 +542,14 @@ impl Group {
                 Err(crossbeam::channel::TryRecvError::Disconnected) => Err(member.gone()),
             });
         }
-        let answers = answers.into_iter().zip(&self.members);
-        answers.map(|(answer, member)| answer.unwrap_or_else(|| Err(member.is_stuck()))).collect()
+        let late: Vec<usize> = answers.iter().flatten().filter_map(|a| late_rank(a.as_ref().err()?)).collect();
+        let deadline = self.safety.deadline;
+        let unanswered = |rank: usize, member: &Member| match late.contains(&rank) {
+            true => member.is_stuck(deadline),
+            false => member.is_stuck(member.patience),
+        };
+        let answers = answers.into_iter().zip(&self.members).enumerate();
+        answers.map(|(rank, (answer, member))| answer.unwrap_or_else(|| Err(unanswered(rank, member)))).collect()
     }
 
     /// What the answers to a step come to.
@@ -835,7 +841,7 @@ impl Member {
         use crossbeam::channel::SendTimeoutError::{Disconnected, Timeout};
         match self.commands.as_ref().map(|commands| commands.send_timeout(command, self.patience)) {
             Some(Ok(())) => Ok(()),
-            Some(Err(Timeout(_))) => Err(self.is_stuck()),
+            Some(Err(Timeout(_))) => Err(self.is_stuck(self.patience)),
             Some(Err(Disconnected(_))) | None => Err(self.gone()),
         }
     }
@@ -844,13 +850,13 @@ impl Member {
         use crossbeam::channel::RecvTimeoutError::{Disconnected, Timeout};
         match self.answers.recv_timeout(self.patience) {
             Ok(answer) => answer.with_context(|| format!("device {}", self.name)),
-            Err(Timeout) => Err(self.is_stuck()),
+            Err(Timeout) => Err(self.is_stuck(self.patience)),
             Err(Disconnected) => Err(self.gone()),
         }
     }
 
-    fn is_stuck(&self) -> anyhow::Error {
-        anyhow!("device {} has not answered for {} s; it was {}", self.name, self.patience.as_secs_f64(), self.whereabouts.get())
+    fn is_stuck(&self, waited: Duration) -> anyhow::Error {
+        anyhow!("device {} has not answered for {} s; it was {}", self.name, waited.as_secs_f64(), self.whereabouts.get())
     }
 
     /// Why a worker is no more.

@@ -114,8 +114,8 @@ impl Backend for Limited {
     fn alloc(&mut self, label: &str, len: usize) -> Result<BufferId> {
         let bytes = 4 * len as u64;
         if self.bytes + bytes > self.most {
-            let (device, gb) = (self.info().spec.clone(), |bytes: u64| bytes as f64 / GB);
-            let what = format!("{label} needs {:.3} GB beside {:.3} of {:.3}", gb(bytes), gb(self.bytes), gb(self.most));
+            let device = self.info().spec.clone();
+            let what = format!("{label} needs {} beside {} of {}", shown(bytes), shown(self.bytes), shown(self.most));
             return Err(DeviceError::OutOfMemory { device, what }.into());
         }
         let buffer = self.inner.alloc(label, len)?;
@@ -158,6 +158,12 @@ impl Backend for Limited {
 /// Bytes of the unit of `--memory-limit`.
 pub const GB: f64 = (1u64 << 30) as f64;
 
+/// In GB, with as many digits as tell something.
+fn shown(bytes: u64) -> String {
+    let gb = bytes as f64 / GB;
+    if gb >= 0.1 { format!("{gb:.3} GB") } else { format!("{gb:.6} GB") }
+}
+
 /// What `--memory-limit` says of each device, in bytes: one number for all, or one for each. Bounds their shares of the largest batch, of `[steps, rows]`, and
 /// tells how.
 ///
@@ -191,16 +197,16 @@ pub fn bounds(
         let most = most_rows(&spec, [rank, world], update, n_steps, n_rows, of_device, limit)?;
         let most = most.map_err(|least| {
             UsageError(format!(
-                "--memory-limit {:.3} GB is too little for {}: the model with a single row of {n_steps} steps takes {:.3} GB; raise it, leave the device \
+                "--memory-limit is {}, too little for {}: the model with a single row of {n_steps} steps takes {}; raise it, leave the device \
                  out, or lower --hidden, --layers, --seq-len or --vocab",
-                limit as f64 / GB,
+                shown(limit),
                 device.spec,
-                least as f64 / GB
+                shown(least)
             ))
         })?;
         if most < n_rows {
             balance.bound(rank, most);
-            told.push(format!("{}: at most {most} of {n_rows} rows fit into {:.3} GB", device.spec, limit as f64 / GB));
+            told.push(format!("{}: at most {most} of {n_rows} rows fit into {}", device.spec, shown(limit)));
         }
     }
     balance.check(n_rows)?;

@@ -283,6 +283,10 @@ pub fn serve(
     }
 }
 
+fn is_memory(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| matches!(cause.downcast_ref(), Some(DeviceError::OutOfMemory { .. })))
+}
+
 /// Whether a step failed for what another rank did or did not do.
 pub fn peer_error(error: &anyhow::Error) -> Option<&CommError> {
     error.chain().find_map(|cause| cause.downcast_ref::<CommError>())
@@ -410,15 +414,25 @@ impl Worker {
         if most == 0 {
             return Ok(());
         }
-        let reserved = self.model.reserve(self.backend.as_mut(), n_steps, most, true);
-        reserved.map_err(|e| self.no_room(e, n_steps, n_rows))
+        self.make_room(n_steps, most).map_err(|e| self.no_room(e, n_steps, n_rows))
+    }
+
+    /// Memory for a part of a share, with gradients.
+    fn make_room(&mut self, n_steps: usize, n_rows: usize) -> Result<()> {
+        let backend = self.backend.as_mut();
+        let reserved = self.model.reserve(backend, n_steps, n_rows, true);
+        if !reserved.as_ref().is_err_and(is_memory) {
+            return reserved;
+        }
+        // It may be what an evaluation left that is too large together with this.
+        self.model.release(backend);
+        self.model.reserve(backend, n_steps, n_rows, true)
     }
 
     /// Says which share it was where memory was too small.
     fn no_room(&self, error: anyhow::Error, n_steps: usize, n_rows: usize) -> anyhow::Error {
-        let is_memory = error.chain().any(|cause| matches!(cause.downcast_ref(), Some(DeviceError::OutOfMemory { .. })));
         let device = self.backend.info().spec.clone();
-        if is_memory { error.context(NoRoom { device, n_rows, n_steps }) } else { error }
+        if is_memory(&error) { error.context(NoRoom { device, n_rows, n_steps }) } else { error }
     }
 
     fn obey(&mut self, command: Command) -> Result<Option<Answer>> {
@@ -494,8 +508,7 @@ impl Worker {
         if let Some(first) = parts.first() {
             // The first part has the most rows, and the longest.
             let n_steps = work.batch.longest(work.rows.start + first.start..work.rows.start + first.end);
-            let reserved = self.model.reserve(backend, n_steps, first.len(), true);
-            reserved.map_err(|e| self.no_room(e, n_steps, n_rows))?;
+            self.make_room(n_steps, first.len()).map_err(|e| self.no_room(e, n_steps, n_rows))?;
         }
         let backend = self.backend.as_mut();
         for part in 0..n_parts {
@@ -697,8 +710,7 @@ impl Worker {
             let first = split_even(n_rows, n_parts).into_iter().next().unwrap_or(0..0);
             let n_steps = work.batch.longest(work.rows.start..work.rows.end);
             let Err(e) = self.model.reserve(backend, n_steps, first.len(), false) else { break };
-            let is_memory = e.chain().any(|cause| matches!(cause.downcast_ref(), Some(DeviceError::OutOfMemory { .. })));
-            if !is_memory || first.len() == 1 {
+            if !is_memory(&e) || first.len() == 1 {
                 return Err(e);
             }
             self.model.release(backend);
