@@ -103,6 +103,11 @@ impl Regrouped {
     }
 }
 
+/// The longest that a device may take to be opened again.
+const MOST_FOR_RETURN: Duration = Duration::from_secs(60);
+/// The longest that a worker's end is waited for.
+const MOST_FOR_END: Duration = Duration::from_secs(30);
+
 struct Member {
     name: String,
     info: DeviceInfo,
@@ -209,7 +214,7 @@ impl Group {
             frozen: Arc::default(),
         };
         for seat in 0..group.devices.len() {
-            let member = group.open(seat)?;
+            let member = group.open(seat, group.patience())?;
             group.members.push(member);
         }
         let failures = group.join_all(None, None)?;
@@ -218,7 +223,7 @@ impl Group {
     }
 
     /// Starts the worker of a device, which then waits for its place in the ring.
-    fn open(&self, seat: usize) -> Result<Member> {
+    fn open(&self, seat: usize, patience: Duration) -> Result<Member> {
         let device = &self.devices[seat];
         let deadline = self.safety.deadline;
         // What a worker may be asked while it is still at something that nobody waits for.
@@ -255,17 +260,22 @@ impl Group {
             commands: Some(commands),
             answers,
             thread: Some(thread),
-            // Its peers find it out a deadline after they have done their own part, and their error tells more: they go first.
-            patience: 2 * deadline + deadline / 2,
+            patience,
         };
         let Answer::Open(info) = member.answer()? else { bail!("{} answered out of order", member.name) };
-        member.info = info;
+        (member.info, member.patience) = (info, self.patience());
         // One that comes later trains what the others do.
         if !self.frozen.is_empty() {
             member.tell(Command::Freeze(Arc::clone(&self.frozen)))?;
             let Answer::Loaded = member.answer()? else { bail!("{} answered out of order", member.name) };
         }
         Ok(member)
+    }
+
+    /// The longest that anybody may take for an answer. Its peers find a stuck one a deadline after they have done their own part, and their error tells
+    /// more: they go first.
+    fn patience(&self) -> Duration {
+        2 * self.safety.deadline + self.safety.deadline / 2
     }
 
     /// Puts all members in a ring of the present generation, with these parameters and optimizer states where they are given. By rank, what failed.
@@ -592,7 +602,8 @@ impl Group {
             _ => (Vec::new(), Vec::new()),
         };
         let hopeless = lost.len() == self.world() || (lost.is_empty() && cramped.is_empty());
-        if !self.safety.survives || hopeless || failures.iter().flatten().any(is_fatal) {
+        // A smaller share is no loss.
+        if (!self.safety.survives && !lost.is_empty()) || hopeless || failures.iter().flatten().any(is_fatal) {
             return match self.first_of(failures) {
                 Err(e) if lost.len() == self.world() && self.safety.survives => e.context("no device is left"),
                 Err(e) => e,
@@ -639,6 +650,8 @@ impl Group {
         // By present rank: the rank before all this, in which losses are told.
         let mut before: Vec<usize> = (0..self.world()).collect();
         loop {
+            // Where losses end the run, nobody holds copies.
+            ensure!(self.safety.survives || lost.is_empty(), "{}", Regrouped { lost, cramped });
             if self.update == Update::ByOwner && self.world() > 1 && states.is_none() && !leaving.is_empty() {
                 // Segments of the optimizer's state lie with their owners: they are put together before anybody moves.
                 states = Some(Arc::new(self.states_without(&mut lost)?));
@@ -721,7 +734,8 @@ impl Group {
     /// It cannot be opened, or does not take its place, and the ring is as it was; or another rank's, as of a step.
     pub fn readmit(&mut self, seat: usize, params: &Arc<Tensors>, states: &Arc<Vec<Tensors>>) -> Result<usize> {
         ensure!(self.membership.absent().any(|absent| absent == seat), "device {seat} is in the ring");
-        let member = self.open(seat)?;
+        // A driver that hangs may not keep those waiting who are there.
+        let member = self.open(seat, self.safety.deadline.min(MOST_FOR_RETURN))?;
         let rank = self.membership.admit(seat);
         self.members.insert(rank, member);
         let failures = self.join_all(Some(params), Some(states))?;
@@ -884,7 +898,7 @@ impl Drop for Group {
         for member in &mut self.members {
             // Its end of the channel goes with its thread; whoever is stuck is not waited for.
             let ends = loop {
-                match member.answers.recv_timeout(member.patience) {
+                match member.answers.recv_timeout(member.patience.min(MOST_FOR_END)) {
                     Ok(_) => {}
                     Err(e) => break e == crossbeam::channel::RecvTimeoutError::Disconnected,
                 }

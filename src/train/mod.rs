@@ -1,7 +1,8 @@
 //! The training loop: the one place where all parts meet.
 //!
 //! A coordinator (the caller's thread) draws global batches, cuts them into shares and drives the [`group`] of workers; each [`worker`] owns a
-//! device, and beside it a [`ring`] thread carries its gradients. A step is [`commit`]ted on all ranks or on none.
+//! device, and beside it a [`ring`] thread carries its gradients. A step is [`commit`]ted on all ranks or on none; where a device is lost,
+//! the others form the ring anew and repeat the step with its share.
 
 pub mod balance;
 pub mod commit;

@@ -391,6 +391,9 @@ impl Worker {
                 self.segments.push(Segment { range, param, states });
             }
         }
+        if let Some(squares) = self.squares.take_if(|_| world > 1) {
+            backend.free(squares);
+        }
         if world == 1 && self.squares.is_none() {
             let n_blocks: usize = buckets.iter().map(|b| round_up(b.range.len().div_ceil(BLOCK), ALIGN)).sum();
             self.squares = Some(backend.alloc("squares", n_blocks)?);
