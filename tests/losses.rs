@@ -94,6 +94,8 @@ struct Stage {
     is_armed: AtomicBool,
     n_calls: AtomicU64,
     has_fired: AtomicBool,
+    /// Its actors note what they upload.
+    is_cast: AtomicBool,
     /// By seat: the tokens last uploaded.
     uploads: Mutex<Vec<Vec<u32>>>,
     /// Held open while the play lasts.
@@ -116,6 +118,7 @@ impl Stage {
             is_armed: AtomicBool::new(false),
             n_calls: AtomicU64::new(0),
             has_fired: AtomicBool::new(false),
+            is_cast: AtomicBool::new(false),
             uploads: Mutex::new(vec![Vec::new(); WORLD]),
             gate,
             opener: Mutex::new(Some(opener)),
@@ -235,6 +238,7 @@ impl Backend for Actor {
 
 /// Devices on the stage, of one kind or each of its own.
 fn actors(stage: &Arc<Stage>, alike: bool) -> Wrap {
+    stage.is_cast.store(true, Ordering::SeqCst);
     let stage = Arc::clone(stage);
     Arc::new(move |seat, inner: Box<dyn Backend>| {
         let mut info = inner.info().clone();
@@ -296,6 +300,8 @@ fn play(stage: &Arc<Stage>, wrap: Option<&Wrap>, safety: Safety, from: u64) -> R
     for step in 0..N_STEPS {
         let batch = batch(&workload, step);
         if step == from {
+            // The update before is done when its result has been read.
+            (0..WORLD).for_each(|rank| drop(group.params_of(rank).unwrap()));
             stage.is_armed.store(true, Ordering::SeqCst);
         }
         let stepped = ask(&mut group, &mut balance, &mut lost, |group, balance| {
@@ -303,7 +309,7 @@ fn play(stage: &Arc<Stage>, wrap: Option<&Wrap>, safety: Safety, from: u64) -> R
             group.step(&batch, &balance.shares(ROWS), Some(&mut carried), numbers(step, &batch, workload.optimizer.lr))
         })?;
         losses.push(stepped.loss / batch.weight);
-        if wrap.is_some() {
+        if stage.is_cast.load(Ordering::SeqCst) {
             let uploads = stage.uploads.lock().unwrap();
             let mut seen: Vec<u32> = (0..group.world()).flat_map(|rank| uploads[group.seat(rank).unwrap()].clone()).collect();
             seen.sort_unstable();
