@@ -290,7 +290,7 @@ fn numbers(step: u64, batch: &Batch, lr: f64) -> StepNumbers {
     StepNumbers { step: step + 1, lr, key: StepKey::new(1, step + 1), divisor: batch.weight }
 }
 
-/// Takes the steps, arming the stage before step `from`; after each, every sample was uploaded exactly once by those who are left.
+/// Takes the steps, arming the stage before step `from` if that comes; after each, every sample was uploaded exactly once by those who are left.
 fn play(stage: &Arc<Stage>, wrap: Option<&Wrap>, safety: Safety, from: u64) -> Result<Told> {
     let workload = workload();
     let mut group = started(&workload, WORLD, safety, wrap);
@@ -449,7 +449,7 @@ fn the_last_device_and_a_segment_lost_with_its_copy_end_the_run_with_the_reason(
         actors(&stage, true)(seat, inner)
     });
     let stage = Stage::new(0, How::Error, u64::MAX);
-    let error = format!("{:#}", play(&stage, Some(&everybody), survives(PATIENT), 0).err().unwrap());
+    let error = format!("{:#}", play(&stage, Some(&everybody), survives(PATIENT), u64::MAX).err().unwrap());
     assert!(error.contains("no device is left") && error.contains("planted fault"), "{error}");
     // Neighbours fail in the same step, of which one holds the other's copy.
     let neighbours: Wrap = Arc::new(|seat, inner| {
@@ -457,7 +457,7 @@ fn the_last_device_and_a_segment_lost_with_its_copy_end_the_run_with_the_reason(
         stage.is_armed.store(true, Ordering::SeqCst);
         actors(&stage, false)(seat, inner)
     });
-    let error = format!("{:#}", play(&stage, Some(&neighbours), survives(PATIENT), 0).err().unwrap());
+    let error = format!("{:#}", play(&stage, Some(&neighbours), survives(PATIENT), u64::MAX).err().unwrap());
     assert!(error.contains("state of rank 1 was lost together with its copy") && error.contains("--resume"), "{error}");
 }
 
