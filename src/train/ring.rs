@@ -2,6 +2,7 @@
 //!
 //! It owns the rank's [`Communicator`] and takes jobs in order; each bucket arrives as a readback that it waits for itself.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -68,7 +69,8 @@ pub struct Ring {
     jobs: Option<Sender<Job>>,
     done: Receiver<Done>,
     deadline: Duration,
-    thread: Option<JoinHandle<()>>,
+    /// Taken by whoever waits for its end.
+    thread: RefCell<Option<JoinHandle<()>>>,
 }
 
 impl Ring {
@@ -83,7 +85,7 @@ impl Ring {
         let ctx = CpuContext::new(1)?;
         let worker = RingThread { comm, update, ctx, deadline, sums: Vec::new(), squares: Vec::new(), time: Duration::ZERO };
         let thread = spans::spawn(name, move || worker.serve(&inbox, &outbox)).context("cannot start a ring thread")?;
-        Ok(Self { jobs: Some(jobs), done, deadline, thread: Some(thread) })
+        Ok(Self { jobs: Some(jobs), done, deadline, thread: RefCell::new(Some(thread)) })
     }
 
     /// The longest that the ring thread may take for a step's last bucket: for its readback, and for a peer.
@@ -92,15 +94,36 @@ impl Ring {
     }
 
     fn give(&self, job: Job) -> Result<()> {
-        self.jobs.as_ref().and_then(|jobs| jobs.send_timeout(job, self.patience()).ok()).context("the ring thread is gone")
+        use crossbeam::channel::SendTimeoutError::{Disconnected, Timeout};
+        let Some(jobs) = &self.jobs else { return Err(self.ended()) };
+        match jobs.send_timeout(job, self.patience()) {
+            Ok(()) => Ok(()),
+            Err(Timeout(_)) => Err(self.is_late()),
+            Err(Disconnected(_)) => Err(self.ended()),
+        }
     }
 
     fn answer(&self) -> Result<Done> {
         use crossbeam::channel::RecvTimeoutError::{Disconnected, Timeout};
         self.done.recv_timeout(self.patience()).map_err(|e| match e {
-            Timeout => anyhow::anyhow!("the ring thread has not answered for {} s", self.patience().as_secs_f64()),
-            Disconnected => anyhow::anyhow!("the ring thread has ended"),
+            Timeout => self.is_late(),
+            Disconnected => self.ended(),
         })
+    }
+
+    fn is_late(&self) -> anyhow::Error {
+        anyhow::anyhow!("the ring thread has not answered for {} s", self.patience().as_secs_f64())
+    }
+
+    /// Why the thread is no more.
+    fn ended(&self) -> anyhow::Error {
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Err(panic)) => {
+                let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+                anyhow::anyhow!("the ring thread panicked: {}", text.unwrap_or_default())
+            }
+            _ => anyhow::anyhow!("the ring thread has ended"),
+        }
     }
 
     /// Sends a bucket's gradient round; `message` is what the bucket came back in a step before.

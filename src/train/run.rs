@@ -604,9 +604,12 @@ struct Trainer<'a> {
     /// Totals of the workers over this process's steps, by their places in the list of devices: a rank may change, that does not.
     seats: Vec<RankTotal>,
     /// The last batch and what each seat had of it.
-    last: Option<(Arc<Batch>, Vec<(usize, Range<usize>)>)>,
+    last: Option<(Arc<Batch>, SeatShares)>,
     data_wait: Duration,
 }
+
+/// Rows of a batch by seat, of those who had any part in it.
+type SeatShares = Vec<(usize, Range<usize>)>;
 
 #[derive(Clone, Copy, Default)]
 struct RankTotal {
@@ -977,9 +980,8 @@ impl Trainer<'_> {
         let all: u64 = self.seats.iter().map(|total| total.tokens).sum();
         let total = self.seats[seat];
         let share = total.tokens as f64 / all.max(1) as f64;
-        let rows = |(batch, shares): &(Arc<Batch>, Vec<(usize, Range<usize>)>)| {
-            Some(batch.rows(shares.iter().find(|(of, _)| *of == seat)?.1.clone()).weight)
-        };
+        let rows =
+            |(batch, shares): &(Arc<Batch>, SeatShares)| Some(batch.rows(shares.iter().find(|(of, _)| *of == seat)?.1.clone()).weight);
         let weight = self.last.as_ref().and_then(rows);
         self.bus.send(&Event::Device {
             step: self.position.step,
