@@ -108,7 +108,7 @@ fn a_run_begins_with_what_another_has_learnt_and_says_what_starts_afresh() {
     assert!(error.contains("lstm.weight_ih_l0") && error.contains("[64, 16]") && error.contains("[96, 24]"), "{error}");
     // Lines of labels have other symbols and another head: the recurrent layer alone goes over.
     let lines = dir.path().join("lines.txt");
-    let line = |i: usize| format!("{}\t{}\n", i % 2, if i % 2 == 0 { "xyz" } else { "zyx" });
+    let line = |i: usize| format!("{}\t{}\n", i % 2, if i.is_multiple_of(2) { "xyz" } else { "zyx" });
     std::fs::write(&lines, (0..40).map(line).collect::<String>()).unwrap();
     let mut labelled = RunConfig { task: Task::Classify, data: vec![lines.display().to_string()], ..tuned };
     (labelled.split, labelled.max_steps) = (Split { train: 0.6, valid: 0.2, test: 0.2 }, Some(1));

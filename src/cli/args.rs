@@ -425,7 +425,7 @@ Examples:
   carrousel train --data sales.csv --target units --horizon 14  a series, two weeks ahead
   carrousel train --data 'vowels_*.ts' --pooling mean           the class of each sequence
   carrousel train --data book.txt --devices gpu:0,gpu:1,cpu:4   three workers in one ring
-  carrousel train --recipe zaremba-small --data ptb             a paper's table again
+  carrousel train --recipe zaremba-small --data ptb             a published result again
   carrousel train --config book.toml --lr 1e-3                  options from a file, one changed
   carrousel train --out runs/book --resume                      go on where a run was stopped
   carrousel train --data book.txt --hidden 512 --dry-run        what it would take, without training";
@@ -470,7 +470,7 @@ const INSPECT_EXAMPLES: &str = "\
 Examples:
   carrousel inspect runs/book
   carrousel inspect runs/book --json
-  carrousel inspect runs/book --activations 'It was the best of times' --output times.png";
+  carrousel inspect runs/book --activations wherefore --output wherefore.png";
 
 const COMPARE_EXAMPLES: &str = "\
 Examples:

@@ -745,16 +745,11 @@ fn write_parts(backend: &mut dyn Backend, buffer: BufferId, message: &Shared) ->
 }
 
 /// What of `within` is trained: all but the frozen ranges, which lie apart and rise.
-fn live(frozen: &[Range<usize>], within: Range<usize>) -> Vec<Range<usize>> {
-    let mut parts = Vec::with_capacity(frozen.len() + 1);
-    let mut start = within.start;
-    for range in frozen {
-        parts.push(start..range.start.clamp(start, within.end));
-        start = range.end.clamp(start, within.end);
-    }
-    parts.push(start..within.end);
-    parts.retain(|part| !part.is_empty());
-    parts
+fn live(frozen: &[Range<usize>], within: Range<usize>) -> impl Iterator<Item = Range<usize>> + '_ {
+    let inside = move |at: usize| at.clamp(within.start, within.end);
+    let starts = std::iter::once(0).chain(frozen.iter().map(|range| range.end));
+    let ends = frozen.iter().map(|range| range.start).chain(std::iter::once(usize::MAX));
+    starts.zip(ends).map(move |(start, end)| inside(start)..inside(end)).filter(|part| !part.is_empty())
 }
 
 /// A rule with less state than its kernel has bindings gets the spare in front: only momenta are ever missing.
