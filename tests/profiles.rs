@@ -304,6 +304,21 @@ fn a_trace_holds_each_workers_phases_in_order_and_spans_that_nest() {
 }
 
 #[test]
+fn a_thread_that_nobody_listens_to_silences_no_span() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("trace.json");
+    let trace = Trace::create(&path).expect("a trace");
+    let span = || tracing::debug_span!("first met elsewhere").in_scope(|| ());
+    trace.watch(|| {
+        std::thread::spawn(span).join().expect("a thread");
+        span();
+    });
+    assert_eq!(trace.finish().expect("a file"), 0);
+    let rows = read_trace(&path);
+    assert_eq!(rows.values().flatten().filter(|span| span.name == "first met elsewhere").count(), 1);
+}
+
+#[test]
 fn work_that_nobody_traces_leaves_none() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("trace.json");
