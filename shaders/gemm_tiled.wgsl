@@ -70,11 +70,16 @@ fn load_b(k: u32, col: u32) -> vec4<f32> {
     return vec4<f32>(b[at.x], b[at.y], b[at.z], b[at.w]);
 }
 
-// What one k adds to the 4 x 4 elements of an invocation, a matrix column a row of C.
-fn product(k: u32, row_group: u32, col_group: u32) -> mat4x4<f32> {
+// Adds what one k gives to the 4 x 4 elements of an invocation, a matrix column a row of C. Fused, so that every variant on hardware gives the same bits.
+fn add_product(sum: mat4x4<f32>, k: u32, row_group: u32, col_group: u32) -> mat4x4<f32> {
     let x = sh_a[k * PITCH + row_group];
     let y = sh_b[k * PITCH + col_group];
-    return mat4x4<f32>(x.x * y, x.y * y, x.z * y, x.w * y);
+    return mat4x4<f32>(
+        fma(vec4<f32>(x.x), y, sum[0]),
+        fma(vec4<f32>(x.y), y, sum[1]),
+        fma(vec4<f32>(x.z), y, sum[2]),
+        fma(vec4<f32>(x.w), y, sum[3]),
+    );
 }
 
 // Writes four elements of a row of C, as far as they exist.
@@ -127,10 +132,10 @@ fn gemm_tiled(
         next_a = load_a(a_row, k + SLICE + a_place.x);
         next_b = load_b(k + SLICE + b_place.x, b_col);
         for (var i = 0u; i < SLICE; i += 4u) {
-            sum += product(i, row_group, col_group);
-            sum += product(i + 1u, row_group, col_group);
-            sum += product(i + 2u, row_group, col_group);
-            sum += product(i + 3u, row_group, col_group);
+            sum = add_product(sum, i, row_group, col_group);
+            sum = add_product(sum, i + 1u, row_group, col_group);
+            sum = add_product(sum, i + 2u, row_group, col_group);
+            sum = add_product(sum, i + 3u, row_group, col_group);
         }
     }
     let row = block_row + 4u * row_group;

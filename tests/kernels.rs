@@ -14,7 +14,7 @@ use crate::oracle::{self, Want};
 /// A kernel as it runs on adapters of another class than the one at hand, so that a software driver judges the variants for hardware too.
 struct As<'k> {
     kernel: &'k dyn Kernel,
-    class: AdapterClass,
+    dispatch: Dispatch,
 }
 
 impl Kernel for As<'_> {
@@ -31,20 +31,25 @@ impl Kernel for As<'_> {
         self.kernel.check(lens)
     }
     fn dispatch(&self, _: AdapterClass) -> Dispatch {
-        self.kernel.dispatch(self.class)
+        self.dispatch
     }
     fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
         self.kernel.run(ctx, operands);
     }
 }
 
-/// The classes of adapters for which a device must run a kernel: one of each that launches something else on a GPU; any one on a CPU.
-fn classes(device: Device, kernel: &dyn Kernel) -> Vec<AdapterClass> {
-    let differ = kernel.dispatch(AdapterClass::Software) != kernel.dispatch(AdapterClass::Hardware);
-    match device {
-        Device::Gpu(_) if differ => vec![AdapterClass::Software, AdapterClass::Hardware],
-        Device::Gpu(_) | Device::Cpu(_) => vec![AdapterClass::Hardware],
+/// The launches with which a device must run a kernel: on a GPU all that adapters of either class may choose; any one on a CPU.
+fn launches(device: Device, kernel: &dyn Kernel) -> Vec<Dispatch> {
+    if let Device::Cpu(_) = device {
+        return vec![kernel.dispatch(AdapterClass::Hardware)];
     }
+    let mut launches = kernel.candidates(AdapterClass::Software);
+    for candidate in kernel.candidates(AdapterClass::Hardware) {
+        if !launches.contains(&candidate) {
+            launches.push(candidate);
+        }
+    }
+    launches
 }
 
 /// Launches a kernel and gives back each operand's words.
@@ -134,10 +139,10 @@ fn judge(name: &str) {
         let wants = oracle::judge(name, case.kernel.params(), &inputs).unwrap_or_else(|| panic!("{name} has no oracle"));
         let mut first: Option<Outcome<Vec<Vec<u32>>>> = None;
         for (device, backend) in &mut backends {
-            let runs = classes(*device, &*case.kernel);
-            let judged = runs.into_iter().try_for_each(|class| {
-                let kernel = As { kernel: &*case.kernel, class };
-                let shader = case.kernel.dispatch(class).shader.name;
+            let runs = launches(*device, &*case.kernel);
+            let judged = runs.into_iter().try_for_each(|dispatch| {
+                let kernel = As { kernel: &*case.kernel, dispatch };
+                let shader = dispatch.shader.variant();
                 let label = format!("{} as {shader}", case.label);
                 let what = What { case: &label, ..what };
                 let results = launch(&mut **backend, *device, &kernel, &inputs, &what)?;
@@ -264,19 +269,47 @@ fn grids_stay_within_what_every_adapter_dispatches() {
     let mut reached = Vec::new();
     each_case(|entry, case| {
         for class in [AdapterClass::Software, AdapterClass::Hardware] {
-            let dispatch = case.kernel.dispatch(class);
-            assert!(dispatch.grid.iter().all(|n| (1..=MAX_WORKGROUPS).contains(n)), "{} {}: {:?}", entry.name, case.label, dispatch.grid);
-            assert!(
-                entry.shaders.contains(&dispatch.shader),
-                "{} launches {}, which its entry does not list",
-                entry.name,
-                dispatch.shader.name
-            );
-            reached.push(dispatch.shader.name);
+            let candidates = case.kernel.candidates(class);
+            assert!(candidates.contains(&case.kernel.dispatch(class)), "{} {}: the fixed choice is no candidate", entry.name, case.label);
+            for dispatch in candidates {
+                assert!(
+                    dispatch.grid.iter().all(|n| (1..=MAX_WORKGROUPS).contains(n)),
+                    "{} {}: {:?}",
+                    entry.name,
+                    case.label,
+                    dispatch.grid
+                );
+                assert!(
+                    entry.shaders.contains(&dispatch.shader),
+                    "{} launches {}, which its entry does not list",
+                    entry.name,
+                    dispatch.shader.name
+                );
+                reached.push(dispatch.shader.variant());
+            }
         }
     });
     for shader in ALL.iter().flat_map(|entry| entry.shaders) {
-        assert!(reached.contains(&shader.name), "no case launches {}", shader.name);
+        assert!(reached.contains(&shader.variant()), "no case launches {}", shader.variant());
+    }
+}
+
+#[test]
+fn every_candidate_of_a_product_leaves_the_same_bits() {
+    let gpus: Vec<Device> = devices().into_iter().filter(|device| matches!(device, Device::Gpu(_))).collect();
+    for device in gpus {
+        let mut backend = device.open();
+        for (idx, case) in (carrousel::kernels::gemm::ENTRY.cases)().iter().enumerate() {
+            let what = What { kernel: "gemm", case: &case.label, seed: 5000, operand: "" };
+            let inputs: Vec<Vec<u32>> = case.operands.iter().enumerate().map(|(i, o)| words_of(o, 5000 + idx as u64, i)).collect();
+            let mut first: Option<Vec<Vec<u32>>> = None;
+            for dispatch in case.kernel.candidates(AdapterClass::Hardware) {
+                let kernel = As { kernel: &*case.kernel, dispatch };
+                let results = launch(&mut *backend, device, &kernel, &inputs, &what).unwrap_or_else(|e| panic!("{e}"));
+                let same = *first.get_or_insert_with(|| results.clone()) == results;
+                assert!(same, "{} on {device}: {} leaves other bits than the first candidate", case.label, dispatch.shader.variant());
+            }
+        }
     }
 }
 

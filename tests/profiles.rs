@@ -290,14 +290,32 @@ fn a_trace_holds_each_workers_phases_in_order_and_spans_that_nest() {
             // On one time line: a GPU computes after its worker has begun to record, and is done before the worker has read the result.
             let worker = &rows[row.split(':').take(2).collect::<Vec<_>>().join(":").as_str()];
             let computed = named(worker, "compute");
+            // Two clocks agree to the time that a submit takes at best.
+            const SLACK: f64 = 500.0;
             for compute in &computed {
-                let parts: Vec<&Span> = spans.iter().filter(|span| span.from >= compute.from && span.from <= compute.to).collect();
+                let parts: Vec<&Span> = spans.iter().filter(|span| span.from >= compute.from - SLACK && span.from <= compute.to).collect();
                 assert_order(row, &parts, &["forward", "loss", "backward"]);
-                parts.iter().for_each(|span| assert!(span.to <= compute.to && span.args["launches"].as_u64() > Some(0), "{row}: {span:?}"));
+                let fits = |span: &Span| span.to <= compute.to + SLACK && span.args["launches"].as_u64() > Some(0);
+                parts.iter().for_each(|span| assert!(fits(span), "{row}: {span:?} within {compute:?}"));
             }
         }
         assert_eq!(passes.len(), usize::from(devices.contains("gpu")), "{devices}: {:?}", rows.keys());
     }
+}
+
+#[test]
+fn a_thread_that_nobody_listens_to_silences_no_span() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("trace.json");
+    let trace = Trace::create(&path).expect("a trace");
+    let span = || tracing::debug_span!("first met elsewhere").in_scope(|| ());
+    trace.watch(|| {
+        std::thread::spawn(span).join().expect("a thread");
+        span();
+    });
+    assert_eq!(trace.finish().expect("a file"), 0);
+    let rows = read_trace(&path);
+    assert_eq!(rows.values().flatten().filter(|span| span.name == "first met elsewhere").count(), 1);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::mem::{offset_of, size_of};
 use carrousel::kernels::dropout::{DROPOUT_VECTORS, Dropout};
 use carrousel::kernels::elementwise::{ELEMENTS, Scale};
 use carrousel::kernels::embedding::{EMBEDDING_VECTORS, EmbeddingGather, EmbeddingGradient};
-use carrousel::kernels::gemm::{DIRECT_BLOCK, Gemm, TILED_BLOCK};
+use carrousel::kernels::gemm::{DIRECT_BLOCK, Gemm, TILED_BLOCK, TILES};
 use carrousel::kernels::loss::{BinaryCrossEntropy, QuantileLoss, SOFTMAX_WORKGROUP, SQUARED_ROWS, SoftmaxCrossEntropy, SquaredError};
 use carrousel::kernels::lstm::{
     LstmNormBackward, LstmNormForward, LstmNormInput, LstmProject, LstmStateGradient, LstmStepBackward, LstmStepForward, NONE, STEP_ROWS,
@@ -275,6 +275,17 @@ fn numbers_that_stand_in_wgsl_and_in_rust_are_the_same() {
                 same("sides of its invocations' tiles", 4 * get("SIDE"), get("BLOCK"));
                 same("invocations", invocations, get("SIDE") * get("SIDE"));
             }
+            "gemm_blocked" => {
+                let tile = TILES.iter().find(|tile| std::ptr::eq(tile.shader, shader)).expect("a tile of the list");
+                let [rows, cols] = tile.block;
+                same("rows a workgroup", 4 * get("ROW_FOURS") * get("ROW_SIDE"), rows);
+                same("columns a workgroup", 4 * get("COL_FOURS") * get("COL_SIDE"), cols);
+                same("invocations", invocations, get("ROW_SIDE") * get("COL_SIDE"));
+                // Each invocation carries one block of a slice, and of a k all fours are turned within themselves.
+                assert!(rows + cols <= invocations, "{}: a slice has more blocks than carriers", shader.variant());
+                assert!((rows / 4).is_multiple_of(8) && (cols / 4).is_multiple_of(8), "{}: fours leave their k", shader.variant());
+                assert_eq!(shader.variant(), format!("gemm_blocked tile_{rows}x{cols}"));
+            }
             "gemm_direct" => {
                 same("rows a workgroup", get("TILE_ROWS"), DIRECT_BLOCK[0]);
                 same("columns a workgroup", invocations * get("TILE_COLS"), DIRECT_BLOCK[1]);
@@ -293,8 +304,7 @@ fn overrides_that_kernels_set_exist_and_have_defaults() {
         assert!(known.iter().all(|(_, has_default)| *has_default), "{}: {known:?}", shader.name);
         for case in (entry.cases)() {
             for class in [AdapterClass::Software, AdapterClass::Hardware] {
-                let dispatch = case.kernel.dispatch(class);
-                if dispatch.shader == shader {
+                for dispatch in case.kernel.candidates(class).into_iter().filter(|dispatch| dispatch.shader == shader) {
                     for (name, _) in dispatch.overrides {
                         assert!(known.iter().any(|(k, _)| k == name), "{} is given {name}, which it does not have", shader.name);
                     }
@@ -312,9 +322,10 @@ fn every_shader_is_written_for_vulkan_metal_and_direct3d() {
         let mut variants = vec![vec![]];
         for case in (entry.cases)() {
             for class in [AdapterClass::Software, AdapterClass::Hardware] {
-                let dispatch = case.kernel.dispatch(class);
-                if dispatch.shader == shader && !variants.contains(&dispatch.overrides.to_vec()) {
-                    variants.push(dispatch.overrides.to_vec());
+                for dispatch in case.kernel.candidates(class).into_iter().filter(|dispatch| dispatch.shader == shader) {
+                    if !variants.contains(&dispatch.overrides.to_vec()) {
+                        variants.push(dispatch.overrides.to_vec());
+                    }
                 }
             }
         }

@@ -84,6 +84,40 @@ pub static GEMM_TILED: Shader = Shader { name: "gemm_tiled", source: include_str
 pub static GEMM_DIRECT: Shader =
     Shader { name: "gemm_direct", source: include_str!("../../shaders/gemm_direct.wgsl"), fragments: &[&MATRIX] };
 
+/// A variant of larger register tiles: what it is made of, and the rows and columns of C that one workgroup computes.
+#[derive(Debug)]
+pub struct Tile {
+    pub shader: &'static Shader,
+    pub block: [u32; 2],
+}
+
+/// A [`Tile`] of `shaders/gemm_blocked.wgsl`, from the largest to the smallest.
+macro_rules! tiles {
+    ($($fragment:ident, $shader:ident, $name:literal, [$rows:literal, $cols:literal];)*) => {
+        $(
+            static $fragment: Fragment =
+                Fragment { name: $name, source: include_str!(concat!("../../shaders/shared/", $name, ".wgsl")) };
+            static $shader: Shader = Shader {
+                name: "gemm_blocked",
+                source: include_str!("../../shaders/gemm_blocked.wgsl"),
+                fragments: &[&MATRIX, &$fragment],
+            };
+        )*
+        /// Register tiles over workgroup memory with vectors of four from memory, for real GPUs and operands that lie at multiples of four.
+        pub static TILES: [Tile; 4] = [$(Tile { shader: &$shader, block: [$rows, $cols] }),*];
+    };
+}
+
+tiles! {
+    TILE_128X128, BLOCKED_128X128, "tile_128x128", [128, 128];
+    TILE_128X64, BLOCKED_128X64, "tile_128x64", [128, 64];
+    TILE_64X128, BLOCKED_64X128, "tile_64x128", [64, 128];
+    TILE_32X64, BLOCKED_32X64, "tile_32x64", [32, 64];
+}
+
+/// Workgroups that keep a large GPU busy: a larger tile that gives fewer leaves parts of it idle.
+const ENOUGH_WORKGROUPS: u32 = 128;
+
 /// The largest K: the shaders loop over it, and over what they write.
 pub const MAX_K: u32 = 65_367;
 
@@ -101,6 +135,26 @@ impl Gemm {
 
     fn stored_b(&self) -> (u32, u32) {
         if self.trans_b == 1 { (self.n, self.k) } else { (self.k, self.n) }
+    }
+
+    /// Whether rows of all operands consist of whole vectors of four.
+    fn is_aligned(&self) -> bool {
+        let lies = |m: Matrix| [m.offset, m.row_stride, m.panel_stride].iter().all(|n| n.is_multiple_of(4));
+        lies(self.a) && lies(self.b) && lies(self.c)
+    }
+
+    /// A launch of workgroups that compute so many rows and columns of C each.
+    fn in_blocks(&self, shader: &'static Shader, [rows, cols]: [u32; 2]) -> Dispatch {
+        let overrides: &'static [(&'static str, f64)] = match (self.trans_a, self.trans_b) {
+            (0, 0) => &[("TRANS_A", 0.0), ("TRANS_B", 0.0)],
+            (0, _) => &[("TRANS_A", 0.0), ("TRANS_B", 1.0)],
+            (_, 0) => &[("TRANS_A", 1.0), ("TRANS_B", 0.0)],
+            _ => &[("TRANS_A", 1.0), ("TRANS_B", 1.0)],
+        };
+        // x walks columns; rows are folded over y and z, since a long text has more than 65,535 blocks of rows.
+        let row_blocks = self.m.div_ceil(rows).max(1);
+        let z = row_blocks.div_ceil(MAX_WORKGROUPS);
+        Dispatch { shader, overrides, grid: [self.n.div_ceil(cols).max(1), row_blocks.div_ceil(z), z] }
     }
 }
 
@@ -135,20 +189,24 @@ impl Kernel for Gemm {
     }
 
     fn dispatch(&self, class: AdapterClass) -> Dispatch {
-        let (shader, [rows, cols]) = match class {
-            AdapterClass::Hardware => (&GEMM_TILED, TILED_BLOCK),
-            AdapterClass::Software => (&GEMM_DIRECT, DIRECT_BLOCK),
-        };
-        let overrides: &'static [(&'static str, f64)] = match (self.trans_a, self.trans_b) {
-            (0, 0) => &[("TRANS_A", 0.0), ("TRANS_B", 0.0)],
-            (0, _) => &[("TRANS_A", 0.0), ("TRANS_B", 1.0)],
-            (_, 0) => &[("TRANS_A", 1.0), ("TRANS_B", 0.0)],
-            _ => &[("TRANS_A", 1.0), ("TRANS_B", 1.0)],
-        };
-        // x walks columns; rows are folded over y and z, since a long text has more than 65,535 blocks of rows.
-        let row_blocks = self.m.div_ceil(rows).max(1);
-        let z = row_blocks.div_ceil(MAX_WORKGROUPS);
-        Dispatch { shader, overrides, grid: [self.n.div_ceil(cols).max(1), row_blocks.div_ceil(z), z] }
+        match class {
+            AdapterClass::Software => self.in_blocks(&GEMM_DIRECT, DIRECT_BLOCK),
+            AdapterClass::Hardware if self.is_aligned() => {
+                let n_blocks = |tile: &&Tile| self.m.div_ceil(tile.block[0]).saturating_mul(self.n.div_ceil(tile.block[1]));
+                let [larger @ .., smallest] = &TILES;
+                let tile = larger.iter().find(|tile| n_blocks(tile) >= ENOUGH_WORKGROUPS).unwrap_or(smallest);
+                self.in_blocks(tile.shader, tile.block)
+            }
+            AdapterClass::Hardware => self.in_blocks(&GEMM_TILED, TILED_BLOCK),
+        }
+    }
+
+    fn candidates(&self, class: AdapterClass) -> Vec<Dispatch> {
+        if class == AdapterClass::Software {
+            return vec![self.dispatch(class)];
+        }
+        let tiles = TILES.iter().filter(|_| self.is_aligned()).map(|tile| self.in_blocks(tile.shader, tile.block));
+        tiles.chain([self.in_blocks(&GEMM_TILED, TILED_BLOCK)]).collect()
     }
 
     fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
@@ -299,7 +357,7 @@ pub const ENTRY: Entry = Entry {
     cases,
     bench_cases,
     sized,
-    shaders: &[&GEMM_TILED, &GEMM_DIRECT],
+    shaders: &[&GEMM_TILED, &GEMM_DIRECT, &BLOCKED_128X128, &BLOCKED_128X64, &BLOCKED_64X128, &BLOCKED_32X64],
 };
 
 fn case(m: u32, n: u32, k: u32, trans: (u32, u32), accumulate: u32, use_bias: u32, panels: (bool, bool, bool)) -> Case {

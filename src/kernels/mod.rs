@@ -120,6 +120,12 @@ pub struct Shader {
 }
 
 impl Shader {
+    /// What tells it from other shaders: its name, and the tile that it is made with, if any.
+    pub fn variant(&self) -> String {
+        let tile = self.fragments.iter().find(|fragment| fragment.name.starts_with("tile_"));
+        tile.map_or_else(|| self.name.to_owned(), |tile| format!("{} {}", self.name, tile.name))
+    }
+
     /// The whole module: the fragments in order, then the kernel.
     pub fn text(&self) -> String {
         self.fragments.iter().map(|f| f.source).chain([self.source]).collect()
@@ -179,6 +185,10 @@ pub trait Kernel: Send + Sync {
     fn check(&self, lens: &[usize]) -> Result<(), ShapeError>;
     /// The shader and grid for an adapter of this class.
     fn dispatch(&self, class: AdapterClass) -> Dispatch;
+    /// Every way to launch it on an adapter of this class, the fixed choice among them. All of them compute the same bits on one adapter.
+    fn candidates(&self, class: AdapterClass) -> Vec<Dispatch> {
+        vec![self.dispatch(class)]
+    }
     /// Computes on the CPU. The backend has called [`Self::check`].
     fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]);
 }

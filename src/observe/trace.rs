@@ -61,7 +61,11 @@ impl Trace {
 
     /// Listens to what `work` does, on this thread and on those that it starts by [`crate::spans::spawn`].
     pub fn watch<T>(&self, work: impl FnOnce() -> T) -> T {
-        tracing::dispatcher::with_default(&Dispatch::new(Listener(Arc::clone(&self.shared))), work)
+        let listen = || Dispatch::new(Listener(Arc::clone(&self.shared)));
+        // With a single listener `tracing` asks the thread that first comes to a span whether anybody listens, and one that nobody listens to would
+        // silence that span for all; with two it asks the listeners. Nothing is sent to the second.
+        let _second = listen();
+        tracing::dispatcher::with_default(&listen(), work)
     }
 
     /// Ends the file. Tells how many events had no place in it.

@@ -1,7 +1,7 @@
 //! When the GPU did what: timestamps around compute passes, brought onto this machine's clock. There is a clock only while somebody listens to spans.
 //!
-//! Ticks of the device become nanoseconds since 1970 by one offset, found with empty passes that are waited for. Passes cannot begin before their submit
-//! nor end after they were seen to be done, so where they seem to, the offset follows.
+//! Ticks of the device become nanoseconds since 1970 by one offset. Passes cannot begin before their submit nor end after they were seen to be done, so
+//! every submit bounds it from both sides; it lies half way between the nearest bounds. A few empty passes find the first ones.
 
 use std::collections::VecDeque;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -12,7 +12,7 @@ use crate::spans::GPU_TARGET;
 
 /// Passes of one submit that are timed at most; each takes two places of 4,096 in a query set.
 pub(super) const MAX_PASSES: usize = 1024;
-/// Empty passes that the offset is found with; the one that was waited for least counts.
+/// Empty passes that the offset is found with.
 const TRIALS: usize = 9;
 const WORD: u64 = 8;
 
@@ -28,7 +28,7 @@ struct Batch {
     staging: wgpu::Buffer,
     told: Receiver<bool>,
     passes: Vec<Timed>,
-    submitted_ns: i128,
+    before_ns: i128,
 }
 
 /// The clock of one device.
@@ -41,8 +41,14 @@ pub(super) struct Clock {
     passes: Vec<Timed>,
     under_way: VecDeque<Batch>,
     ns_per_tick: f64,
-    /// Nanoseconds since 1970 at tick 0.
-    offset_ns: i128,
+    /// The nearest bounds of the nanoseconds since 1970 at tick 0.
+    bounds: [i128; 2],
+}
+
+/// A submit with its timestamps encoded.
+pub(super) struct Encoded {
+    staging: wgpu::Buffer,
+    before_ns: i128,
 }
 
 fn now_ns() -> i128 {
@@ -76,30 +82,41 @@ impl Clock {
             passes: Vec::new(),
             under_way: VecDeque::new(),
             ns_per_tick: f64::from(queue.get_timestamp_period()),
-            offset_ns: 0,
+            bounds: [i128::MIN, i128::MAX],
         };
-        let trials = (0..TRIALS).filter_map(|_| clock.trial(device, queue));
-        let (_, offset_ns) = trials.min_by_key(|(window, _)| *window)?;
-        clock.offset_ns = offset_ns;
-        Some(clock)
+        (0..TRIALS).for_each(|_| clock.trial(device, queue));
+        (clock.bounds[0] > i128::MIN).then_some(clock)
     }
 
-    /// One empty pass: how long it was waited for, and the offset if it ended half way.
-    fn trial(&mut self, device: &wgpu::Device, queue: &wgpu::Queue) -> Option<(i128, i128)> {
+    /// One empty pass, waited for.
+    fn trial(&mut self, device: &wgpu::Device, queue: &wgpu::Queue) {
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         drop(self.begin(&mut encoder, Timed { name: "trial", launches: 0 }));
-        let staging = self.resolve(device, &mut encoder)?;
+        let Some(Encoded { staging, before_ns }) = self.resolve(device, &mut encoder) else { return };
         self.passes.clear();
-        let before = now_ns();
         let index = queue.submit([encoder.finish()]);
         let told = map(&staging, 1);
-        device.poll(wgpu::PollType::Wait { submission_index: Some(index), timeout: Some(Duration::from_secs(10)) }).ok()?;
-        let after = now_ns();
-        told.recv_timeout(Duration::from_secs(1)).ok().filter(|mapped| *mapped)?;
-        let ticks = read(&staging, 1)?;
-        self.free.push(staging);
-        let end = (ticks[1] as f64 * self.ns_per_tick) as i128;
-        (ticks[1] > 0).then_some((after - before, (before + after) / 2 - end))
+        let wait = wgpu::PollType::Wait { submission_index: Some(index), timeout: Some(Duration::from_secs(10)) };
+        // A device that gives no times here has no clock.
+        let done = device.poll(wait).is_ok() && told.recv_timeout(Duration::from_secs(1)).is_ok_and(|mapped| mapped);
+        let after_ns = now_ns();
+        if let Some(ticks) = done.then(|| read(&staging, 1)).flatten().filter(|ticks| ticks[0] > 0) {
+            self.bound(&ticks, [before_ns, after_ns]);
+            self.free.push(staging);
+        }
+    }
+
+    fn elapsed(&self, tick: u64) -> i128 {
+        (tick as f64 * self.ns_per_tick) as i128
+    }
+
+    /// Takes into account that what happened at `ticks` happened between two moments.
+    fn bound(&mut self, ticks: &[u64], [before_ns, after_ns]: [i128; 2]) {
+        let (Some(first), Some(last)) = (ticks.iter().min(), ticks.iter().max()) else { return };
+        let [low, high] = [before_ns - self.elapsed(*first), after_ns - self.elapsed(*last)];
+        let nearer = [self.bounds[0].max(low), self.bounds[1].min(high)];
+        // Two clocks drift apart in time: then the newest bounds count.
+        self.bounds = if nearer[0] <= nearer[1] { nearer } else { [low, high] };
     }
 
     /// A pass with timestamps at both ends, as long as there is room for them.
@@ -119,8 +136,8 @@ impl Clock {
         pass
     }
 
-    /// Has the timestamps of this submit copied to where they can be read.
-    pub(super) fn resolve(&mut self, device: &wgpu::Device, encoder: &mut wgpu::CommandEncoder) -> Option<wgpu::Buffer> {
+    /// Has the timestamps of this submit, which follows at once, copied to where they can be read.
+    pub(super) fn resolve(&mut self, device: &wgpu::Device, encoder: &mut wgpu::CommandEncoder) -> Option<Encoded> {
         let n = self.passes.len() as u32;
         if n == 0 {
             return None;
@@ -135,14 +152,14 @@ impl Clock {
         });
         encoder.resolve_query_set(&self.queries, 0..2 * n, &self.resolved, 0);
         encoder.copy_buffer_to_buffer(&self.resolved, 0, &staging, 0, 2 * u64::from(n) * WORD);
-        Some(staging)
+        Some(Encoded { staging, before_ns: now_ns() })
     }
 
     /// After the submit of what [`Self::resolve`] encoded.
-    pub(super) fn submitted(&mut self, staging: wgpu::Buffer) {
+    pub(super) fn submitted(&mut self, Encoded { staging, before_ns }: Encoded) {
         let passes = std::mem::take(&mut self.passes);
         let told = map(&staging, passes.len());
-        self.under_way.push_back(Batch { staging, told, passes, submitted_ns: now_ns() });
+        self.under_way.push_back(Batch { staging, told, passes, before_ns });
     }
 
     /// Tells the passes of all submits that are known to be done.
@@ -158,15 +175,10 @@ impl Clock {
     }
 
     fn tell_batch(&mut self, batch: &Batch, ticks: &[u64]) {
-        let elapsed = |tick: u64| (tick as f64 * self.ns_per_tick) as i128;
-        let (Some(first), Some(last)) = (ticks.iter().min(), ticks.iter().max()) else { return };
-        let late = elapsed(*last) + self.offset_ns - now_ns();
-        self.offset_ns -= late.max(0);
-        // The submit was on its way before the moment was noted.
-        let early = batch.submitted_ns - (elapsed(*first) + self.offset_ns) - 1_000_000;
-        self.offset_ns += early.max(0);
+        self.bound(ticks, [batch.before_ns, now_ns()]);
+        let offset_ns = self.bounds[0].midpoint(self.bounds[1]);
         for (Timed { name, launches }, ticks) in batch.passes.iter().zip(ticks.chunks_exact(2)) {
-            let at = |tick: u64| u64::try_from(elapsed(tick) + self.offset_ns).unwrap_or(0);
+            let at = |tick: u64| u64::try_from(self.elapsed(tick) + offset_ns).unwrap_or(0);
             tracing::event!(
                 target: GPU_TARGET,
                 tracing::Level::DEBUG,

@@ -29,7 +29,7 @@ use crate::shape::{ALIGN, round_up};
 use crate::usage::UsageError;
 
 /// Changes whenever a shader computes other bits than before.
-const SHADER_VARIANTS: u32 = 2;
+const SHADER_VARIANTS: u32 = 3;
 /// Bytes written that make a submit of their own, so that staging memory stays bounded.
 const MAX_WRITTEN_BYTES: u64 = 64 << 20;
 
@@ -300,7 +300,7 @@ impl Backend for GpuBackend {
     fn variant(&self, kernel: &dyn Kernel) -> String {
         let Dispatch { shader, overrides, .. } = kernel.dispatch(self.class);
         let constants = overrides.iter().map(|(name, value)| format!(" {name}={value}"));
-        std::iter::once(shader.name.to_owned()).chain(constants).collect()
+        std::iter::once(shader.variant()).chain(constants).collect()
     }
 
     fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>> {

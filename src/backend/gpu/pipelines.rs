@@ -48,7 +48,7 @@ impl Pipelines {
         bindings: &[Binding],
         params_bytes: usize,
     ) -> Result<usize> {
-        let known = self.pipelines.iter().position(|p| p.shader.name == dispatch.shader.name && p.overrides == dispatch.overrides);
+        let known = self.pipelines.iter().position(|p| std::ptr::eq(p.shader, dispatch.shader) && p.overrides == dispatch.overrides);
         if let Some(known) = known {
             return Ok(known);
         }

@@ -10,8 +10,8 @@ use crate::backend::{Backend, Span};
 use crate::infer::session::DEADLINE;
 use crate::kernels::elementwise::Scale;
 use crate::kernels::probe::{self, MultiplyAdd};
-use crate::kernels::{ALL, Access, Case, Entry, Fill, MAX_LOOP_TRIPS, Sizes};
-use crate::pool::Isa;
+use crate::kernels::{ALL, Access, AdapterClass, Binding, Case, Dispatch, Entry, Fill, Kernel, MAX_LOOP_TRIPS, Operand, ShapeError, Sizes};
+use crate::pool::{CpuContext, Isa};
 use crate::shape::{ALIGN, round_up};
 use crate::train::devices::{DeviceKind, Resolved};
 use crate::usage::UsageError;
@@ -98,21 +98,60 @@ fn gpu_flops(backend: &mut dyn Backend) -> Result<f64> {
     Ok(best)
 }
 
-/// What a case cost.
+/// What one way to launch a case costs.
 struct Timed {
     /// Of one launch.
     seconds: f64,
     variant: String,
+    /// The way that it is launched elsewhere.
+    is_chosen: bool,
 }
 
-fn time_case(backend: &mut dyn Backend, case: &Case) -> Result<Timed> {
+/// A kernel launched in one of its ways.
+struct Chosen<'k> {
+    kernel: &'k dyn Kernel,
+    dispatch: Dispatch,
+}
+
+impl Kernel for Chosen<'_> {
+    fn name(&self) -> &'static str {
+        self.kernel.name()
+    }
+    fn bindings(&self) -> &'static [Binding] {
+        self.kernel.bindings()
+    }
+    fn params(&self) -> &[u8] {
+        self.kernel.params()
+    }
+    fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
+        self.kernel.check(lens)
+    }
+    fn dispatch(&self, _: AdapterClass) -> Dispatch {
+        self.dispatch
+    }
+    fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
+        self.kernel.run(ctx, operands);
+    }
+}
+
+/// Times every way to launch a case on this device.
+fn time_case(backend: &mut dyn Backend, case: &Case) -> Result<Vec<Timed>> {
+    let info = backend.info();
+    let class = if info.is_software { AdapterClass::Software } else { AdapterClass::Hardware };
+    let usual = case.kernel.dispatch(class);
+    let ways = if info.is_gpu { case.kernel.candidates(class) } else { vec![usual] };
     let mut spans = Vec::with_capacity(case.operands.len());
-    let timed = fill_and_time(backend, case, &mut spans);
+    let timed = fill_and_time(backend, case, (&ways, usual), &mut spans);
     spans.iter().for_each(|span| backend.free(span.buffer));
     timed
 }
 
-fn fill_and_time(backend: &mut dyn Backend, case: &Case, spans: &mut Vec<Span>) -> Result<Timed> {
+fn fill_and_time(
+    backend: &mut dyn Backend,
+    case: &Case,
+    (ways, usual): (&[Dispatch], Dispatch),
+    spans: &mut Vec<Span>,
+) -> Result<Vec<Timed>> {
     // Room for all of them first: what is too large is refused before it is made up.
     for (binding, operand) in case.kernel.bindings().iter().zip(&case.operands) {
         let buffer = backend.alloc(binding.name, round_up(operand.len.max(1), ALIGN))?;
@@ -122,7 +161,7 @@ fn fill_and_time(backend: &mut dyn Backend, case: &Case, spans: &mut Vec<Span>) 
     for (span, words) in spans.iter().zip(&words) {
         backend.write(*span, bytemuck::cast_slice(words))?;
     }
-    let sample = |backend: &mut dyn Backend, n: usize| -> Result<f64> {
+    let sample = |backend: &mut dyn Backend, kernel: &dyn Kernel, n: usize| -> Result<f64> {
         // What is written in place begins anew.
         for (((binding, operand), words), span) in case.kernel.bindings().iter().zip(&case.operands).zip(&words).zip(&*spans) {
             if binding.access == Access::ReadWrite && !matches!(operand.fill, Fill::Poison) {
@@ -131,27 +170,32 @@ fn fill_and_time(backend: &mut dyn Backend, case: &Case, spans: &mut Vec<Span>) 
         }
         backend.wait(DEADLINE)?;
         let start = Instant::now();
-        (0..n).try_for_each(|_| backend.launch(&*case.kernel, spans))?;
+        (0..n).try_for_each(|_| backend.launch(kernel, spans))?;
         backend.wait(DEADLINE)?;
         Ok(start.elapsed().as_secs_f64() / n as f64)
     };
-    // The first launch builds what is needed.
-    sample(backend, 1)?;
-    let most = if case.is_in_place() { IN_PLACE_LAUNCHES } else { LAUNCHES };
-    let about = sample(backend, 1)?.min(sample(backend, 4)?);
-    let n = ((SAMPLE_SECONDS / about.max(1e-9)) as usize).clamp(1, most);
-    let begun = Instant::now();
-    let mut seconds = f64::INFINITY;
-    for _ in 0..SAMPLES {
-        seconds = seconds.min(sample(backend, n)?);
-        if begun.elapsed().as_secs_f64() > CASE_SECONDS {
-            break;
+    let time = |&dispatch: &Dispatch| -> Result<Timed> {
+        let kernel = Chosen { kernel: &*case.kernel, dispatch };
+        // The first launch builds what is needed.
+        sample(backend, &kernel, 1)?;
+        let most = if case.is_in_place() { IN_PLACE_LAUNCHES } else { LAUNCHES };
+        let about = sample(backend, &kernel, 1)?.min(sample(backend, &kernel, 4)?);
+        let n = ((SAMPLE_SECONDS / about.max(1e-9)) as usize).clamp(1, most);
+        let begun = Instant::now();
+        let mut seconds = f64::INFINITY;
+        for _ in 0..SAMPLES {
+            seconds = seconds.min(sample(backend, &kernel, n)?);
+            if begun.elapsed().as_secs_f64() > CASE_SECONDS {
+                break;
+            }
         }
-    }
-    Ok(Timed { seconds, variant: backend.variant(&*case.kernel) })
+        Ok(Timed { seconds, variant: backend.variant(&kernel), is_chosen: dispatch == usual })
+    };
+    ways.iter().map(time).collect()
 }
 
-/// Measures kernels on each device: `ceilings` by device, and `kernels` with the time of a launch, speed, share of the ceilings and variant. Bytes
+/// Measures kernels on each device: `ceilings` by device, and `kernels` with the time of a launch, speed, share of the ceilings and variant, a row for each
+/// variant that the device can run (`chosen` is the one that training launches). Bytes
 /// are those that must move at least; what stays in a cache may be faster than memory. A case beyond a device's limits has an `error` instead.
 ///
 /// # Errors
@@ -170,7 +214,13 @@ pub fn profile_kernels(asked: &Asked, devices: &[Resolved]) -> Result<Map<String
         for entry in &entries {
             let cases = asked.sizes.map_or_else(entry.bench_cases, entry.sized);
             for case in cases {
-                rows.push(row(entry, &case, device, best, time_case(backend.as_mut(), &case))?);
+                let timed = match time_case(backend.as_mut(), &case) {
+                    Ok(ways) => ways.into_iter().map(Ok).collect(),
+                    Err(error) => vec![Err(error)],
+                };
+                for way in timed {
+                    rows.push(row(entry, &case, device, best, way)?);
+                }
             }
         }
     }
@@ -204,11 +254,12 @@ fn row(entry: &Entry, case: &Case, device: &Resolved, best: Ceilings, timed: Res
     let mut row = json!({ "device": device.spec, "kernel": entry.name, "case": label });
     let fields = row.as_object_mut().into_iter();
     let told = match timed {
-        Ok(Timed { seconds, variant }) => {
+        Ok(Timed { seconds, variant, is_chosen }) => {
             let (flops, bandwidth) = (case.flop as f64 / seconds, case.bytes() as f64 / seconds);
             let computed = |value: f64| if case.flop > 0 { json!(value) } else { Value::Null };
             vec![
                 ("variant", json!(variant)),
+                ("chosen", json!(is_chosen)),
                 ("us", json!(seconds * 1e6)),
                 ("gflops", computed(flops / 1e9)),
                 ("gb_per_second", json!(bandwidth / 1e9)),

@@ -361,7 +361,7 @@ fn profile_training(
         summary.insert("padding".into(), json!(1.0 - epoch.n_tokens as f64 / epoch.n_places as f64));
     }
     drop(group);
-    summary.insert("kernels".into(), kernels(workload, &devices, accumulate)?);
+    summary.insert("kernels".into(), tracing::debug_span!("time kernels").in_scope(|| kernels(workload, &devices, accumulate))?);
     Ok(summary)
 }
 
