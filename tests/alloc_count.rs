@@ -7,6 +7,22 @@ use std::cell::Cell;
 thread_local! {
     // Neither lazily made nor dropped: reading it allocates nothing and works until the thread's end.
     static N_ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+    // Bytes taken less bytes given back, and the most that ever were.
+    static LIVE: Cell<i64> = const { Cell::new(0) };
+    static PEAK: Cell<i64> = const { Cell::new(0) };
+}
+
+/// What `work` comes to, and the most bytes that this thread held meanwhile beyond what it held before.
+pub fn peak_of<T>(work: impl FnOnce() -> T) -> (T, i64) {
+    let before = LIVE.get();
+    PEAK.set(before);
+    let made = work();
+    (made, PEAK.get() - before)
+}
+
+fn grow(bytes: i64) {
+    LIVE.set(LIVE.get() + bytes);
+    PEAK.set(PEAK.get().max(LIVE.get()));
 }
 
 /// Allocations and reallocations of this thread since its start.
@@ -23,23 +39,27 @@ static ALLOCATOR: Counting = Counting;
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         N_ALLOCATIONS.set(N_ALLOCATIONS.get() + 1);
+        grow(layout.size() as i64);
         // SAFETY: the caller keeps the contract, which is the same.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         N_ALLOCATIONS.set(N_ALLOCATIONS.get() + 1);
+        grow(layout.size() as i64);
         // SAFETY: as above.
         unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
         N_ALLOCATIONS.set(N_ALLOCATIONS.get() + 1);
+        grow(new_size as i64 - layout.size() as i64);
         // SAFETY: as above.
         unsafe { System.realloc(block, layout, new_size) }
     }
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        grow(-(layout.size() as i64));
         // SAFETY: as above.
         unsafe { System.dealloc(block, layout) }
     }

@@ -12,13 +12,16 @@ mod gpu_smoke; // the GPU backend itself: order, readbacks, loss, limits
 mod house; // floors, and what may be named where
 mod interchange; // models as PyTorch and ONNX have them
 mod kernels; // every kernel on every device against the oracle
+mod library; // training without the command
 mod losses; // devices that fail, are stuck, slow or too small
+mod malformed; // what is wrong with files is said, with place and remedy
 mod memory; // operands between guard bands
 mod model; // whole networks against an f64 network
 mod observe; // events, metrics, pictures
 mod optim; // update rules against torch.optim in f64; schedules
 mod oracle; // every kernel in naive f64
 mod profiles; // what measurements measure, and the trace
+mod reading; // files as they come: packed, as records, larger than memory
 mod runs; // what tests of whole runs share
 mod sequences; // labelled sequences from the file to the scores
 mod shaders; // every shader parses, validates, fits its Rust twin, and translates

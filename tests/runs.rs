@@ -29,6 +29,7 @@ pub fn config(task: Task, data: &[&Path]) -> RunConfig {
         features: Vec::new(),
         sequence: None,
         label: None,
+        text: None,
         tolerance: None,
         class_weights: None,
         quantiles: None,

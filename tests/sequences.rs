@@ -26,6 +26,7 @@ fn options(goal: Goal) -> SequencesOptions {
         sequence: None,
         label: None,
         features: Vec::new(),
+        text: None,
         missing: Missing::Fill,
         level: Level::Char,
         encoding: Encoding::Utf8,
@@ -43,7 +44,7 @@ fn of_table() -> SequencesOptions {
 }
 
 fn source(name: &str, text: &str) -> Source {
-    Source { name: name.into(), bytes: text.as_bytes().to_vec() }
+    Source::from_bytes(name, text.as_bytes())
 }
 
 fn whole(name: &str, text: &str, options: &SequencesOptions) -> Result<Sequences, DataError> {
@@ -211,11 +212,11 @@ fn batches_hold_every_sequence_once_and_shares_of_them_are_no_longer_than_their_
     let text: String = (0..57).map(|i| format!("{}\t{}\n", i % 3, "ab".repeat(23)[..lengths(i)].to_owned())).collect();
     let sequences = Arc::new(whole("x.txt", &text, &options(Goal::Class)).unwrap());
     let batches = SequenceBatches::new(Arc::clone(&sequences), Part::Train, 8, Order::Shuffled { seed: 3 }).unwrap();
-    assert_eq!((batches.n_batches(), batches.largest()), (8, (23, 8)));
+    assert_eq!((batches.n_batches(), batches.largest().expect("a batch")), (8, (23, 8)));
     let mut seen = Vec::new();
     for idx in 0..8 {
-        let batch = batches.batch(2, idx);
-        assert_eq!(batch, batches.batch(2, idx));
+        let batch = batches.batch(2, idx).expect("a batch");
+        assert_eq!(batch, batches.batch(2, idx).expect("a batch"));
         assert_eq!(batch.n_steps, (0..batch.n_rows).map(|row| batch.length(row)).max().unwrap());
         assert_eq!(batch.n_tokens, (0..batch.n_rows).map(|row| batch.length(row) as u64).sum::<u64>());
         for (row, &i) in batch.streams.iter().enumerate() {

@@ -150,7 +150,7 @@ fn is_usage(error: &anyhow::Error) -> bool {
             cause.is::<UsageError>()
                 || cause.is::<DeviceError>()
                 || cause.is::<NoSuchAdapter>()
-                || cause.downcast_ref::<DataError>().is_some_and(|e| !matches!(e, DataError::Prefetch { .. }))
+                || cause.downcast_ref::<DataError>().is_some_and(DataError::is_input)
                 || cause.downcast_ref::<StoreError>().is_some_and(StoreError::is_usage)
                 || cause.downcast_ref::<InterchangeError>().is_some_and(InterchangeError::is_usage)
         })

@@ -10,7 +10,9 @@ use toml::{Table, Value};
 
 use super::recipes::{self, Recipe};
 use super::typed::{Size, Typed};
+use crate::data::remote::is_url;
 use crate::data::series::{Missing, Relative};
+use crate::data::source::unpacked_name;
 use crate::data::split::Split;
 use crate::data::text::Encoding;
 use crate::data::vocab::Level;
@@ -126,6 +128,7 @@ const MEANT_FOR: &[(&str, &[Task])] = &[
     ("tied", &[Task::Lm]),
     ("features", OF_TABLES),
     ("missing", OF_TABLES),
+    ("text", OF_TEXT),
     ("sequence", IN_TABLES),
     ("label", IN_TABLES),
     ("class_weights", OF_CLASSES),
@@ -321,17 +324,22 @@ fn fill(typed: &Typed) -> RunConfig {
     let is_ts = !data.is_empty() && data.iter().all(|given| holds(given, &[".ts"]));
     let is_drawn = data.iter().any(|given| is_drawn(given));
     let task = typed.task.unwrap_or_else(|| {
-        if is_ts || typed.sequence.is_some() {
+        let are_records = !data.is_empty() && data.iter().all(|given| holds(given, &[".jsonl", ".ndjson", ".json", ".parquet", ".pq"]));
+        let of_series = typed.target.is_some() || typed.horizon.is_some() || typed.relative.is_some() || typed.season.is_some();
+        if is_ts || typed.sequence.is_some() || (are_records && typed.label.is_some()) {
             Task::Classify
         } else if is_drawn {
             Task::Regress
+        } else if are_records && of_series {
+            Task::Forecast
         } else if data.iter().all(|given| holds(given, &[".csv", ".tsv"])) {
             Task::Forecast
         } else {
             Task::Lm
         }
     });
-    let has_tokens = task == Task::Lm || (LABELLED.contains(&task) && !is_ts && !is_drawn && typed.sequence.is_none());
+    let of_numbers = is_ts || is_drawn || typed.sequence.is_some() || typed.features.is_some();
+    let has_tokens = task == Task::Lm || (LABELLED.contains(&task) && !of_numbers);
     let level = typed.level.unwrap_or(Level::Char);
     let defaults = match (task, level) {
         (Task::Lm, Level::Word) => WORDS,
@@ -372,6 +380,7 @@ fn fill(typed: &Typed) -> RunConfig {
         features: typed.features.clone().unwrap_or_default(),
         sequence: typed.sequence.clone(),
         label: typed.label.clone(),
+        text: typed.text.clone(),
         tolerance: typed.tolerance,
         class_weights: typed.class_weights.clone(),
         quantiles: typed.quantiles,
@@ -455,7 +464,7 @@ fn fill(typed: &Typed) -> RunConfig {
 /// Whether `--data` names files that end so: by the name alone, or by the names of all files of a folder.
 fn holds(given: &str, ends: &[&str]) -> bool {
     let is_one = |name: &str| {
-        let name = name.to_lowercase();
+        let name = unpacked_name(name).to_lowercase();
         ends.iter().any(|end| name.ends_with(end))
     };
     match fs::read_dir(given) {
@@ -477,7 +486,7 @@ fn is_drawn(given: &str) -> bool {
 /// A path that means the same from everywhere, since later commands read the run's data again.
 fn absolute(given: &str) -> String {
     let path = Path::new(given);
-    if given == "-" || given.is_empty() || is_drawn(given) || path.is_absolute() {
+    if given == "-" || given.is_empty() || is_drawn(given) || is_url(given) || path.is_absolute() {
         return given.to_owned();
     }
     if !path.exists() && given.contains(['*', '?', '[']) {
@@ -556,7 +565,7 @@ fn check_data(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
     for (key, columns) in [("target", &config.target), ("features", &config.features)] {
         judge.hold(key, format!("'{}'", columns.join(",")), columns.iter().all(|name| !name.is_empty()), "names of columns")?;
     }
-    for (key, column) in [("sequence", &config.sequence), ("label", &config.label)] {
+    for (key, column) in [("sequence", &config.sequence), ("label", &config.label), ("text", &config.text)] {
         judge.hold(key, "empty", column.as_ref().is_none_or(|name| !name.trim().is_empty()), "the name of a column")?;
     }
     if let Some(tolerance) = config.tolerance {

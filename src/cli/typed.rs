@@ -31,13 +31,13 @@ pub struct Size(pub usize);
 #[serde(deny_unknown_fields, default)]
 pub struct Typed {
     /// What is learnt: the next token of a text (lm), the next values of a series (forecast), the class (classify) or a number (regress)
-    /// of each sequence, the class of each step (tag), the next frame of notes (frames); by default classify for .ts files and with --sequence, forecast for .csv and .tsv files and for the built-in
-    /// example, else lm
+    /// of each sequence, the class of each step (tag), the next frame of notes (frames); by default classify for .ts files and with --sequence
+    /// (with --label for JSON lines and Parquet), forecast for .csv and .tsv files, with --target or --horizon and for the built-in example, else lm
     #[arg(long, value_name = "TASK", help_heading = DATA, value_parser = choice::<Task>())]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub task: Option<Task>,
-    /// A file, a glob, - for standard input, or a folder whose file names contain train, valid and test; may be repeated; by default the
-    /// built-in example
+    /// A file, a glob, - for standard input, or a folder whose file names contain train, valid and test; may be repeated; .gz and .zst are
+    /// unpacked; by default the built-in example
     #[arg(long, value_name = "PATH", help_heading = DATA)]
     #[serde(deserialize_with = "one_or_many", skip_serializing_if = "Option::is_none")]
     pub data: Option<Vec<String>>,
@@ -69,6 +69,10 @@ pub struct Typed {
     #[arg(long, value_name = "COLUMN", help_heading = DATA)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
+    /// Key or column of the text in JSON lines and Parquet; by default text
+    #[arg(long, value_name = "COLUMN", help_heading = DATA)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
     /// Columns to read; by default all columns of numbers
     #[arg(long, value_name = "COLUMN,...", help_heading = DATA, value_delimiter = ',')]
     #[serde(deserialize_with = "comma_list", skip_serializing_if = "Option::is_none")]

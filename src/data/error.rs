@@ -2,13 +2,23 @@
 
 use std::io;
 
-/// An error of the data on its way in. Everything but [`DataError::Prefetch`] means that the input (or what was asked of it) is wrong.
+use super::records;
+
+/// An error of the data on its way in. Everything but [`DataError::Prefetch`] and [`DataError::Cache`] means that the input (or what was asked of it) is wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     /// A file or a folder could not be read.
     #[error("cannot read {file}: {source}")]
     Read {
         /// The file as given.
+        file: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file of tokens could not be written.
+    #[error("cannot write {file}: {source}; free some space there, or name another folder in CARROUSEL_CACHE")]
+    Cache {
+        /// The file, or its folder.
         file: String,
         /// What the system said.
         source: io::Error,
@@ -74,7 +84,7 @@ pub enum DataError {
         hint: String,
     },
     /// A line that is not what it should be.
-    #[error("{file}, line {line}: {problem}; {remedy}")]
+    #[error("{file}, {} {line}: {problem}; {remedy}", unit_of(file))]
     Line {
         /// The file.
         file: String,
@@ -86,7 +96,7 @@ pub enum DataError {
         remedy: String,
     },
     /// A cell that is not what its column is.
-    #[error("{file}, line {line}, column '{column}': {problem}; {remedy}")]
+    #[error("{file}, {} {line}, column '{column}': {problem}; {remedy}", unit_of(file))]
     Cell {
         /// The file.
         file: String,
@@ -169,9 +179,14 @@ pub enum DataError {
     },
 }
 
+/// What a file has one after the other.
+fn unit_of(file: &str) -> &'static str {
+    if records::has_rows(file) { "row" } else { "line" }
+}
+
 impl DataError {
     /// Whether the input or the arguments are to blame (exit code 2), not the program.
     pub fn is_input(&self) -> bool {
-        !matches!(self, Self::Prefetch { .. })
+        !matches!(self, Self::Prefetch { .. } | Self::Cache { .. })
     }
 }

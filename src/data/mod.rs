@@ -10,7 +10,11 @@ pub mod baselines;
 pub mod builtin;
 pub mod error;
 pub mod grouping;
+#[cfg(feature = "parquet")]
+mod parquet;
 pub mod prefetch;
+pub mod records;
+pub mod remote;
 pub mod sequences;
 pub mod series;
 pub mod source;
@@ -18,6 +22,7 @@ pub mod split;
 pub mod table;
 pub mod text;
 pub mod time;
+pub mod tokens;
 pub mod ts;
 pub mod vocab;
 
@@ -90,16 +95,31 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// A batch from its parts; the sums are taken here, in one way for batches and shares.
-    pub(crate) fn new(
-        n_steps: usize,
-        input: Input,
-        target: Target,
-        weights: Vec<f32>,
-        streams: Vec<u32>,
-        resets: bool,
-        carries: bool,
-    ) -> Self {
+    /// Rows of numbers, each with numbers to be said: `inputs` `[T, B, I]`, `targets` `[B, O]`; every target counts. `streams` tells the rows
+    /// apart, since what is dropped in training is drawn by them.
+    ///
+    /// # Errors
+    /// [`DataError::Option`] where lengths do not fit together.
+    pub fn of_numbers(n_steps: usize, inputs: Vec<f32>, targets: Vec<f32>, streams: Range<u32>) -> Result<Self, DataError> {
+        let n_rows = streams.len();
+        let per_row = |what: &'static str, n: usize, each: usize| {
+            let fits = each > 0 && n > 0 && n.is_multiple_of(each);
+            fits.then(|| n / each).ok_or_else(|| DataError::Option {
+                name: "a batch",
+                value: format!("of {n_steps} steps and {n_rows} rows"),
+                problem: format!("{n} {what} do not make equal rows"),
+                remedy: "give [T, B, I] inputs and [B, O] targets".to_string(),
+            })
+        };
+        let n_features = per_row("inputs", inputs.len(), n_steps * n_rows)?;
+        let n_outputs = per_row("targets", targets.len(), n_rows)?;
+        let weights = vec![1.0; targets.len()];
+        let (input, target) = (Input::Values { values: inputs, n_features }, Target::Values { values: targets, n_outputs });
+        Ok(Self::new(n_steps, input, target, weights, streams.collect(), true, false))
+    }
+
+    /// A batch from its parts, with the shapes that the fields tell; the sums are taken here, in one way for batches and shares.
+    pub fn new(n_steps: usize, input: Input, target: Target, weights: Vec<f32>, streams: Vec<u32>, resets: bool, carries: bool) -> Self {
         let n_rows = streams.len();
         let weight = weights.iter().map(|&w| f64::from(w)).sum();
         let n_tokens = match target {
@@ -185,13 +205,19 @@ pub trait Batches: Send + Sync {
 
     /// Batch `idx` (`< n_batches`) of `epoch`, both from 0.
     ///
+    /// # Errors
+    /// What cannot be read any more.
+    ///
     /// # Panics
     /// If `idx` is not below [`Batches::n_batches`].
-    fn batch(&self, epoch: u64, idx: u64) -> Batch;
+    fn batch(&self, epoch: u64, idx: u64) -> Result<Batch, DataError>;
 
     /// Most steps and most rows of a batch.
-    fn largest(&self) -> (usize, usize) {
-        let first = self.batch(0, 0);
-        (first.n_steps, first.n_rows)
+    ///
+    /// # Errors
+    /// As [`Batches::batch`].
+    fn largest(&self) -> Result<(usize, usize), DataError> {
+        let first = self.batch(0, 0)?;
+        Ok((first.n_steps, first.n_rows))
     }
 }

@@ -35,12 +35,9 @@ impl Prefetch {
             let (mut epoch, mut idx) = if start_idx >= n { (start_epoch.saturating_add(1), 0) } else { (start_epoch, start_idx) };
             while epoch < end_epoch && n > 0 {
                 let made = catch_unwind(AssertUnwindSafe(|| batches.batch(epoch, idx)));
+                let made = made.unwrap_or_else(|panic| Err(DataError::Prefetch { epoch, idx, problem: message(panic.as_ref()) }));
                 let failed = made.is_err();
-                let item = made.map(|batch| (epoch, idx, batch)).map_err(|panic| DataError::Prefetch {
-                    epoch,
-                    idx,
-                    problem: message(panic.as_ref()),
-                });
+                let item = made.map(|batch| (epoch, idx, batch));
                 if send.send(item).is_err() || failed {
                     return;
                 }
@@ -67,7 +64,7 @@ impl Prefetch {
 impl Iterator for Prefetch {
     type Item = Item;
 
-    /// Epoch, index and batch; an error once, then nothing, if making the batch panicked.
+    /// Epoch, index and batch; an error once, then nothing, if making the batch failed or panicked.
     fn next(&mut self) -> Option<Self::Item> {
         let batches = self.batches.as_ref()?;
         if let Ok(item) = batches.try_recv() {

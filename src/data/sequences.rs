@@ -7,6 +7,7 @@
 //! | `.ts` (UEA archive) | a line | behind the last colon |
 //! | frames | a line, a piece: frames with blanks between, each its notes with commas between, `-` for silence | the frame after each |
 //! | `builtin:adding-T` | two numbers a step, drawn | see [`Sequences::adding`] |
+//! | JSON lines or Parquet without `--sequence` | a [record](super::records) | its key `label`, or the one that `--label` names |
 //! | other files | a line: label, tab, text | before the first tab |
 //!
 //! **Scale.** Each feature has one affine map, `(x - mean) / std`, fitted on the known values of the training part; so has a label that is a number.
@@ -23,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::DataError;
 use super::grouping::Grouping;
+use super::records;
 use super::series::{Missing, Order, Part};
 use super::source::{Source, Sources};
 use super::split::Split;
@@ -95,6 +97,8 @@ pub struct SequencesOptions {
     pub label: Option<String>,
     /// Columns to read; empty: all columns of numbers.
     pub features: Vec<String>,
+    /// The key of the text in records; none: `text`.
+    pub text: Option<String>,
     pub missing: Missing,
     /// What a token of a text is.
     pub level: Level,
@@ -124,11 +128,19 @@ pub struct Scaled {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Form {
-    Table { sequence: String, label: String },
+    Table {
+        sequence: String,
+        label: String,
+    },
     Ts,
     Lines,
     Frames,
     Drawn,
+    /// Keys, where they were named.
+    Records {
+        label: Option<String>,
+        text: Option<String>,
+    },
 }
 
 /// What goes in at each step.
@@ -261,7 +273,7 @@ impl Sequences {
         {
             return Self::adding(n_steps?, options.seed, ADDING);
         }
-        Self::from_sources(Sources::read(data)?, options)
+        Self::from_sources(Sources::find(data)?, options)
     }
 
     /// As [`Sequences::load`], of sources in memory.
@@ -318,7 +330,7 @@ impl Sequences {
             // Other sequences than those of the run.
             return Self::adding(n_steps?, HELD_OUT, [0, 0, ADDING[2]]);
         }
-        Self::from_held_out(Sources::read(data)?.into_held_out(), spec, encoding, labelled)
+        Self::from_held_out(Sources::find(data)?.into_held_out(), spec, encoding, labelled)
     }
 
     /// As [`Sequences::load_with`], of sources in memory.
@@ -326,9 +338,10 @@ impl Sequences {
     /// # Errors
     /// As [`Sequences::load_with`].
     pub fn from_held_out(sources: Vec<Source>, spec: &SequencesSpec, encoding: Encoding, labelled: Labelled) -> Result<Self, DataError> {
-        let (sequence, label) = match &spec.form {
-            Form::Table { sequence, label } => (Some(sequence.clone()), Some(label.clone())),
-            Form::Ts | Form::Lines | Form::Frames | Form::Drawn => (None, None),
+        let (sequence, label, text) = match &spec.form {
+            Form::Table { sequence, label } => (Some(sequence.clone()), Some(label.clone()), None),
+            Form::Records { label, text } => (None, label.clone(), text.clone()),
+            Form::Ts | Form::Lines | Form::Frames | Form::Drawn => (None, None, None),
         };
         let features = match &spec.step {
             StepSpec::Features(features) if sequence.is_some() => features.iter().map(|feature| feature.name.clone()).collect(),
@@ -344,6 +357,7 @@ impl Sequences {
             sequence,
             label,
             features,
+            text,
             missing: spec.missing,
             level: Level::Char,
             encoding,
@@ -913,9 +927,12 @@ fn read(sources: Sources, options: &SequencesOptions, labelled: Labelled) -> Res
             remedy: "name them with --sequence COLUMN --label COLUMN".to_string(),
         });
     }
-    let ends = |source: &Source, end: &str| source.name.to_lowercase().ends_with(end);
-    let of_table = sources.iter().any(|source| ends(source, ".csv"));
-    if let (false, Some(column)) = (options.sequence.is_some(), options.label.as_ref().or(options.features.first())) {
+    let of_table = sources.iter().any(|source| source.is_named(&[".csv"]));
+    let of_records = sources.iter().map(records::holds_records).collect::<Result<Vec<_>, _>>()?;
+    let is_records = !of_records.is_empty() && of_records.iter().all(|&is| is);
+    if let (false, false, Some(column)) =
+        (options.sequence.is_some(), is_records, options.label.as_ref().or(options.features.first()).or(options.text.as_ref()))
+    {
         let problem = "a column is named, but not which column tells sequences apart".to_string();
         let remedy = "name it with --sequence COLUMN (a .ts file or lines of label, tab, text have no columns)".to_string();
         return Err(DataError::Option { name: "--label or --features", value: column.clone(), problem, remedy });
@@ -935,11 +952,12 @@ fn read(sources: Sources, options: &SequencesOptions, labelled: Labelled) -> Res
     let mut raws = Vec::new();
     let mut counts = Vec::with_capacity(sources.len());
     let (mut features, mut classes) = (Vec::new(), None);
-    let is_ts = sources.iter().all(|source| ends(source, ".ts"));
-    if !is_ts && sources.iter().any(|source| ends(source, ".ts")) {
+    let are_ts = sources.iter().map(ts::is_one).collect::<Result<Vec<_>, _>>()?;
+    let is_ts = are_ts.iter().all(|&is| is);
+    if (!is_ts && are_ts.contains(&true)) || (!is_records && of_records.contains(&true)) {
         return Err(DataError::Source {
             given: sources.iter().map(|source| source.name.clone()).collect::<Vec<_>>().join(", "),
-            problem: ".ts files and others are mixed".to_string(),
+            problem: "files of several forms are mixed".to_string(),
             remedy: "give files of one form".to_string(),
         });
     }
@@ -960,12 +978,29 @@ fn read(sources: Sources, options: &SequencesOptions, labelled: Labelled) -> Res
                 classes = file.classes.filter(|classes| !classes.is_empty());
             }
             raws.extend(file.sequences);
+        } else if is_records {
+            let (label, text) = (options.label.as_deref(), options.text.as_deref());
+            let keys = records::Keys { label, text, features: &options.features, labelled: labelled == Labelled::All };
+            let (sequences, names) = records::sequences(source, &keys)?;
+            if !raws.is_empty() && features != names {
+                return Err(DataError::Source {
+                    given: source.name.clone(),
+                    problem: "its records hold other things than those of the file before".to_string(),
+                    remedy: "files that are read together need the same keys".to_string(),
+                });
+            }
+            features = names;
+            raws.extend(sequences);
         } else {
             raws.extend(read_lines(source, options.encoding, labelled)?);
         }
         counts.push(raws.len() - before);
     }
-    let form = if is_ts { Form::Ts } else { Form::Lines };
+    let form = match (is_ts, is_records) {
+        (true, _) => Form::Ts,
+        (false, true) => Form::Records { label: options.label.clone(), text: options.text.clone() },
+        (false, false) => Form::Lines,
+    };
     Ok(Read { raws, files: of_files(n_files, &counts), features, classes, form })
 }
 
@@ -1038,6 +1073,14 @@ fn read_lines(source: &Source, encoding: Encoding, labelled: Labelled) -> Result
             });
         };
         let (label, name) = (label.trim().to_string(), (raws.len() + 1).to_string());
+        if label.is_empty() && labelled == Labelled::All {
+            return Err(DataError::Line {
+                file: source.name.clone(),
+                line: number,
+                problem: "the label is blank".to_string(),
+                remedy: "write a label before the tab".to_string(),
+            });
+        }
         let cells = Cells::Text(text.trim().to_string());
         raws.push(Raw { file: source.name.clone(), line: number, name, label, tags: Vec::new(), cells });
     }
@@ -1165,13 +1208,13 @@ impl Batches for SequenceBatches {
         self.grouping.n_batches() as u64
     }
 
-    fn batch(&self, epoch: u64, idx: u64) -> Batch {
+    fn batch(&self, epoch: u64, idx: u64) -> Result<Batch, DataError> {
         assert!(idx < self.n_batches(), "batch {idx} of {}", self.n_batches());
         let rows: Vec<u32> = self.grouping.batch(epoch, idx as usize).into_iter().map(|i| self.of_part[i as usize]).collect();
-        self.sequences.batch_of(&rows)
+        Ok(self.sequences.batch_of(&rows))
     }
 
-    fn largest(&self) -> (usize, usize) {
-        self.grouping.largest()
+    fn largest(&self) -> Result<(usize, usize), DataError> {
+        Ok(self.grouping.largest())
     }
 }

@@ -232,7 +232,7 @@ impl Series {
     /// # Errors
     /// Files that cannot be read or hold something wrong, columns that do not exist, fewer rows than a window and its horizon.
     pub fn load(data: &[String], options: &SeriesOptions) -> Result<Self, DataError> {
-        Self::from_sources(Sources::read(data)?, options)
+        Self::from_sources(Sources::find(data)?, options)
     }
 
     /// As [`Series::load`], of one CSV file in memory.
@@ -240,7 +240,7 @@ impl Series {
     /// # Errors
     /// As [`Series::load`].
     pub fn from_csv(name: &str, bytes: &[u8], options: &SeriesOptions) -> Result<Self, DataError> {
-        Self::from_sources(Sources::Whole(vec![Source { name: name.to_string(), bytes: bytes.to_vec() }]), options)
+        Self::from_sources(Sources::Whole(vec![Source::from_bytes(name, bytes)]), options)
     }
 
     /// As [`Series::load`], of sources in memory.
@@ -262,7 +262,7 @@ impl Series {
     /// # Errors
     /// As [`Series::load`]; a column of the run that the file lacks, another step between rows.
     pub fn load_with(data: &[String], spec: &SeriesSpec) -> Result<Self, DataError> {
-        Self::from_held_out(&Sources::read(data)?.into_held_out(), spec)
+        Self::from_held_out(&Sources::find(data)?.into_held_out(), spec)
     }
 
     /// As [`Series::load_with`], of one CSV file in memory.
@@ -270,7 +270,7 @@ impl Series {
     /// # Errors
     /// As [`Series::load_with`].
     pub fn from_csv_with(name: &str, bytes: &[u8], spec: &SeriesSpec) -> Result<Self, DataError> {
-        Self::from_held_out(&[Source { name: name.to_string(), bytes: bytes.to_vec() }], spec)
+        Self::from_held_out(&[Source::from_bytes(name, bytes)], spec)
     }
 
     fn from_held_out(sources: &[Source], spec: &SeriesSpec) -> Result<Self, DataError> {
@@ -857,11 +857,11 @@ impl Batches for SeriesBatches {
         self.origins.len().div_ceil(self.batch_size) as u64
     }
 
-    fn batch(&self, epoch: u64, idx: u64) -> Batch {
+    fn batch(&self, epoch: u64, idx: u64) -> Result<Batch, DataError> {
         assert!(idx < self.n_batches(), "batch {idx} of {}", self.n_batches());
         let first = idx as usize * self.batch_size;
         let order = self.order_of(epoch);
-        self.series.batch_of(&order[first..(first + self.batch_size).min(order.len())])
+        Ok(self.series.batch_of(&order[first..(first + self.batch_size).min(order.len())]))
     }
 }
 

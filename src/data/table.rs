@@ -1,11 +1,12 @@
-//! CSV files as typed columns: delimiter, header and time column are recognised, every cell that is wrong is named. What is predicted from what
+//! Tables as typed columns, from CSV and from records: delimiter, header and time column are recognised, every cell that is wrong is named. What is predicted from what
 //! is not known here.
 
 use super::error::DataError;
+use super::records;
 use super::source::Source;
 use super::time::{Style, parse_compact, parse_decimal, parse_iso};
 
-/// The columns of one CSV file, or of several with the same columns, one after the other.
+/// The columns of one file, or of several with the same columns, one after the other.
 pub struct Table {
     /// The file's name for messages; of several, the first one.
     pub name: String,
@@ -50,7 +51,7 @@ pub struct Times {
 const DELIMITERS: [u8; 4] = [b';', b'\t', b'|', b','];
 
 impl Table {
-    /// Reads CSV files. A header is recognised by a first line without any number or date; without one the columns are called
+    /// Reads CSV and TSV files, and those of [`records`]. A header is recognised by a first line without any number or date; without one the columns are called
     /// `column1`, `column2` and so on. Lines that start with `#` are comments. Between semicolons decimals may have a comma.
     ///
     /// # Errors
@@ -68,20 +69,34 @@ impl Table {
     }
 
     fn read_one(source: &Source) -> Result<Self, DataError> {
+        if records::holds_records(source)? {
+            return Self::of_records(source);
+        }
         let file = source.name.clone();
-        let bytes = source.bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(&source.bytes);
+        let stored = source.read()?;
+        let bytes = stored.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(&stored);
         let text = std::str::from_utf8(bytes).map_err(|e| {
             let at = e.valid_up_to();
             let line = 1 + bytes[..at].iter().filter(|&&b| b == b'\n').count();
             DataError::Encoding {
                 file: file.clone(),
-                place: format!("line {line}, byte {}", at + source.bytes.len() - bytes.len()),
+                place: format!("line {line}, byte {}", at + stored.len() - bytes.len()),
                 value: bytes[at],
                 remedy: "save the file as UTF-8 (iconv -f latin1 -t UTF-8)".to_string(),
             }
         })?;
         let empty = || DataError::Empty { file: file.clone(), wanted: "a header and rows of numbers".to_string() };
-        let delimiter = sniff(text);
+        if text.starts_with("PAR1") {
+            let problem = "it is a Parquet file by its first bytes, but not by its name";
+            return Err(super::source::refuse(&file, problem, "rename it to end in .parquet"));
+        }
+        if let Some(at) = bytes.iter().position(|&byte| byte == 0) {
+            let line = 1 + bytes[..at].iter().filter(|&&b| b == b'\n').count() as u64;
+            let problem = format!("byte {at} is zero, so this is no table of text");
+            let remedy = "give CSV, TSV, JSON lines or Parquet (a workbook can be saved as CSV)".to_string();
+            return Err(DataError::Line { file, line, problem, remedy });
+        }
+        let delimiter = if source.is_named(&[".tsv"]) { b'\t' } else { sniff(text) };
         let mut reader = csv::ReaderBuilder::new()
             .has_headers(false)
             .flexible(true)
@@ -115,7 +130,9 @@ impl Table {
         let (first_line, width) = (*first_line, first.len());
         for (line, record) in &records {
             if record.len() != width {
-                let hint = if record.len() > width && delimiter == b',' {
+                let hint = if record.iter().any(|cell| cell.contains('\n')) {
+                    " (does a quote lack its second one?)"
+                } else if record.len() > width && delimiter == b',' {
                     " (a comma inside a cell needs quotes, decimals need a point)"
                 } else if record.len() < width {
                     " (is the line cut off?)"
@@ -143,7 +160,29 @@ impl Table {
         Ok(Self { name: file.clone(), columns, file_rows: vec![rows.len()], files: vec![file], rows })
     }
 
+    fn of_records(source: &Source) -> Result<Self, DataError> {
+        let (columns, rows) = records::table(source)?;
+        let rows: Vec<Row> = rows.into_iter().map(|(line, cells)| Row { file: 0, line, cells: cells.into() }).collect();
+        let file = source.name.clone();
+        if columns.is_empty() {
+            return Err(DataError::Empty { file, wanted: "records with a key for each column".to_string() });
+        }
+        Ok(Self { name: file.clone(), columns, file_rows: vec![rows.len()], files: vec![file], rows })
+    }
+
+    /// Puts the columns in this order, if they are the same ones.
+    fn arrange_as(&mut self, columns: &[String]) {
+        let places: Option<Vec<usize>> = columns.iter().map(|name| self.columns.iter().position(|own| own == name)).collect();
+        let Some(places) = places.filter(|places| places.len() == self.columns.len() && self.columns != columns) else { return };
+        for row in &mut self.rows {
+            row.cells = places.iter().map(|&c| row.cells.get(c).unwrap_or_default()).collect();
+        }
+        self.columns = columns.to_vec();
+    }
+
     fn append(&mut self, other: Self) -> Result<(), DataError> {
+        let mut other = other;
+        other.arrange_as(&self.columns);
         if self.columns != other.columns {
             return Err(DataError::Column {
                 file: other.name,

@@ -1,14 +1,23 @@
 //! Text: reading, cutting into parts, and the order in which its tokens are trained on and scored.
+//!
+//! A text is read in pieces, whatever its size, and more than once: to count its symbols, then to write its tokens. Tokens of a text that is larger
+//! than [`TextOptions::in_memory`] go to a file in the cache folder, which is taken again as long as sources and options are the same; a source
+//! is known by its path, length, time of change, and the hash of [`SAMPLES`] blocks of it. At byte level one plain file is its own tokens.
 
+use std::collections::HashMap;
+use std::fs::{self, File};
 use std::ops::Range;
-use std::sync::Arc;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use super::error::DataError;
-use super::source::{Source, Sources};
+use super::records;
+use super::source::{Packing, Source, Sources};
 use super::split::Split;
-use super::vocab::{Level, Vocab, words};
+use super::tokens::{TokenWriter, Tokens, cache_folder, read_at, width_of};
+use super::vocab::{EOS, Level, Vocab};
 use super::{Batch, Batches, Input, Target};
 use crate::shape::split_even;
 
@@ -48,17 +57,32 @@ pub struct TextOptions {
     pub level: Level,
     /// How bytes become characters; byte level does not ask.
     pub encoding: Encoding,
+    /// The key or column of the text in JSON lines and Parquet; none: `text`. Byte level takes every file as it is.
+    pub column: Option<String>,
     /// How one source is cut; also how much of the training part validates where no file does.
     pub split: Split,
     /// `--vocab`: at most so many entries.
     pub vocab_limit: Option<usize>,
     /// A vocabulary that exists already (a run that is resumed); else it is made from the text.
     pub vocab: Option<Vocab>,
+    /// Bytes of text up to which tokens are kept in memory; those of a larger one go to a file in the cache folder.
+    pub in_memory: u64,
+    /// That folder.
+    pub cache: PathBuf,
 }
 
 impl Default for TextOptions {
     fn default() -> Self {
-        Self { level: Level::Char, encoding: Encoding::Utf8, split: Split::default(), vocab_limit: None, vocab: None }
+        Self {
+            level: Level::Char,
+            encoding: Encoding::Utf8,
+            column: None,
+            split: Split::default(),
+            vocab_limit: None,
+            vocab: None,
+            in_memory: 128 << 20,
+            cache: cache_folder(),
+        }
     }
 }
 
@@ -72,11 +96,61 @@ pub struct Text {
     /// What the tokens stand for.
     pub vocab: Vocab,
     /// For training.
-    pub train: Arc<[u32]>,
+    pub train: Tokens,
     /// For validation; may be empty.
-    pub valid: Arc<[u32]>,
+    pub valid: Tokens,
     /// For the test; may be empty.
-    pub test: Arc<[u32]>,
+    pub test: Tokens,
+    /// What a person should know: where tokens are kept.
+    pub notes: Vec<String>,
+    /// Over all tokens, where the cache knows it.
+    sha256: Option<String>,
+}
+
+/// Sources as they make up the text: all parts in one, to be cut, or each by itself.
+struct Plan {
+    parts: Vec<Vec<Source>>,
+    name: String,
+}
+
+impl Plan {
+    fn new(sources: Sources) -> Self {
+        match sources {
+            Sources::Whole(all) => Self { name: name_of(&all), parts: vec![all] },
+            Sources::Parts { train, valid, test } => Self { name: name_of(&train), parts: vec![train, valid, test] },
+        }
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Source> {
+        self.parts.iter().flatten()
+    }
+
+    /// About how many bytes the text has, unpacked.
+    fn size(&self) -> Result<u64, DataError> {
+        self.all().map(unpacked_size).sum()
+    }
+
+    /// Training, validation and test as places among all tokens, of which each part has so many.
+    fn cut(&self, lens: &[usize], split: Split) -> [Range<usize>; 3] {
+        if let [n] = *lens {
+            let (valid, train, test) = cut_ends(n, split);
+            return [train, valid, test];
+        }
+        let ends: Vec<usize> = lens
+            .iter()
+            .scan(0, |end, len| {
+                *end += len;
+                Some(*end)
+            })
+            .collect();
+        let train = if lens[1] == 0 { lens[0] - valid_len(lens[0], split) } else { lens[0] };
+        [0..train, train..ends[1], ends[1]..ends[2]]
+    }
+}
+
+/// Text packs to a quarter or so of its size.
+fn unpacked_size(source: &Source) -> Result<u64, DataError> {
+    Ok(source.stored_len()? * if source.open()?.packing() == Packing::Plain { 1 } else { 4 })
 }
 
 impl Text {
@@ -84,12 +158,12 @@ impl Text {
     /// Where files name their parts and none is for validation, it is cut from the end of the training part.
     ///
     /// # Errors
-    /// Sources that cannot be read, are empty, or are not text at the level asked for.
+    /// Sources that cannot be read, are empty, or are not text at the level asked for; a cache that cannot be written.
     pub fn load(data: &[String], options: &TextOptions) -> Result<Self, DataError> {
-        Self::from_sources(Sources::read(data)?, options)
+        Self::from_sources(Sources::find(data)?, options)
     }
 
-    /// As [`Text::load`], of sources in memory.
+    /// As [`Text::load`], of sources that were found already.
     ///
     /// # Errors
     /// As [`Text::load`].
@@ -102,57 +176,7 @@ impl Text {
                 remedy: "leave the flag out".to_string(),
             });
         }
-        let name = match &sources {
-            Sources::Whole(all) => name_of(all),
-            Sources::Parts { train, .. } => name_of(train),
-        };
-        if options.level == Level::Byte {
-            return Self::from_bytes(name, sources, options);
-        }
-        match sources {
-            Sources::Whole(all) => {
-                let text = join(&all, options)?;
-                match options.level {
-                    Level::Word => {
-                        let tokens: Vec<&str> = words(&text).collect();
-                        let (valid, train, test) = cut_ends(tokens.len(), options.split);
-                        let vocab = match &options.vocab {
-                            Some(vocab) => vocab.clone(),
-                            None => Vocab::words(tokens[train.clone()].iter().copied(), options.vocab_limit)?,
-                        };
-                        let part = |range: Range<usize>| Arc::from(vocab.encode_words(tokens[range].iter().copied()));
-                        Ok(Self { name, train: part(train), valid: part(valid), test: part(test), vocab })
-                    }
-                    _ => {
-                        let vocab = char_vocab(&[&text], options)?;
-                        let tokens = vocab.encode_text(&name, &text)?;
-                        let (valid, train, test) = cut_ends(tokens.len(), options.split);
-                        let part = |range: Range<usize>| Arc::from(&tokens[range]);
-                        Ok(Self { name, train: part(train), valid: part(valid), test: part(test), vocab })
-                    }
-                }
-            }
-            Sources::Parts { train, valid, test } => {
-                let names = [name.clone(), name_of(&valid), name_of(&test)];
-                let [train, valid, test] = [join(&train, options)?, join(&valid, options)?, join(&test, options)?];
-                let vocab = match (&options.vocab, options.level) {
-                    (Some(vocab), _) => vocab.clone(),
-                    (None, Level::Word) => Vocab::words(words(&train), options.vocab_limit)?,
-                    (None, _) => char_vocab(&[&train, &valid, &test], options)?,
-                };
-                let mut train = vocab.encode_text(&names[0], &train)?;
-                let mut valid = vocab.encode_text(&names[1], &valid)?;
-                let test = vocab.encode_text(&names[2], &test)?;
-                if valid.is_empty() {
-                    valid = train.split_off(train.len() - valid_len(train.len(), options.split));
-                }
-                Ok(Self { name, vocab, train: train.into(), valid: valid.into(), test: test.into() })
-            }
-        }
-    }
-
-    fn from_bytes(name: String, sources: Sources, options: &TextOptions) -> Result<Self, DataError> {
-        if let Some(limit) = options.vocab_limit {
+        if let (Level::Byte, Some(limit)) = (options.level, options.vocab_limit) {
             return Err(DataError::Option {
                 name: "--vocab",
                 value: limit.to_string(),
@@ -160,30 +184,93 @@ impl Text {
                 remedy: "leave the flag out, or use --level char or word".to_string(),
             });
         }
-        let vocab = Vocab::bytes();
-        let tokens = |sources: &[Source]| -> Result<Vec<u32>, DataError> {
-            let mut tokens = Vec::new();
-            for source in sources {
-                check_not_empty(source, source.bytes.is_empty())?;
-                tokens.extend(vocab.encode_bytes(&source.bytes));
-            }
-            Ok(tokens)
+        let plan = Plan::new(sources);
+        if plan.size()? > options.in_memory { Self::cached(&plan, options) } else { Self::made(&plan, options, None) }
+    }
+
+    /// Reads all, and keeps tokens in memory, or in the file `to`.
+    fn made(plan: &Plan, options: &TextOptions, to: Option<PathBuf>) -> Result<Self, DataError> {
+        let mut notes = Vec::new();
+        let vocab = match &options.vocab {
+            Some(vocab) => vocab.clone(),
+            None => match options.level {
+                Level::Byte => Vocab::bytes(),
+                Level::Char => count_chars(plan, options)?,
+                Level::Word => count_words(plan, options, &mut notes)?,
+            },
         };
-        let (train, valid, test) = match sources {
-            Sources::Whole(all) => {
-                let tokens = tokens(&all)?;
-                let (valid, train, test) = cut_ends(tokens.len(), options.split);
-                (tokens[train].to_vec(), tokens[valid].to_vec(), tokens[test].to_vec())
+        let width = width_of(vocab.size());
+        let mut writer = to.map_or_else(|| Ok(TokenWriter::in_memory(width)), |path| TokenWriter::to_file(width, path))?;
+        let mut lens = Vec::with_capacity(3);
+        for part in &plan.parts {
+            let before = writer.len();
+            for source in part {
+                encode(source, &vocab, options, &mut |tokens| writer.push(tokens))?;
             }
-            Sources::Parts { train, valid, test } => {
-                let (mut train, mut valid, test) = (tokens(&train)?, tokens(&valid)?, tokens(&test)?);
-                if valid.is_empty() {
-                    valid = train.split_off(train.len() - valid_len(train.len(), options.split));
-                }
-                (train, valid, test)
-            }
+            lens.push(writer.len() - before);
+        }
+        let tokens = writer.finish()?;
+        let [train, valid, test] = plan.cut(&lens, options.split).map(|range| tokens.slice(range));
+        Ok(Self { name: plan.name.clone(), vocab, train, valid, test, notes, sha256: None })
+    }
+
+    /// Takes tokens from the cache, or makes them and keeps them there.
+    fn cached(plan: &Plan, options: &TextOptions) -> Result<Self, DataError> {
+        // One plain file at byte level is its own tokens; only its hash is kept.
+        let itself = match (options.level, plan.parts.as_slice()) {
+            (Level::Byte, [sources]) => match sources.as_slice() {
+                [source] if source.open()?.packing() == Packing::Plain => source.path(),
+                _ => None,
+            },
+            _ => None,
         };
-        Ok(Self { name, vocab, train: train.into(), valid: valid.into(), test: test.into() })
+        let Some(identity) = Identity::of(plan)? else {
+            // What came from a pipe cannot be known again.
+            let path = options.cache.join(format!("pipe-{}.tokens", std::process::id()));
+            let text = Self::made(plan, options, Some(path.clone()))?;
+            // Open files live on without a name; where they do not, the folder may be emptied by hand.
+            let _ = fs::remove_file(path);
+            return Ok(text);
+        };
+        let name = identity.file_name(options);
+        let (about, data) = (options.cache.join(format!("{name}.json")), options.cache.join(format!("{name}.tokens")));
+        if let Some(entry) = Entry::read(&about, &identity)
+            && let Ok(text) = entry.text(plan, itself.map_or_else(|| data.clone(), PathBuf::from))
+        {
+            return Ok(text);
+        }
+        let mut text = match itself {
+            Some(path) => {
+                let file = File::open(path).map_err(|source| DataError::Read { file: plan.name.clone(), source })?;
+                let tokens = Tokens::of_file(plan.name.clone(), file, 1)?;
+                let [train, valid, test] = plan.cut(&[tokens.len()], options.split).map(|range| tokens.slice(range));
+                Self { name: plan.name.clone(), vocab: Vocab::bytes(), train, valid, test, notes: Vec::new(), sha256: None }
+            }
+            None => Self::made(plan, options, Some(data.clone()))?,
+        };
+        text.sha256 = Some(text.sha256()?);
+        if itself.is_none() {
+            text.notes.push(format!("the tokens of {} are kept in {}, which may be deleted at any time", plan.name, data.display()));
+        }
+        let parts = [&text.train, &text.valid, &text.test].map(|part| part.place());
+        let entry = Entry { identity, vocab: text.vocab.clone(), parts, sha256: text.sha256.clone().unwrap_or_default() };
+        entry.write(&about)?;
+        Ok(text)
+    }
+
+    /// SHA-256 over the tokens of all parts and their numbers, hexadecimal.
+    ///
+    /// # Errors
+    /// Tokens that cannot be read any more.
+    pub fn sha256(&self) -> Result<String, DataError> {
+        if let Some(known) = &self.sha256 {
+            return Ok(known.clone());
+        }
+        let mut hasher = Sha256::new();
+        for part in [&self.train, &self.valid, &self.test] {
+            part.hash(&mut hasher)?;
+        }
+        Ok(hex(hasher))
     }
 }
 
@@ -191,21 +278,123 @@ impl Text {
 ///
 /// # Errors
 /// As [`Text::load`]; a character that the vocabulary lacks.
-pub fn load_tokens(data: &[String], vocab: &Vocab, encoding: Encoding) -> Result<Arc<[u32]>, DataError> {
-    let sources = Sources::read(data)?.into_held_out();
-    if vocab.level() == Level::Byte {
-        let mut tokens = Vec::new();
-        for source in &sources {
-            check_not_empty(source, source.bytes.is_empty())?;
-            tokens.extend(vocab.encode_bytes(&source.bytes));
+pub fn load_tokens(data: &[String], vocab: &Vocab, options: &TextOptions) -> Result<Tokens, DataError> {
+    let sources = Sources::Whole(Sources::find(data)?.into_held_out());
+    let split = Split { train: 1.0, valid: 0.0, test: 0.0 };
+    let options = TextOptions { level: vocab.level(), vocab: Some(vocab.clone()), split, ..options.clone() };
+    Ok(Text::from_sources(sources, &options)?.train)
+}
+
+/// What a person is told before a large text is read; none for a small one.
+pub fn announcement(data: &[String], options: &TextOptions) -> Option<String> {
+    // Standard input can be read once only, and not here.
+    let plan = data.iter().all(|given| given != "-").then(|| Sources::find(data).ok()).flatten().map(Plan::new)?;
+    let size = plan.size().ok().filter(|&size| size > options.in_memory)?;
+    let gigabytes = size as f64 / f64::from(1 << 30);
+    Some(format!("{} has about {gigabytes:.1} GiB of text: it stays on disk; the first reading takes a while", plan.name))
+}
+
+fn hex(hasher: Sha256) -> String {
+    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Blocks of a source that are hashed to know it again, evenly spaced, the first and the last among them.
+pub const SAMPLES: u64 = 16;
+const SAMPLE_BYTES: u64 = 1 << 16;
+/// Of the cache's files: another one is not looked at.
+const CACHE_VERSION: u32 = 1;
+
+/// By what a source is known again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Identity {
+    version: u32,
+    sources: Vec<SourceIdentity>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct SourceIdentity {
+    path: PathBuf,
+    len: u64,
+    /// Nanoseconds since 1970.
+    changed: i128,
+    samples: String,
+}
+
+impl Identity {
+    /// None where a source has no name of its own.
+    fn of(plan: &Plan) -> Result<Option<Self>, DataError> {
+        let mut sources = Vec::new();
+        for source in plan.all() {
+            let Some(path) = source.path() else { return Ok(None) };
+            let failed = |error| DataError::Read { file: source.name.clone(), source: error };
+            let file = File::open(path).map_err(failed)?;
+            let about = file.metadata().map_err(failed)?;
+            let changed = about.modified().map_err(failed)?;
+            let changed =
+                changed.duration_since(std::time::UNIX_EPOCH).map_or_else(|e| -(e.duration().as_nanos() as i128), |d| d.as_nanos() as i128);
+            let mut hasher = Sha256::new();
+            let mut block = vec![0; SAMPLE_BYTES as usize];
+            let last = about.len().saturating_sub(SAMPLE_BYTES);
+            for i in 0..SAMPLES {
+                let n = read_at(&file, &mut block, last / (SAMPLES - 1) * i + if i + 1 == SAMPLES { last % (SAMPLES - 1) } else { 0 });
+                hasher.update(&block[..n.map_err(failed)?]);
+            }
+            let path = fs::canonicalize(path).map_err(failed)?;
+            sources.push(SourceIdentity { path, len: about.len(), changed, samples: hex(hasher) });
         }
-        return Ok(tokens.into());
+        Ok(Some(Self { version: CACHE_VERSION, sources }))
     }
-    let mut tokens = Vec::new();
-    for source in &sources {
-        tokens.extend(vocab.encode_text(&source.name, &decode(source, encoding)?)?);
+
+    /// The same for the same files read in the same way, so that what is out of date is written over.
+    fn file_name(&self, options: &TextOptions) -> String {
+        let paths: Vec<&PathBuf> = self.sources.iter().map(|source| &source.path).collect();
+        let vocab = options.vocab.as_ref().and_then(|vocab| serde_json::to_string(vocab).ok());
+        let how = (options.level, options.encoding, &options.column, options.split, options.vocab_limit, vocab);
+        let mut hasher = Sha256::new();
+        hasher.update(format!("{paths:?} {how:?}"));
+        hex(hasher)[..32].to_string()
     }
-    Ok(tokens.into())
+}
+
+/// What the cache knows of a text beside its tokens.
+#[derive(Serialize, Deserialize)]
+struct Entry {
+    identity: Identity,
+    vocab: Vocab,
+    /// Training, validation, test: where each lies.
+    parts: [Range<usize>; 3],
+    sha256: String,
+}
+
+impl Entry {
+    /// None where there is none, or not of these sources.
+    fn read(path: &PathBuf, identity: &Identity) -> Option<Self> {
+        let entry: Self = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+        (entry.identity == *identity).then_some(entry)
+    }
+
+    fn text(self, plan: &Plan, data: PathBuf) -> Result<Text, DataError> {
+        let name = data.display().to_string();
+        let file = File::open(&data).map_err(|source| DataError::Read { file: name.clone(), source })?;
+        let tokens = Tokens::of_file(name.clone(), file, width_of(self.vocab.size()))?;
+        if self.parts.iter().any(|part| part.start > part.end || part.end > tokens.len())
+            || self.parts.iter().map(Range::len).sum::<usize>() != tokens.len()
+        {
+            return Err(DataError::Empty { file: name, wanted: "all tokens".to_string() });
+        }
+        let [train, valid, test] = self.parts.map(|part| tokens.slice(part));
+        Ok(Text { name: plan.name.clone(), vocab: self.vocab, train, valid, test, notes: Vec::new(), sha256: Some(self.sha256) })
+    }
+
+    fn write(&self, path: &PathBuf) -> Result<(), DataError> {
+        let failed = |source| DataError::Cache { file: path.display().to_string(), source };
+        let folder = path.parent().map(PathBuf::from).unwrap_or_default();
+        fs::create_dir_all(&folder).map_err(failed)?;
+        let file = tempfile::NamedTempFile::new_in(&folder).map_err(failed)?;
+        serde_json::to_writer(&file, self).map_err(|e| failed(e.into()))?;
+        file.persist(path).map_err(|e| failed(e.error))?;
+        Ok(())
+    }
 }
 
 fn name_of(sources: &[Source]) -> String {
@@ -213,13 +402,6 @@ fn name_of(sources: &[Source]) -> String {
         [] => "no file".to_string(),
         [one] => one.name.clone(),
         [first, rest @ ..] => format!("{} and {} more", first.name, rest.len()),
-    }
-}
-
-fn char_vocab(texts: &[&str], options: &TextOptions) -> Result<Vocab, DataError> {
-    match &options.vocab {
-        Some(vocab) => Ok(vocab.clone()),
-        None => Vocab::chars(&texts.concat(), options.vocab_limit),
     }
 }
 
@@ -234,47 +416,250 @@ fn cut_ends(n: usize, split: Split) -> (Range<usize>, Range<usize>, Range<usize>
     (0..valid, valid..n - test, n - test..n)
 }
 
+// ---- symbols ----
+
+/// All characters of all parts.
+fn count_chars(plan: &Plan, options: &TextOptions) -> Result<Vocab, DataError> {
+    let mut counts = vec![0_u64; char::MAX as usize + 1];
+    for source in plan.all() {
+        read_text(source, options, &mut |piece| {
+            piece.text.chars().for_each(|c| counts[c as usize] += 1);
+            Ok(())
+        })?;
+    }
+    let counts = (0..=u32::from(char::MAX)).zip(counts).filter(|&(_, n)| n > 0);
+    Vocab::of_chars(counts.filter_map(|(c, n)| Some((char::from_u32(c)?, n))), options.vocab_limit)
+}
+
+/// Different words that are counted at a time: some 250 MB.
+const MOST_WORDS: usize = 3_500_000;
+
+/// The words of the training part.
+fn count_words(plan: &Plan, options: &TextOptions, notes: &mut Vec<String>) -> Result<Vocab, DataError> {
+    let train = if let [all] = plan.parts.as_slice() {
+        let mut n = 0;
+        for source in all {
+            Words::default().of_source(source, options, &mut |_| {
+                n += 1;
+                Ok(())
+            })?;
+        }
+        plan.cut(&[n], options.split)[0].clone()
+    } else {
+        // All of it: what validates is cut from tokens, with the words of the whole file for training.
+        0..usize::MAX
+    };
+    let mut counts: HashMap<Box<str>, u64> = HashMap::new();
+    let (mut at, mut floor) = (0, 0);
+    for source in &plan.parts[0] {
+        Words::default().of_source(source, options, &mut |word| {
+            at += 1;
+            if !train.contains(&(at - 1)) {
+                return Ok(());
+            }
+            if let Some(count) = counts.get_mut(word) {
+                *count += 1;
+                return Ok(());
+            }
+            if counts.len() >= MOST_WORDS {
+                if options.vocab_limit.is_none() {
+                    return Err(DataError::Option {
+                        name: "--vocab",
+                        value: "without a number".to_string(),
+                        problem: format!("{} has more than {MOST_WORDS} different words", plan.name),
+                        remedy: "keep the most frequent ones, as with --vocab 50K, or use --level char".to_string(),
+                    });
+                }
+                // The rarest go; what is left of the table is at most half full.
+                while counts.len() > MOST_WORDS / 2 {
+                    floor += 1;
+                    counts.retain(|_, count| *count > floor);
+                }
+            }
+            counts.insert(word.into(), 1);
+            Ok(())
+        })?;
+    }
+    if floor > 0 {
+        notes.push(format!("{}: of so many words that those seen up to {floor} times were forgotten in between; such rare ones may be missing from --vocab", plan.name));
+    }
+    Vocab::of_words(counts.into_iter().map(|(word, n)| (word.into(), n)), options.vocab_limit)
+}
+
+/// Hands over the tokens of a source, some at a time.
+fn encode(
+    source: &Source,
+    vocab: &Vocab,
+    options: &TextOptions,
+    write: &mut dyn FnMut(&[u32]) -> Result<(), DataError>,
+) -> Result<(), DataError> {
+    let mut tokens = Vec::with_capacity(PIECE);
+    match vocab.level() {
+        Level::Byte => {
+            let mut reader = source.open()?;
+            let mut bytes = vec![0; PIECE];
+            let mut any = false;
+            loop {
+                let n = reader.fill(&mut bytes)?;
+                if n == 0 {
+                    return check_not_empty(source, !any);
+                }
+                any = true;
+                tokens.clear();
+                tokens.extend(bytes[..n].iter().map(|&byte| u32::from(byte)));
+                write(&tokens)?;
+            }
+        }
+        Level::Char => {
+            let table = vocab.char_table();
+            read_text(source, options, &mut |piece| {
+                tokens.clear();
+                for (byte, c) in piece.text.char_indices() {
+                    tokens.push(table.get(c).ok_or_else(|| vocab.unknown_char(&piece.place_of(source, byte), c))?);
+                }
+                write(&tokens)
+            })
+        }
+        Level::Word => {
+            Words::default().of_source(source, options, &mut |word| {
+                tokens.push(vocab.word(word));
+                if tokens.len() < PIECE {
+                    return Ok(());
+                }
+                write(&tokens)?;
+                tokens.clear();
+                Ok(())
+            })?;
+            write(&tokens)
+        }
+    }
+}
+
+/// Cuts pieces into words, with `<eos>` at each line end, also at that of a last line that has none.
+#[derive(Default)]
+struct Words {
+    /// Something stands behind the last line end.
+    open: bool,
+}
+
+impl Words {
+    fn of_source(
+        mut self,
+        source: &Source,
+        options: &TextOptions,
+        visit: &mut dyn FnMut(&str) -> Result<(), DataError>,
+    ) -> Result<(), DataError> {
+        read_text(source, options, &mut |piece| {
+            for line in piece.text.split_inclusive('\n') {
+                self.open = !line.ends_with('\n');
+                line.split_whitespace().try_for_each(&mut *visit)?;
+                if !self.open {
+                    visit(EOS)?;
+                }
+            }
+            Ok(())
+        })?;
+        if self.open { visit(EOS) } else { Ok(()) }
+    }
+}
+
+// ---- pieces ----
+
+/// Bytes that are read and decoded at a time.
+const PIECE: usize = 1 << 20;
+
+/// A part of a text, not cut within a word unless that is longer than [`PIECE`].
+struct Piece<'a> {
+    text: &'a str,
+    /// Where it begins, from 1.
+    line: u64,
+    /// Line ends in it are line ends of the file.
+    has_lines: bool,
+}
+
+impl Piece<'_> {
+    fn place_of(&self, source: &Source, byte: usize) -> String {
+        let before = if self.has_lines { self.text[..byte].matches('\n').count() as u64 } else { 0 };
+        format!("{}, {} {}", source.name, if records::has_rows(&source.name) { "row" } else { "line" }, self.line + before)
+    }
+}
+
+/// Reads a source in pieces of characters: without a byte order mark, line ends as `\n`; of records their texts, each with a line end.
+fn read_text(source: &Source, options: &TextOptions, visit: &mut dyn FnMut(Piece<'_>) -> Result<(), DataError>) -> Result<(), DataError> {
+    if records::holds_records(source)? {
+        let key = options.column.as_deref().unwrap_or("text");
+        return records::texts(source, key, &mut |line, text| {
+            let text = if text.contains("\r\n") { text.replace("\r\n", "\n") } else { text.to_string() };
+            visit(Piece { text: &(text + "\n"), line, has_lines: false })
+        });
+    }
+    let mut reader = source.open()?;
+    let mut bytes = Vec::new();
+    let (mut at, mut line) = (0_u64, 1);
+    loop {
+        let kept = bytes.len();
+        bytes.resize(kept + PIECE, 0);
+        let got = reader.fill(&mut bytes[kept..])?;
+        bytes.truncate(kept + got);
+        let at_end = got < PIECE;
+        let mark = if at == 0 && bytes.starts_with(b"\xEF\xBB\xBF") { 3 } else { 0 };
+        if at == 0 && bytes.len() == mark {
+            return check_not_empty(source, true);
+        }
+        let cut = if at_end { bytes.len() } else { cut_of(&bytes) };
+        let text = match options.encoding {
+            Encoding::Latin1 => bytes[mark..cut].iter().map(|&byte| char::from(byte)).collect(),
+            Encoding::Utf8 => utf8(&source.name, &bytes[..cut], mark, (at, line))?.to_string(),
+        };
+        let text = if text.contains("\r\n") { text.replace("\r\n", "\n") } else { text };
+        if !text.is_empty() {
+            visit(Piece { text: &text, line, has_lines: true })?;
+        }
+        if at_end {
+            return Ok(());
+        }
+        line += text.matches('\n').count() as u64;
+        at += cut as u64;
+        bytes.drain(..cut);
+    }
+}
+
+/// Where to cut bytes of which more follow: behind the last line end, else the last blank, else between two characters.
+fn cut_of(bytes: &[u8]) -> usize {
+    let behind = |is: fn(u8) -> bool| bytes.iter().rposition(|&byte| is(byte)).map(|at| at + 1);
+    behind(|byte| byte == b'\n').or_else(|| behind(|byte| byte == b' ' || byte == b'\t')).unwrap_or_else(|| {
+        // The last character may go on, and the second byte of a line end may follow.
+        let whole = bytes.iter().rposition(|&byte| byte < 0x80 || byte >= 0xC0).unwrap_or(0);
+        if whole == 0 { bytes.len() } else { whole }
+    })
+}
+
 fn check_not_empty(source: &Source, empty: bool) -> Result<(), DataError> {
     if empty { Err(DataError::Empty { file: source.name.clone(), wanted: "text".to_string() }) } else { Ok(()) }
 }
 
-/// One part as one text. At word level a file that ends within a line ends it, so that files do not grow together.
-fn join(sources: &[Source], options: &TextOptions) -> Result<String, DataError> {
+/// A file as text, its line ends as `\n`, without a byte order mark.
+pub(super) fn decode(source: &Source, encoding: Encoding) -> Result<String, DataError> {
     let mut all = String::new();
-    for source in sources {
-        let text = decode(source, options.encoding)?;
-        all.push_str(&text);
-        if options.level == Level::Word && !text.ends_with('\n') {
-            all.push('\n');
-        }
-    }
+    let options = TextOptions { encoding, ..TextOptions::default() };
+    read_text(source, &options, &mut |piece| {
+        all.push_str(piece.text);
+        Ok(())
+    })?;
     Ok(all)
 }
 
-/// Bytes as text: without a byte order mark, line ends as `\n`.
-/// A file as text, its line ends as `\n`.
-pub(super) fn decode(source: &Source, encoding: Encoding) -> Result<String, DataError> {
-    let bytes = source.bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(&source.bytes);
-    check_not_empty(source, bytes.is_empty())?;
-    let text = match encoding {
-        Encoding::Latin1 => bytes.iter().map(|&byte| char::from(byte)).collect(),
-        Encoding::Utf8 => {
-            let text = utf8(&source.name, &source.bytes)?;
-            text.strip_prefix('\u{FEFF}').unwrap_or(text).to_string()
-        }
-    };
-    Ok(if text.contains("\r\n") { text.replace("\r\n", "\n") } else { text })
-}
-
-fn utf8<'a>(name: &str, bytes: &'a [u8]) -> Result<&'a str, DataError> {
-    std::str::from_utf8(bytes).map_err(|e| {
-        let at = e.valid_up_to();
-        let utf16 = bytes.starts_with(b"\xFF\xFE") || bytes.starts_with(b"\xFE\xFF");
+/// `bytes` without the first `mark` of them as characters; they stand at this byte and in this line of their file.
+fn utf8<'a>(name: &str, bytes: &'a [u8], mark: usize, (at, line): (u64, u64)) -> Result<&'a str, DataError> {
+    std::str::from_utf8(&bytes[mark..]).map_err(|e| {
+        let bad = mark + e.valid_up_to();
+        let is_utf16 = at == 0 && (bytes.starts_with(b"\xFF\xFE") || bytes.starts_with(b"\xFE\xFF"));
+        let line = line + bytes[..bad].iter().filter(|&&byte| byte == b'\n').count() as u64;
         DataError::Encoding {
             file: name.to_string(),
-            place: format!("byte {at}"),
-            value: bytes[at],
-            remedy: if utf16 {
+            place: format!("line {line}, byte {}", at + bad as u64),
+            value: bytes[bad],
+            remedy: if is_utf16 {
                 "it looks like UTF-16: convert it (iconv -f UTF-16 -t UTF-8), or use --level byte".to_string()
             } else {
                 "use --encoding latin-1 if it is, or --level byte, which takes any file".to_string()
@@ -290,7 +675,7 @@ fn utf8<'a>(name: &str, bytes: &'a [u8]) -> Result<&'a str, DataError> {
 /// stream; only the very last token of the text may have no successor and weighs nothing. The last window of an epoch may be shorter.
 #[derive(Clone, Debug)]
 pub struct TextBatches {
-    tokens: Arc<[u32]>,
+    tokens: Tokens,
     n_streams: usize,
     stream_len: usize,
     window: usize,
@@ -301,8 +686,9 @@ impl TextBatches {
     ///
     /// # Errors
     /// [`DataError::TooShort`] if the text has fewer tokens than a window and its last target, or than two for each stream.
-    pub fn new(what: &str, tokens: Arc<[u32]>, n_streams: usize, window: usize) -> Result<Self, DataError> {
+    pub fn new(what: &str, tokens: impl Into<Tokens>, n_streams: usize, window: usize) -> Result<Self, DataError> {
         check_sizes(n_streams, window)?;
+        let tokens = tokens.into();
         let short = |needs: usize, purpose: String, remedy: &str| DataError::TooShort {
             what: format!("the training part of {what}"),
             has: tokens.len(),
@@ -338,7 +724,7 @@ impl Batches for TextBatches {
         self.stream_len.div_ceil(self.window) as u64
     }
 
-    fn batch(&self, _epoch: u64, idx: u64) -> Batch {
+    fn batch(&self, _epoch: u64, idx: u64) -> Result<Batch, DataError> {
         let starts: Vec<usize> = (0..self.n_streams).map(|stream| stream * self.stream_len).collect();
         window_of(&self.tokens, &starts, &vec![self.stream_len; self.n_streams], self.window, idx)
     }
@@ -350,7 +736,7 @@ impl Batches for TextBatches {
 /// that have ended weigh nothing.
 #[derive(Clone, Debug)]
 pub struct TextEval {
-    tokens: Arc<[u32]>,
+    tokens: Tokens,
     starts: Vec<usize>,
     lens: Vec<usize>,
     window: usize,
@@ -361,8 +747,9 @@ impl TextEval {
     ///
     /// # Errors
     /// [`DataError::Option`] for no streams or an empty window.
-    pub fn new(tokens: Arc<[u32]>, n_streams: usize, window: usize) -> Result<Self, DataError> {
+    pub fn new(tokens: impl Into<Tokens>, n_streams: usize, window: usize) -> Result<Self, DataError> {
         check_sizes(n_streams, window)?;
+        let tokens = tokens.into();
         let n_targets = tokens.len().saturating_sub(1);
         let streams = split_even(n_targets, n_streams.min(n_targets.max(1)));
         let (starts, lens) = streams.into_iter().map(|range| (range.start, range.len())).unzip();
@@ -381,31 +768,38 @@ impl Batches for TextEval {
         self.lens[0].div_ceil(self.window) as u64
     }
 
-    fn batch(&self, _epoch: u64, idx: u64) -> Batch {
+    fn batch(&self, _epoch: u64, idx: u64) -> Result<Batch, DataError> {
         window_of(&self.tokens, &self.starts, &self.lens, self.window, idx)
     }
 }
 
 /// Window `idx` of streams that start at token `starts[r]` and have `lens[r]` steps, the first one the longest.
-fn window_of(tokens: &[u32], starts: &[usize], lens: &[usize], window: usize, idx: u64) -> Batch {
+fn window_of(tokens: &Tokens, starts: &[usize], lens: &[usize], window: usize, idx: u64) -> Result<Batch, DataError> {
     let first = idx as usize * window;
     assert!(first < lens[0], "window {idx} of a stream of {} tokens in windows of {window}", lens[0]);
     let (n_steps, n_rows) = (window.min(lens[0] - first), starts.len());
-    let mut inputs = Vec::with_capacity(n_steps * n_rows);
-    let mut targets = Vec::with_capacity(n_steps * n_rows);
-    let mut weights = Vec::with_capacity(n_steps * n_rows);
-    for t in first..first + n_steps {
-        for (&start, &len) in starts.iter().zip(lens) {
-            // A row that has ended reads token 0 and weighs nothing.
-            let at = start + t;
-            let target = tokens.get(at + 1).filter(|_| t < len);
-            inputs.push(if t < len { tokens[at] } else { 0 });
-            targets.push(target.copied().unwrap_or(0));
-            weights.push(if target.is_some() { 1.0 } else { 0.0 });
+    // A row that has ended reads token 0 and weighs nothing.
+    let mut inputs = vec![0; n_steps * n_rows];
+    let mut targets = vec![0; n_steps * n_rows];
+    let mut weights = vec![0.0; n_steps * n_rows];
+    let (mut scratch, mut row) = (Vec::new(), Vec::with_capacity(n_steps + 1));
+    for (r, (&start, &len)) in starts.iter().zip(lens).enumerate() {
+        let n = n_steps.min(len.saturating_sub(first));
+        let at = start + first;
+        row.clear();
+        tokens.read(at.min(tokens.len())..(at + n + usize::from(n > 0)).min(tokens.len()), &mut scratch, &mut row)?;
+        for (t, &token) in row.iter().enumerate() {
+            if t < n {
+                inputs[t * n_rows + r] = token;
+            }
+            if t > 0 {
+                targets[(t - 1) * n_rows + r] = token;
+                weights[(t - 1) * n_rows + r] = 1.0;
+            }
         }
     }
     let streams = (0..n_rows as u32).collect();
-    Batch::new(n_steps, Input::Tokens(inputs), Target::Tokens(targets), weights, streams, idx == 0, true)
+    Ok(Batch::new(n_steps, Input::Tokens(inputs), Target::Tokens(targets), weights, streams, idx == 0, true))
 }
 
 fn check_sizes(n_streams: usize, window: usize) -> Result<(), DataError> {

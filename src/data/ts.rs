@@ -14,12 +14,25 @@ pub struct TsFile {
     pub classes: Option<Vec<String>>,
 }
 
+/// Whether a source is such a file: by its name, or where it has none by its first character.
+///
+/// # Errors
+/// The source's.
+pub fn is_one(source: &Source) -> Result<bool, DataError> {
+    if source.path().is_some() || source.name.contains('.') {
+        return Ok(source.is_named(&[".ts"]));
+    }
+    let mut head = [0; 1];
+    Ok(source.open()?.fill(&mut head)? == 1 && head[0] == b'@')
+}
+
 /// Reads a file.
 ///
 /// # Errors
 /// The file and the line, and what is wrong there.
 pub fn read(source: &Source, labelled: Labelled) -> Result<TsFile, DataError> {
-    let text = String::from_utf8_lossy(&source.bytes);
+    let bytes = source.read()?;
+    let text = String::from_utf8_lossy(&bytes);
     let wrong = |line: usize, problem: String, remedy: &str| DataError::Line {
         file: source.name.clone(),
         line: line as u64,

@@ -119,6 +119,14 @@ impl Vocab {
         for c in text.chars() {
             *counts.entry(c).or_default() += 1;
         }
+        Self::of_chars(counts, limit)
+    }
+
+    /// As [`Vocab::chars`], of characters that were counted already.
+    ///
+    /// # Errors
+    /// As [`Vocab::chars`].
+    pub fn of_chars(counts: impl IntoIterator<Item = (char, u64)>, limit: Option<usize>) -> Result<Self, DataError> {
         let mut ranked: Vec<(char, u64)> = counts.into_iter().collect();
         let mut entries = Vec::new();
         if let Some(limit) = limit.filter(|&limit| limit < ranked.len()) {
@@ -138,19 +146,25 @@ impl Vocab {
     /// # Errors
     /// [`DataError::Option`] if the limit leaves no room.
     pub fn words<'a>(words: impl IntoIterator<Item = &'a str>, limit: Option<usize>) -> Result<Self, DataError> {
-        if let Some(limit) = limit {
-            check_limit(limit, 3, "a word, <unk> and <eos>")?;
-        }
         let mut counts: HashMap<&str, u64> = HashMap::new();
         for word in words {
             *counts.entry(word).or_default() += 1;
         }
-        counts.remove(UNK);
-        counts.remove(EOS);
-        let mut ranked: Vec<(&str, u64)> = counts.into_iter().collect();
-        ranked.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
+        Self::of_words(counts.into_iter().map(|(word, n)| (word.to_string(), n)), limit)
+    }
+
+    /// As [`Vocab::words`], of words that were counted already.
+    ///
+    /// # Errors
+    /// As [`Vocab::words`].
+    pub fn of_words(counts: impl IntoIterator<Item = (String, u64)>, limit: Option<usize>) -> Result<Self, DataError> {
+        if let Some(limit) = limit {
+            check_limit(limit, 3, "a word, <unk> and <eos>")?;
+        }
+        let mut ranked: Vec<(String, u64)> = counts.into_iter().filter(|(word, _)| word != UNK && word != EOS).collect();
+        ranked.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
         ranked.truncate(limit.map_or(usize::MAX, |limit| limit - 2));
-        let entries = [UNK, EOS].into_iter().chain(ranked.into_iter().map(|(word, _)| word)).map(str::to_string).collect();
+        let entries = [UNK, EOS].map(str::to_string).into_iter().chain(ranked.into_iter().map(|(word, _)| word)).collect();
         Ok(Self::from_entries(Level::Word, entries))
     }
 
@@ -198,24 +212,6 @@ impl Vocab {
         }
     }
 
-    /// Tokens of a text from `file` (already decoded); at word level every line ends with `<eos>`.
-    ///
-    /// # Errors
-    /// [`DataError::UnknownSymbol`] for a character that the vocabulary lacks, if it has no `<unk>`.
-    pub fn encode_text(&self, file: &str, text: &str) -> Result<Vec<u32>, DataError> {
-        match self.level {
-            Level::Byte => Ok(self.encode_bytes(text.as_bytes())),
-            Level::Char => self.encode_chars(text, |c, byte, _| DataError::UnknownSymbol {
-                place: format!("{file}, line {}", 1 + text[..byte].matches('\n').count()),
-                symbol: show(c),
-                size: self.size(),
-                unit: "characters",
-                remedy: "take it out, or train with --level byte or on text that has it".to_string(),
-            }),
-            Level::Word => Ok(self.encode_words(words(text))),
-        }
-    }
-
     /// Tokens of one line that stands by itself at `place`: at word level without `<eos>`.
     ///
     /// # Errors
@@ -223,15 +219,37 @@ impl Vocab {
     pub fn encode_line(&self, place: &str, line: &str) -> Result<Vec<u32>, DataError> {
         match self.level {
             Level::Byte => Ok(self.encode_bytes(line.as_bytes())),
-            Level::Char => self.encode_chars(line, |c, _, _| DataError::UnknownSymbol {
-                place: place.to_string(),
-                symbol: show(c),
-                size: self.size(),
-                unit: "characters",
-                remedy: "take it out, or train with --level byte or on text that has it".to_string(),
-            }),
+            Level::Char => self.encode_chars(line, |c, _, _| self.unknown_char(place, c)),
             Level::Word => Ok(self.encode_words(line.split_whitespace())),
         }
+    }
+
+    /// Says that the character at `place` is not in this vocabulary.
+    pub(super) fn unknown_char(&self, place: &str, c: char) -> DataError {
+        DataError::UnknownSymbol {
+            place: place.to_string(),
+            symbol: show(c),
+            size: self.size(),
+            unit: "characters",
+            remedy: "take it out, or train with --level byte or on text that has it".to_string(),
+        }
+    }
+
+    /// The token of a word; an unknown one is `<unk>`.
+    pub(super) fn word(&self, word: &str) -> u32 {
+        self.index.get(word).copied().or(self.unk).unwrap_or(0)
+    }
+
+    /// For long texts.
+    pub(super) fn char_table(&self) -> CharTable {
+        let mut tokens = vec![u32::MAX; char::MAX as usize + 1];
+        for (entry, &token) in &self.index {
+            let mut chars = entry.chars();
+            if let (Some(c), None) = (chars.next(), chars.next()) {
+                tokens[c as usize] = token;
+            }
+        }
+        CharTable { tokens, unk: self.unk }
     }
 
     /// Tokens of bytes: their values.
@@ -241,8 +259,7 @@ impl Vocab {
 
     /// Tokens of words; unknown ones are `<unk>`.
     pub fn encode_words<'a>(&self, words: impl IntoIterator<Item = &'a str>) -> Vec<u32> {
-        let unk = self.unk.unwrap_or(0);
-        words.into_iter().map(|word| self.index.get(word).copied().unwrap_or(unk)).collect()
+        words.into_iter().map(|word| self.word(word)).collect()
     }
 
     fn encode_chars(&self, text: &str, unknown: impl Fn(char, usize, usize) -> DataError) -> Result<Vec<u32>, DataError> {
@@ -293,6 +310,19 @@ impl Vocab {
             parts.push("...".to_owned());
         }
         parts.join(" ")
+    }
+}
+
+/// Tokens by code point.
+pub(super) struct CharTable {
+    tokens: Vec<u32>,
+    unk: Option<u32>,
+}
+
+impl CharTable {
+    /// The character's token, or that of `<unk>`, if there is one.
+    pub fn get(&self, c: char) -> Option<u32> {
+        Some(self.tokens[c as usize]).filter(|&token| token != u32::MAX).or(self.unk)
     }
 }
 

@@ -217,7 +217,7 @@ pub fn evaluate_watched(set: &EvalSet, forward: &mut dyn Forward, mut watch: Opt
     let (mut loss, mut weight) = (0.0, 0.0);
     let mut judge = Judge::new(&set.truth);
     for idx in 0..set.batches.n_batches() {
-        let batch = Arc::new(set.batches.batch(0, idx));
+        let batch = Arc::new(set.batches.batch(0, idx)?);
         if let Some(carried) = carried.as_mut().filter(|_| batch.resets) {
             carried.reset();
         }

@@ -7,9 +7,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::data::builtin;
+use crate::data::remote::is_url;
 use crate::data::sequences::{Goal, LabelSpec, Labelled, SequenceBatches, Sequences, SequencesOptions, SequencesSpec, StepSpec};
 use crate::data::series::{Order, Part, Series, SeriesBatches, SeriesOptions, SeriesSpec};
-use crate::data::text::{Text, TextBatches, TextEval, TextOptions, load_tokens};
+use crate::data::text::{Text, TextBatches, TextEval, TextOptions, announcement, load_tokens};
+use crate::data::tokens::{Tokens, cache_folder};
 use crate::data::vocab::Vocab;
 use crate::data::{Batches, DataError};
 use crate::model::config::{Input, Levels, ModelConfig, Output, Pooling};
@@ -97,8 +99,7 @@ impl Corpus {
                     Some(DataSpec::Text(vocab)) => Some(vocab.clone()),
                     _ => None,
                 };
-                let (level, encoding, split) = (config.level, config.encoding, config.split);
-                Self::Text(Text::load(&config.data, &TextOptions { level, encoding, split, vocab_limit: config.vocab, vocab })?)
+                Self::Text(Text::load(&config.data, &TextOptions { vocab, ..text_options(config) })?)
             }
             Task::Forecast => {
                 let options = SeriesOptions {
@@ -125,6 +126,7 @@ impl Corpus {
                     sequence: config.sequence.clone(),
                     label: config.label.clone(),
                     features: config.features.clone(),
+                    text: config.text.clone(),
                     missing: config.missing,
                     level: config.level,
                     encoding: config.encoding,
@@ -145,7 +147,7 @@ impl Corpus {
     /// [`DataError`].
     pub fn load_other(config: &RunConfig, data: &[String], spec: &DataSpec, labelled: Labelled) -> Result<OtherData> {
         Ok(match spec {
-            DataSpec::Text(vocab) => OtherData::Text(load_tokens(data, vocab, config.encoding)?),
+            DataSpec::Text(vocab) => OtherData::Text(load_tokens(data, vocab, &text_options(config))?),
             DataSpec::Series(spec) => OtherData::Series(Arc::new(Series::load_with(data, spec)?)),
             DataSpec::Sequences(spec) => OtherData::Sequences(Arc::new(Sequences::load_with(data, spec, config.encoding, labelled)?)),
         })
@@ -161,16 +163,15 @@ impl Corpus {
     }
 
     /// What tells these data from other data read in the same way.
-    pub fn fingerprint(&self) -> Fingerprint {
+    ///
+    /// # Errors
+    /// [`DataError`]: tokens that cannot be read any more.
+    pub fn fingerprint(&self) -> Result<Fingerprint, DataError> {
         let mut hasher = Sha256::new();
         let length = match self {
             Self::Text(text) => {
-                let parts = [&text.train, &text.valid, &text.test];
-                for part in parts {
-                    hasher.update((part.len() as u64).to_le_bytes());
-                    hasher.update(bytemuck::cast_slice::<u32, u8>(part));
-                }
-                parts.iter().map(|part| part.len() as u64).sum()
+                let length = [&text.train, &text.valid, &text.test].iter().map(|part| part.len() as u64).sum();
+                return Ok(Fingerprint { length, sha256: text.sha256()? });
             }
             Self::Series(series) => {
                 series.words().for_each(|word| hasher.update(word.to_le_bytes()));
@@ -181,15 +182,15 @@ impl Corpus {
                 sequences.len() as u64
             }
         };
-        Fingerprint { length, sha256: hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect() }
+        Ok(Fingerprint { length, sha256: hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect() })
     }
 
     /// Refuses data that are not those that were recorded.
     ///
     /// # Errors
     /// Both lengths, or both hashes, and the file.
-    pub fn check_unchanged(&self, recorded: &Fingerprint) -> Result<(), UsageError> {
-        let found = self.fingerprint();
+    pub fn check_unchanged(&self, recorded: &Fingerprint) -> Result<()> {
+        let found = self.fingerprint()?;
         let (name, unit) = match self {
             Self::Text(text) => (text.name.as_str(), "tokens"),
             Self::Series(series) => (series.name(), "rows"),
@@ -204,7 +205,8 @@ impl Corpus {
             format!(
                 "{name} has changed since the run began ({differ}): put the data back as they were, or start another run with another --out"
             )
-        })
+        })?;
+        Ok(())
     }
 
     /// What a person should know.
@@ -223,12 +225,12 @@ impl Corpus {
     pub fn train_batches(&self, config: &RunConfig) -> Result<(Arc<dyn Batches>, Vec<String>)> {
         Ok(match self {
             Self::Text(text) => {
-                let batches = TextBatches::new(&text.name, Arc::clone(&text.train), config.batch_size, config.seq_len)?;
+                let batches = TextBatches::new(&text.name, text.train.clone(), config.batch_size, config.seq_len)?;
                 let left = batches.n_left_out();
                 let note = (left > 0).then(|| {
                     format!("{left} tokens at the end of the training part fill no stream of {} and are left out", batches.stream_len())
                 });
-                (Arc::new(batches), note.into_iter().collect())
+                (Arc::new(batches), text.notes.iter().cloned().chain(note).collect())
             }
             Self::Series(series) => (
                 Arc::new(SeriesBatches::new(Arc::clone(series), Part::Train, config.batch_size, Order::Shuffled { seed: config.seed })?),
@@ -268,7 +270,7 @@ impl Corpus {
 
 /// Data that a run did not train on.
 pub enum OtherData {
-    Text(Arc<[u32]>),
+    Text(Tokens),
     Series(Arc<Series>),
     Sequences(Arc<Sequences>),
 }
@@ -301,8 +303,28 @@ impl EvalSet {
     }
 }
 
-fn text_set(tokens: &Arc<[u32]>, n_streams: usize, window: usize) -> Result<EvalSet> {
-    let batches = TextEval::new(Arc::clone(tokens), n_streams, window)?;
+fn text_options(config: &RunConfig) -> TextOptions {
+    TextOptions {
+        level: config.level,
+        encoding: config.encoding,
+        column: config.text.clone(),
+        split: config.split,
+        vocab_limit: config.vocab,
+        ..TextOptions::default()
+    }
+}
+
+/// What a person is told before data are read that take a while.
+pub fn announced(config: &RunConfig) -> Option<String> {
+    let urls: Vec<&str> = config.data.iter().map(String::as_str).filter(|given| is_url(given)).collect();
+    if !urls.is_empty() {
+        return Some(format!("{} is kept in {} once it is fetched", urls.join(", "), cache_folder().display()));
+    }
+    (config.task == Task::Lm).then(|| announcement(&config.data, &text_options(config))).flatten()
+}
+
+fn text_set(tokens: &Tokens, n_streams: usize, window: usize) -> Result<EvalSet> {
+    let batches = TextEval::new(tokens.clone(), n_streams, window)?;
     let n_streams = batches.n_streams();
     Ok(EvalSet { batches: Arc::new(batches), n_streams, truth: Truth::Text })
 }

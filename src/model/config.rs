@@ -154,6 +154,12 @@ impl From<usize> for Hidden {
     }
 }
 
+impl<const N: usize> From<[usize; N]> for Hidden {
+    fn from(units: [usize; N]) -> Self {
+        Self::Each(units.to_vec())
+    }
+}
+
 impl std::fmt::Display for Hidden {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -239,6 +245,13 @@ pub(super) struct ModelParams {
 }
 
 impl ModelConfig {
+    /// One plain layer of `hidden` units, or as many layers as are named.
+    pub fn new(input: Input, output: Output, hidden: impl Into<Hidden>) -> Self {
+        let hidden = hidden.into();
+        let n_layers = hidden.n_layers().unwrap_or(1);
+        Self { input, output, n_layers, hidden, dropout: 0.0, bias: true, tied: false, lstm: LstmConfig::default() }
+    }
+
     /// Fails on sizes that make no sense together.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use tracing::debug_span;
 
 use self::config::{Input, LayerParams, ModelConfig, ModelParams, Output, Pooling, Reading};
-use crate::backend::{Backend, BufferId, Limits, Span};
+use crate::backend::{Backend, BufferId, Limits, Span, read_now};
 use crate::kernels::MAX_LOOP_TRIPS;
 use crate::kernels::dropout::Dropout;
 use crate::kernels::embedding::{EmbeddingGather, EmbeddingGradient, TokenIndex};
@@ -76,6 +76,29 @@ pub struct Pass {
 
 /// The layer as which dropout of the inputs draws: far above all others.
 const INPUT_LAYER: u32 = 1 << 15;
+/// What a loss of one's own is held against: the outputs of a share's rows, a row a step where the model gives a class at every step, else one a
+/// sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct Scored<'a> {
+    /// `[rows, O]`: logits or numbers.
+    pub outputs: &'a [f32],
+    /// O.
+    pub n_outputs: usize,
+    /// `[rows]` classes, or `[rows, O]` numbers.
+    pub targets: Words<'a>,
+    /// Of each target; 0: it does not count.
+    pub weights: &'a [f32],
+}
+
+/// A loss of one's own, in place of cross-entropy or the squared error. It is computed on the host, for which the outputs come back from the device
+/// within each step.
+pub trait Loss: Send + Sync {
+    /// The loss, summed over the terms, each times its weight; into `gradient` (`[rows, O]`, zeros) goes that of the sum with respect to the outputs.
+    fn loss(&self, scored: Scored<'_>, gradient: &mut [f32]) -> f64;
+}
+
+/// How long outputs may take to come back for a [`Loss`].
+const OUTPUTS_DEADLINE: std::time::Duration = std::time::Duration::from_secs(300);
 
 /// Parts a share may be cut into.
 pub const MAX_PARTS: usize = 64;
@@ -169,6 +192,7 @@ pub struct Model {
     workspace: Option<Workspace>,
     token_index: TokenIndex,
     padded: Vec<f32>,
+    own_loss: Option<std::sync::Arc<dyn Loss>>,
 }
 
 /// Where stream numbers start behind the lengths of this many rows: a bound span begins at a multiple of 64.
@@ -222,7 +246,12 @@ impl Model {
             _ => None,
         };
         let token_index = TokenIndex::default();
-        Ok(Self { config, table, at, params, grads, flags, loss, levels, workspace: None, token_index, padded: Vec::new() })
+        Ok(Self { config, table, at, params, grads, flags, loss, levels, workspace: None, token_index, padded: Vec::new(), own_loss: None })
+    }
+
+    /// Puts a loss of one's own in the place of the output's.
+    pub fn set_loss(&mut self, loss: std::sync::Arc<dyn Loss>) {
+        self.own_loss = Some(loss);
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -866,6 +895,21 @@ impl Model {
         let stride = pad_inner(self.config.n_outputs());
         let (n_rows, row_stride, gradient, scale) = (rows as u32, stride as u32, u32::from(pass.gradients), share.scale);
         let (outputs, row_loss, flags) = (front(w.outputs, rows * stride), front(w.row_loss, rows), front(self.flags, ALIGN));
+        if let (Some(loss), Some(targets)) = (&self.own_loss, share.targets) {
+            let n_outputs = self.config.n_outputs();
+            let mut padded = read_now(backend, outputs, OUTPUTS_DEADLINE)?;
+            let given: Vec<f32> = padded.chunks_exact(stride).flat_map(|row| &row[..n_outputs]).copied().collect();
+            let mut gradients = vec![0.0; given.len()];
+            let sum = loss.loss(Scored { outputs: &given, n_outputs, targets, weights: share.weights }, &mut gradients);
+            if pass.gradients {
+                padded.fill(0.0);
+                for (row, gradients) in padded.chunks_exact_mut(stride).zip(gradients.chunks_exact(n_outputs)) {
+                    row.iter_mut().zip(gradients).for_each(|(to, gradient)| *to = gradient * scale);
+                }
+                backend.write(outputs, &padded)?;
+            }
+            return backend.write(Span { buffer: self.loss, offset: pass.part, len: 1 }, &[sum as f32]);
+        }
         match self.config.output {
             Output::Classes { n_classes } | Output::Label { n_classes, .. } => {
                 let kernel = SoftmaxCrossEntropy { n_rows, n_classes: n_classes as u32, row_stride, scale, gradient };

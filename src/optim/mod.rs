@@ -43,6 +43,14 @@ pub const BETAS: (f64, f64) = (0.9, 0.999);
 /// Added to the root of the second moment.
 pub const EPS: f64 = 1e-8;
 
+impl Default for OptimizerConfig {
+    /// Adam at 2e-3, gradients clipped to a norm of 5.
+    fn default() -> Self {
+        let (momentum, weight_decay, l1, clip_value) = (0.0, 0.0, 0.0, 0.0);
+        Self { rule: Rule::Adam, lr: 2e-3, momentum, nesterov: false, weight_decay, l1, clip_norm: 5.0, clip_value }
+    }
+}
+
 impl OptimizerConfig {
     /// The names of the state tensors, in the order of [`Self::update`]'s `states`.
     pub fn states(&self) -> &'static [&'static str] {

@@ -95,6 +95,9 @@ pub struct RunConfig {
     pub sequence: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
+    /// The key or column of the text in JSON lines and Parquet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
     /// Numbers of sequences that are further off than this, in the label's unit, count as wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tolerance: Option<f64>,

@@ -45,7 +45,7 @@ pub fn dry_run(config: &RunConfig, out: Option<&Path>, bus: &mut Bus) -> Result<
     let (devices, mut balance, reasons) = settle(&config.devices, &config.balance)?;
     reasons.iter().for_each(|reason| bus.log(Level::Info, reason));
     let spec = GroupSpec { model: model.clone(), optimizer: config.optimizer, accumulate: config.accumulate };
-    let (n_steps, n_rows) = batches.largest();
+    let (n_steps, n_rows) = batches.largest()?;
     let (memory_limits, bounds) = memory::bounds(&spec, &devices, &config.memory_limit, [n_steps, n_rows], &mut balance)?;
     bounds.iter().for_each(|bound| bus.log(Level::Info, bound));
 
@@ -67,7 +67,7 @@ pub fn dry_run(config: &RunConfig, out: Option<&Path>, bus: &mut Bus) -> Result<
     let (mut spent, mut n_tokens, mut n_measured) = (Duration::ZERO, 0, 0);
     for step in 0..WARM_UP + MOST_STEPS {
         // From all over the epoch, since batches may differ in length.
-        let batch = Arc::new(batches.batch(0, (step * n_batches / (WARM_UP + MOST_STEPS)).min(n_batches - 1)));
+        let batch = Arc::new(batches.batch(0, (step * n_batches / (WARM_UP + MOST_STEPS)).min(n_batches - 1))?);
         let shares = balance.shares_of(&batch);
         let key = StepKey::new(config.seed, step + 1);
         let numbers = StepNumbers { step: step + 1, lr: config.optimizer.lr, key, divisor: batch.weight.max(1.0) };
@@ -89,7 +89,7 @@ pub fn dry_run(config: &RunConfig, out: Option<&Path>, bus: &mut Bus) -> Result<
     // One batch of the validation part stands for all of them.
     let mut per_evaluation = 0.0;
     if let Some(valid) = corpus.eval_set(config, Part::Valid)? {
-        let batch = Arc::new(valid.batches.batch(0, 0));
+        let batch = Arc::new(valid.batches.batch(0, 0)?);
         let mut state = carried(valid.n_streams);
         let start = Instant::now();
         group.evaluate(&batch, &balance.eval_shares_of(&batch), state.as_mut(), false)?;

@@ -24,6 +24,7 @@ use crate::comm::plan::owned_segment;
 use crate::comm::{self, CommError, Tap};
 use crate::data::Batch;
 use crate::infer::session::DEADLINE;
+use crate::model;
 use crate::model::config::ModelConfig;
 use crate::model::state::Carried;
 use crate::optim::OptimizerConfig;
@@ -134,6 +135,8 @@ pub struct Group {
     wants_gradients: bool,
     /// Tensors of the table that are not trained.
     frozen: Arc<Vec<usize>>,
+    /// In place of the model's.
+    own_loss: Option<Arc<dyn model::Loss>>,
 }
 
 /// One committed step.
@@ -212,6 +215,7 @@ impl Group {
             update: Update::Everywhere,
             wants_gradients: false,
             frozen: Arc::default(),
+            own_loss: None,
         };
         for seat in 0..group.devices.len() {
             let member = group.open(seat, group.patience())?;
@@ -265,8 +269,9 @@ impl Group {
         let Answer::Open(info) = member.answer()? else { bail!("{} answered out of order", member.name) };
         (member.info, member.patience) = (info, self.patience());
         // One that comes later trains what the others do.
-        if !self.frozen.is_empty() {
-            member.tell(Command::Freeze(Arc::clone(&self.frozen)))?;
+        let frozen = (!self.frozen.is_empty()).then(|| Command::Freeze(Arc::clone(&self.frozen)));
+        for command in frozen.into_iter().chain(self.own_loss.iter().map(|loss| Command::SetLoss(Arc::clone(loss)))) {
+            member.tell(command)?;
             let Answer::Loaded = member.answer()? else { bail!("{} answered out of order", member.name) };
         }
         Ok(member)
@@ -342,6 +347,17 @@ impl Group {
         self.frozen = Arc::new(tensors);
         let frozen = Arc::clone(&self.frozen);
         let told = self.tell_all(|_| Command::Freeze(Arc::clone(&frozen)));
+        let answers = self.collect(told, |answer| matches!(answer, Answer::Loaded).then_some(()));
+        self.all_of(answers).map(drop)
+    }
+
+    /// Puts a loss of one's own in the place of the model's, on all ranks.
+    ///
+    /// # Errors
+    /// A worker's.
+    pub fn set_loss(&mut self, loss: &Arc<dyn model::Loss>) -> Result<()> {
+        self.own_loss = Some(Arc::clone(loss));
+        let told = self.tell_all(|_| Command::SetLoss(Arc::clone(loss)));
         let answers = self.collect(told, |answer| matches!(answer, Answer::Loaded).then_some(()));
         self.all_of(answers).map(drop)
     }

@@ -13,7 +13,9 @@ pub mod memory;
 pub mod profile;
 pub mod ring;
 pub mod run;
+pub mod trainer;
 pub mod watched;
 pub mod worker;
 
 pub use run::{Outcome, RunOptions, run};
+pub use trainer::{Stepped, Trainer, TrainerOptions};

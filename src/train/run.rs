@@ -23,7 +23,7 @@ use crate::data::series::Part;
 use crate::infer::evaluate::{Evaluation, Forward, evaluate, truth_at_end};
 use crate::infer::generate::{GenerateOptions, generate};
 use crate::infer::session::{Session, read_config, read_data};
-use crate::infer::task::{Corpus, DATA_FILE, DataRecord, EvalSet, model_config};
+use crate::infer::task::{Corpus, DATA_FILE, DataRecord, EvalSet, announced, model_config};
 use crate::infer::warm::Warm;
 use crate::model::init::initial;
 use crate::model::state::Carried;
@@ -183,6 +183,7 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
         RunFolder::check_free(&options.out)?;
     }
     let recorded = found.as_ref().map(|(_, _, data)| data);
+    announced(&config).into_iter().for_each(|text| bus.log(Level::Info, &text));
     let warm = config.init_from.as_ref().filter(|_| !begun).map(|from| Warm::open(Path::new(from))).transpose()?;
     let known = recorded.map(|data| &data.spec).or(warm.as_ref().and_then(Warm::text_spec));
     let corpus = Corpus::load(&config, known)?;
@@ -199,7 +200,7 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
     let (devices, mut balance, reasons) = settle(&config.devices, &config.balance)?;
     reasons.iter().for_each(|reason| bus.log(Level::Info, reason));
     let group_spec = GroupSpec { model: model.clone(), optimizer: config.optimizer, accumulate: config.accumulate };
-    let (n_steps, n_rows) = batches.largest();
+    let (n_steps, n_rows) = batches.largest()?;
     let (memory_limits, bounds) = memory::bounds(&group_spec, &devices, &config.memory_limit, [n_steps, n_rows], &mut balance)?;
     bounds.iter().for_each(|bound| bus.log(Level::Info, bound));
     let survives = config.on_device_loss == OnDeviceLoss::Continue;
@@ -281,7 +282,7 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
             UsageError::unless(!folder.has_checkpoints(), || {
                 format!("another process has begun a run in {} meanwhile: resume it", folder.path().display())
             })?;
-            let record = DataRecord { spec, fingerprint: Some(corpus.fingerprint()) };
+            let record = DataRecord { spec, fingerprint: Some(corpus.fingerprint()?) };
             folder.write_file(DATA_FILE, serde_json::to_string(&record)?.as_bytes())?;
             folder.retain_lines(METRICS, |_| false)?;
             folder

@@ -22,7 +22,7 @@ use crate::infer::session::{pass_forward, share_of};
 use crate::kernels::reduce::BlockSquares;
 use crate::model::config::ModelConfig;
 use crate::model::state::Carried;
-use crate::model::{MAX_PARTS, Model, Pass, read_buckets, unpacked, write_buckets};
+use crate::model::{Loss, MAX_PARTS, Model, Pass, read_buckets, unpacked, write_buckets};
 use crate::optim::OptimizerConfig;
 use crate::rng::StepKey;
 use crate::shape::{ALIGN, BLOCK, GATES, round_up, split_even};
@@ -36,6 +36,8 @@ pub enum Command {
     Load { params: Arc<Vec<Vec<f32>>>, states: Arc<Vec<Vec<Vec<f32>>>> },
     /// Train these tensors of the table no more.
     Freeze(Arc<Vec<usize>>),
+    /// Put a loss of one's own in the place of the model's.
+    SetLoss(Arc<dyn Loss>),
     /// Take the memory for training on so many steps and rows.
     Reserve { n_steps: usize, n_rows: usize },
     /// Compute and exchange a training step.
@@ -442,7 +444,7 @@ impl Worker {
         let deadline = self.spec.deadline;
         self.whereabouts.set(match command {
             Command::Join(_) => "taking its place in the ring",
-            Command::Load { .. } | Command::Freeze(_) => "loading parameters",
+            Command::Load { .. } | Command::Freeze(_) | Command::SetLoss(_) => "loading parameters",
             Command::Reserve { .. } | Command::Step(_) => "computing gradients",
             Command::Commit => "updating",
             Command::Abort => "idle",
@@ -465,6 +467,10 @@ impl Worker {
                     let tensor = self.model.table().tensors().get(tensor).context("a tensor to freeze is in the table")?;
                     self.frozen[tensor.bucket].push(tensor.in_bucket());
                 }
+                Some(Answer::Loaded)
+            }
+            Command::SetLoss(loss) => {
+                self.model.set_loss(loss);
                 Some(Answer::Loaded)
             }
             Command::Reserve { n_steps, n_rows } => {

@@ -6,6 +6,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
+# Those of a build that is there already, so that there need not be another.
+features=${CARROUSEL_FEATURES:-}
+
 place=$PWD/target/interchange
 python=$place/venv/bin/python
 if ! "$python" -c 'import onnxruntime, numpy, tensorboard' 2>/dev/null; then
@@ -14,7 +17,7 @@ if ! "$python" -c 'import onnxruntime, numpy, tensorboard' 2>/dev/null; then
 fi
 rm -rf "$place/samples"
 mkdir -p "$place/samples"
-CARROUSEL_INTERCHANGE_SAMPLES=$place/samples cargo test --locked --test main -- interchange::samples interchange::a_bare_lstm_is_written
-cargo build --locked
+CARROUSEL_INTERCHANGE_SAMPLES=$place/samples cargo test --locked --features "$features" --test main -- interchange::samples interchange::a_bare_lstm_is_written
+cargo build --locked --features "$features"
 "$python" tests/interchange/check_onnx.py --carrousel target/debug/carrousel --work "$place/work" --samples "$place/samples"
 "$python" tests/interchange/check_tensorboard.py --carrousel target/debug/carrousel --work "$place/tensorboard"
