@@ -26,6 +26,7 @@ fn options(goal: Goal) -> SequencesOptions {
         sequence: is_tags.then(|| "id".into()),
         label: is_tags.then(|| "tag".into()),
         features: Vec::new(),
+        text: None,
         missing: Missing::Fill,
         level: Level::Char,
         encoding: Encoding::Utf8,
@@ -38,7 +39,7 @@ fn options(goal: Goal) -> SequencesOptions {
 }
 
 fn whole(name: &str, text: &str, options: &SequencesOptions) -> Result<Sequences, DataError> {
-    Sequences::from_sources(Sources::Whole(vec![Source { name: name.into(), bytes: text.as_bytes().to_vec() }]), options)
+    Sequences::from_sources(Sources::Whole(vec![Source::from_bytes(name, text.as_bytes())]), options)
 }
 
 #[test]
@@ -253,7 +254,7 @@ fn steps_of_sequences_are_scored_alike_on_every_mixture_of_devices() {
 #[test]
 fn lines_without_labels_are_told_but_not_trained_on() {
     let spec = whole("x.txt", "good\tab\nbad\tba\n", &options(Goal::Class)).unwrap().spec().clone();
-    let source = |text: &str| vec![Source { name: "new.txt".into(), bytes: text.as_bytes().to_vec() }];
+    let source = |text: &str| vec![Source::from_bytes("new.txt", text.as_bytes())];
     let read = |labelled| Sequences::from_held_out(source("abab\nodd\tba\ngood\tb\n"), &spec, Encoding::Utf8, labelled);
     let new = read(Labelled::Some).unwrap();
     assert_eq!((0..3).map(|i| new.class(i)).collect::<Vec<_>>(), [None, None, Some(1)]);
