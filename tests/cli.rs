@@ -123,7 +123,7 @@ fn what_was_given_wrongly_is_code_2_with_one_line_on_standard_error() {
         (&["profile", "step", "--workload", "E", "--devices", "cpu:1,cpu:1"], "a layer alone runs on one"),
         (&["profile", "step", "--workload", "E", "--accumulate", "2"], "--accumulate is for training a model"),
         (&["profile", "step", "--workload", "A", "--steps", "1", "--trace", "/nowhere/t.json"], "--trace cannot write /nowhere/t.json"),
-        (&["profile", "kernels", "--kernel", "gem"], "--kernel gem is none of the kernels; choose among embedding_gather, gemm"),
+        (&["profile", "kernels", "--kernel", "gem"], "--kernel gem is none of the kernels; choose among embedding_gather, dropout"),
         (&["profile", "kernels", "--hidden", "0"], "--hidden is 0, but must be from 1"),
         (&["profile", "kernels", "--hidden", "1M", "--batch-size", "1M"], "million numbers"),
         (&["profile", "kernels", "--devices", "gpu:99"], "gpu:99"),
