@@ -282,7 +282,7 @@ impl Kernel for Probe {
     fn run(&self, _: &mut CpuContext, operands: &mut [Operand<'_>]) {
         let [x, y] = operands else { unreachable!("two operands") };
         for (x, y) in x.as_slice().iter().zip(y.as_mut_slice().chunks_exact_mut(3)) {
-            y.copy_from_slice(&[activations::exp(*x), activations::sigmoid(*x), activations::tanh(*x)]);
+            y.copy_from_slice(&[activations::exp::<false>(*x), activations::sigmoid::<false>(*x), activations::tanh::<false>(*x)]);
         }
     }
 }

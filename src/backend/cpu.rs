@@ -7,13 +7,45 @@ use anyhow::{Context, Result, ensure};
 use super::{Backend, BufferId, DeviceError, DeviceInfo, Limits, Readback, Span, SweepPlan};
 use crate::kernels::lstm::sweep_cpu;
 use crate::kernels::{Access, Kernel, Operand};
-use crate::pool::CpuContext;
+use crate::pool::{CpuContext, LINE, line_start};
 
 /// The backend `cpu:THREADS`.
 pub struct CpuBackend {
     info: DeviceInfo,
     ctx: CpuContext,
-    buffers: Vec<Option<Vec<f32>>>,
+    buffers: Vec<Option<Buffer>>,
+}
+
+/// Words from the start of a cache line on: a vector across two lines costs two accesses, and every row of a tile would have one.
+struct Buffer {
+    data: Vec<f32>,
+    skip: usize,
+    len: usize,
+}
+
+impl Buffer {
+    /// None where there is no memory.
+    fn zeroed(len: usize) -> Option<Self> {
+        let mut data = Vec::new();
+        data.try_reserve_exact(len + LINE).ok()?;
+        data.resize(len + LINE, 0.0);
+        let skip = line_start(&data);
+        Some(Self { data, skip, len })
+    }
+}
+
+impl std::ops::Deref for Buffer {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.data[self.skip..self.skip + self.len]
+    }
+}
+
+impl std::ops::DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.data[self.skip..self.skip + self.len]
+    }
 }
 
 impl CpuBackend {
@@ -76,13 +108,11 @@ impl Backend for CpuBackend {
     }
 
     fn alloc(&mut self, label: &str, len: usize) -> Result<BufferId> {
-        let mut data = Vec::new();
-        data.try_reserve_exact(len).map_err(|_| DeviceError::OutOfMemory {
+        let buffer = Buffer::zeroed(len).ok_or_else(|| DeviceError::OutOfMemory {
             device: self.info.spec.clone(),
             what: format!("there is none for {label}, {} MiB", (len * 4) >> 20),
         })?;
-        data.resize(len, 0.0);
-        self.buffers.push(Some(data));
+        self.buffers.push(Some(buffer));
         Ok(BufferId(self.buffers.len() as u32 - 1))
     }
 
@@ -93,7 +123,7 @@ impl Backend for CpuBackend {
     }
 
     fn len(&self, buffer: BufferId) -> usize {
-        self.buffers.get(buffer.0 as usize).and_then(Option::as_ref).map_or(0, Vec::len)
+        self.buffers.get(buffer.0 as usize).and_then(Option::as_ref).map_or(0, |buffer| buffer.len)
     }
 
     fn write(&mut self, to: Span, words: &[f32]) -> Result<()> {
@@ -131,7 +161,7 @@ impl Backend for CpuBackend {
         lens.iter_mut().zip(operands).for_each(|(len, span)| *len = span.len);
         kernel.check(&lens[..operands.len()])?;
         // Written buffers leave the table for the launch, so that the borrow checker sees that no other operand is one of them.
-        let mut written: [Option<Vec<f32>>; MOST] = Default::default();
+        let mut written: [Option<Buffer>; MOST] = Default::default();
         // Another written part of the same buffer, as the gradients of both directions are.
         let mut beside = [None; MOST];
         for (i, (binding, span)) in bindings.iter().zip(operands).enumerate() {
@@ -203,7 +233,7 @@ impl Backend for CpuBackend {
     }
 }
 
-fn give_back(buffers: &mut [Option<Vec<f32>>], written: &mut [Option<Vec<f32>>], operands: &[Span]) {
+fn give_back(buffers: &mut [Option<Buffer>], written: &mut [Option<Buffer>], operands: &[Span]) {
     for (own, span) in written.iter_mut().zip(operands) {
         if let Some(own) = own.take() {
             buffers[span.buffer.0 as usize] = Some(own);

@@ -115,6 +115,11 @@ impl TokenIndex {
         self.n_distinct = n_distinct as u32;
     }
 
+    /// The distinct tokens, rising.
+    pub fn tokens(&self) -> &[u32] {
+        &self.words[..self.n_distinct as usize]
+    }
+
     /// The words, for upload.
     pub fn words(&self) -> &[u32] {
         &self.words

@@ -219,9 +219,9 @@ impl Kernel for Gemm {
 
 /// Terms of a sum that a tile adds up before it goes on to other columns, columns of B that are packed at a time, and rows of a transposed A:
 /// a packed tile of B (16 KiB) stays in the first cache, rows of A (192 KiB) in the second, all packed columns (1 MiB) in the third.
-const BLOCK_K: usize = 256;
-const BLOCK_N: usize = 1024;
-const BLOCK_M: usize = 192;
+pub(crate) const BLOCK_K: usize = 256;
+pub(crate) const BLOCK_N: usize = 1024;
+pub(crate) const BLOCK_M: usize = 192;
 /// Rows of A up to which B is read where it lies: packing costs about as much as two tiles of rows.
 const UNPACKED_ROWS: usize = 2 * microkernel::TILE_ROWS;
 
@@ -250,7 +250,7 @@ impl Divide for Part<'_> {
 }
 
 /// Cuts a range into the fewest pieces of at most `most`, nearly equal and, but for the last, multiples of `of`; one empty piece where there is nothing.
-fn pieces(range: Range<usize>, most: usize, of: usize) -> impl Iterator<Item = Range<usize>> {
+pub(crate) fn pieces(range: Range<usize>, most: usize, of: usize) -> impl Iterator<Item = Range<usize>> {
     let n = range.len().div_ceil(most).max(1);
     let each = round_up(range.len().div_ceil(n).max(1), of);
     (0..n).map(move |i| (range.start + i * each).min(range.end)..(range.start + (i + 1) * each).min(range.end))
@@ -313,8 +313,7 @@ pub(crate) fn product(ctx: &mut CpuContext, g: &Gemm, a: &[f32], b: &[f32], bias
                 }
                 for rows_now in pieces(rows.clone(), BLOCK_M, 1) {
                     let left = if g.trans_a == 1 {
-                        microkernel::pack_left(a, a_stride, ks.clone(), rows_now.clone(), packed_left);
-                        Left::Packed(packed_left)
+                        microkernel::left_of_columns(a, a_stride, ks.clone(), rows_now.clone(), packed_left)
                     } else {
                         Left::Rows(&a[(rows_now.start * a_stride + ks.start).min(a.len())..], a_stride)
                     };

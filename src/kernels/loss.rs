@@ -85,7 +85,7 @@ impl Kernel for SoftmaxCrossEntropy {
             let mut bad = 0u32;
             for ((row, loss), logits) in range.zip(losses.data).zip(logits.data.chunks_exact_mut(stride)) {
                 let (this, target, weight, flag) = (self, targets[row] as usize, weights[row], &mut bad);
-                for_isa!(isa, softmax_row(this: &SoftmaxCrossEntropy, logits: &mut [f32], target: usize, weight: f32, loss: &mut f32, flag: &mut u32));
+                for_isa!(isa, fused softmax_row(this: &SoftmaxCrossEntropy, logits: &mut [f32], target: usize, weight: f32, loss: &mut f32, flag: &mut u32));
             }
             if bad != 0 {
                 raised.store(true, std::sync::atomic::Ordering::Relaxed);
@@ -101,7 +101,7 @@ impl Kernel for SoftmaxCrossEntropy {
 const LANES: usize = 16;
 
 #[inline(always)]
-fn softmax_row(k: &SoftmaxCrossEntropy, logits: &mut [f32], target: usize, weight: f32, loss: &mut f32, flag: &mut u32) {
+fn softmax_row<const FUSED: bool>(k: &SoftmaxCrossEntropy, logits: &mut [f32], target: usize, weight: f32, loss: &mut f32, flag: &mut u32) {
     let n = k.n_classes as usize;
     if weight == 0.0 || target >= n {
         *loss = 0.0;
@@ -133,18 +133,18 @@ fn softmax_row(k: &SoftmaxCrossEntropy, logits: &mut [f32], target: usize, weigh
         let mut chunks = row.chunks_exact_mut(LANES);
         for c in &mut chunks {
             for i in 0..LANES {
-                c[i] = activations::exp(c[i] - max);
+                c[i] = activations::exp::<FUSED>(c[i] - max);
                 sums[i] += c[i];
             }
         }
         for (i, v) in chunks.into_remainder().iter_mut().enumerate() {
-            *v = activations::exp(*v - max);
+            *v = activations::exp::<FUSED>(*v - max);
             sums[i] += *v;
         }
     } else {
         for c in row.chunks(LANES) {
             for (i, v) in c.iter().enumerate() {
-                sums[i] += activations::exp(v - max);
+                sums[i] += activations::exp::<FUSED>(v - max);
             }
         }
     }
@@ -276,7 +276,7 @@ impl Kernel for BinaryCrossEntropy {
             let mut bad = 0u32;
             for ((row, loss), logits) in range.zip(losses.data).zip(logits.data.chunks_exact_mut(stride)) {
                 let (this, targets, weight, flag) = (self, &targets[row * outputs..][..outputs], weights[row], &mut bad);
-                for_isa!(isa, binary_row(this: &BinaryCrossEntropy, logits: &mut [f32], targets: &[f32], weight: f32, loss: &mut f32, flag: &mut u32));
+                for_isa!(isa, fused binary_row(this: &BinaryCrossEntropy, logits: &mut [f32], targets: &[f32], weight: f32, loss: &mut f32, flag: &mut u32));
             }
             if bad != 0 {
                 raised.store(true, std::sync::atomic::Ordering::Relaxed);
@@ -289,7 +289,7 @@ impl Kernel for BinaryCrossEntropy {
 }
 
 #[inline(always)]
-fn binary_row(k: &BinaryCrossEntropy, logits: &mut [f32], targets: &[f32], weight: f32, loss: &mut f32, flag: &mut u32) {
+fn binary_row<const FUSED: bool>(k: &BinaryCrossEntropy, logits: &mut [f32], targets: &[f32], weight: f32, loss: &mut f32, flag: &mut u32) {
     if weight == 0.0 {
         *loss = 0.0;
         if k.gradient == 1 {
@@ -303,13 +303,13 @@ fn binary_row(k: &BinaryCrossEntropy, logits: &mut [f32], targets: &[f32], weigh
     let mut sum = 0.0;
     for (z, y) in row.iter().zip(targets) {
         let above = if *z > 0.0 { *z } else { 0.0 };
-        sum += above - z * y + activations::exp(-z.abs()).ln_1p();
+        sum += above - z * y + activations::exp::<FUSED>(-z.abs()).ln_1p();
     }
     // What the clamps of exp hid must not look like a loss.
     *loss = if bad == 0 { weight * sum } else { f32::NAN };
     if k.gradient == 1 {
         let factor = weight * k.scale;
-        row.iter_mut().zip(targets).for_each(|(z, y)| *z = (activations::sigmoid(*z) - y) * factor);
+        row.iter_mut().zip(targets).for_each(|(z, y)| *z = (activations::sigmoid::<FUSED>(*z) - y) * factor);
         padding.fill(0.0);
     }
 }

@@ -5,7 +5,7 @@
 //! not depend on which rows or columns are computed with it. No layer, no kernel and no thread is known here; what is unsafe in the CPU kernels is here.
 
 use crate::for_isa;
-use crate::pool::Isa;
+use crate::pool::{Isa, LINE};
 use crate::shape::{PANEL, round_up};
 
 /// Rows of the highest tile: with 2 vectors of columns it leaves registers for what is loaded.
@@ -291,6 +291,8 @@ pub enum Left<'a> {
     Rows(&'a [f32], usize),
     /// As [`pack_left`] leaves it.
     Packed(&'a [f32]),
+    /// Columns of rows of so many floats: stored `[k, m]`.
+    Columns(&'a [f32], usize),
 }
 
 /// One product of a sum: A `[m, k]` by B `[k, n]`.
@@ -350,6 +352,7 @@ pub fn multiply(isa: Isa, c: &mut MatrixMut<'_>, factors: [Option<Factors<'_>>; 
         match f.a {
             Left::Rows(a, stride) => assert!((m - 1) * stride + f.k <= a.len(), "the left factor within its slice"),
             Left::Packed(a) => assert!(m * f.k <= a.len(), "the packed left factor within its slice"),
+            Left::Columns(a, stride) => assert!((f.k - 1) * stride + m <= a.len(), "the columns of the left factor within their slice"),
         }
         let last = (n - 1) / width * width;
         // The last tile of the panel before the last one may lie further.
@@ -412,10 +415,11 @@ unsafe fn one_row<V: Simd, const N: usize>(c: &mut MatrixMut<'_>, factors: &[Opt
     for col in (0..c.cols).step_by(V::LANES * N) {
         let walks = factors.each_ref().map(|f| {
             let Some(f) = f.as_ref().filter(|f| f.k > 0) else { return NO_WALK };
-            let a = match f.a {
-                Left::Rows(a, _) | Left::Packed(a) => a.as_ptr(),
+            let (a, a_step) = match f.a {
+                Left::Rows(a, _) | Left::Packed(a) => (a.as_ptr(), 0),
+                Left::Columns(a, stride) => (a.as_ptr(), stride),
             };
-            Walk { k: f.k, a, b: f.b[f.tile_at(col)..].as_ptr(), b_stride: f.row_stride, ..NO_WALK }
+            Walk { k: f.k, a, a_step, b: f.b[f.tile_at(col)..].as_ptr(), b_stride: f.row_stride, ..NO_WALK }
         });
         let bias = ends.bias.map_or(std::ptr::null(), |b| b[col..].as_ptr());
         // SAFETY: `col` is below the columns, which are whole tiles.
@@ -553,7 +557,8 @@ fn row_cuts(m: usize) -> impl Iterator<Item = (usize, usize)> {
 struct Walk {
     k: usize,
     a: *const f32,
-    /// From row to row; 0 where A is packed.
+    /// From k to k and from row to row; a step of 0 where A is packed.
+    a_step: usize,
     a_stride: usize,
     b: *const f32,
     b_stride: usize,
@@ -563,8 +568,16 @@ struct Walk {
 }
 
 /// A walk over nothing.
-const NO_WALK: Walk =
-    Walk { k: 0, a: std::ptr::null(), a_stride: 0, b: std::ptr::null(), b_stride: 0, ahead: std::ptr::null(), does_prefetch: false };
+const NO_WALK: Walk = Walk {
+    k: 0,
+    a: std::ptr::null(),
+    a_step: 0,
+    a_stride: 0,
+    b: std::ptr::null(),
+    b_stride: 0,
+    ahead: std::ptr::null(),
+    does_prefetch: false,
+};
 
 /// All tiles: panels of B outside, so that one stays in the nearest cache while the rows pass.
 ///
@@ -584,13 +597,15 @@ unsafe fn tiles<V: Simd, const N: usize>(c: &mut MatrixMut<'_>, factors: &[Optio
                 if let Some(f) = f
                     && f.k > 0
                 {
-                    let (a, a_stride) = match f.a {
-                        Left::Rows(a, stride) => (a[row * stride..].as_ptr(), stride),
-                        Left::Packed(a) => (a[row * f.k..].as_ptr(), 0),
+                    let (a, a_step, a_stride) = match f.a {
+                        Left::Rows(a, stride) => (a[row * stride..].as_ptr(), 1, stride),
+                        Left::Packed(a) => (a[row * f.k..].as_ptr(), 0, 1),
+                        Left::Columns(a, stride) => (a[row..].as_ptr(), stride, 1),
                     };
                     *walk = Walk {
                         k: f.k,
                         a,
+                        a_step,
                         a_stride,
                         b: f.b[f.tile_at(col)..].as_ptr(),
                         b_stride: f.row_stride,
@@ -649,13 +664,19 @@ unsafe fn tile_of<V: Simd, const N: usize>(n_rows: usize, walks: &[Walk; 2], c: 
 #[inline(always)]
 unsafe fn tile<V: Simd, const R: usize, const N: usize>(walks: &[Walk; 2], c: *mut f32, c_stride: usize, add: bool, bias: *const f32) {
     unsafe {
+        // What the end of the tile reads or writes is on its way while the sums grow.
+        for r in 0..R {
+            for line in 0..(V::LANES * N).div_ceil(LINE) {
+                prefetch_near(c.wrapping_add(r * c_stride + line * LINE));
+            }
+        }
         let mut sums = [[V::zero(); N]; R];
         for walk in walks {
-            if walk.a_stride == 0 {
-                sums = walk_along::<V, R, N>(sums, walk, R, 1);
-            } else {
-                sums = walk_along::<V, R, N>(sums, walk, 1, walk.a_stride);
-            }
+            sums = match walk.a_step {
+                0 => walk_along::<V, R, N>(sums, walk, R, 1),
+                1 => walk_along::<V, R, N>(sums, walk, 1, walk.a_stride),
+                step => walk_along::<V, R, N>(sums, walk, step, 1),
+            };
         }
         for (r, sums) in sums.iter().enumerate() {
             for (v, &sum) in sums.iter().enumerate() {
@@ -875,6 +896,83 @@ fn transpose(b: Stored<'_>, ks: std::ops::Range<usize>, first: usize, valid: usi
     }
 }
 
+/// Packs rows `ks` and columns `cols` of a row-major B with `stride` floats a row, as [`pack`] does, and adds the rows up: into both of `sums`,
+/// each as long as `cols` or empty. Columns are whole panels of 64.
+pub fn pack_and_sum(
+    isa: Isa,
+    b: &[f32],
+    stride: usize,
+    ks: std::ops::Range<usize>,
+    cols: std::ops::Range<usize>,
+    to: &mut [f32],
+    mut sums: [&mut [f32]; 2],
+) {
+    let len = ks.len() * PANEL;
+    for (panel, (col, to)) in cols.step_by(PANEL).zip(to.chunks_exact_mut(len.max(1))).enumerate() {
+        let b = &b[(ks.start * stride + col).min(b.len())..];
+        let mut sum = [0.0; PANEL];
+        let total = &mut sum;
+        match tile_cols(isa) {
+            PANEL => for_isa!(isa, pack_panel_whole(b: &[f32], stride: usize, to: &mut [f32], total: &mut [f32; PANEL])),
+            _ => for_isa!(isa, pack_panel_in_four(b: &[f32], stride: usize, to: &mut [f32], total: &mut [f32; PANEL])),
+        }
+        for sums in sums.iter_mut().filter(|sums| !sums.is_empty()) {
+            sums[panel * PANEL..][..PANEL].iter_mut().zip(&sum).for_each(|(sums, sum)| *sums += sum);
+        }
+    }
+}
+
+#[inline(always)]
+fn pack_panel_whole(b: &[f32], stride: usize, to: &mut [f32], sum: &mut [f32; PANEL]) {
+    pack_panel::<PANEL>(b, stride, to, sum);
+}
+
+#[inline(always)]
+fn pack_panel_in_four(b: &[f32], stride: usize, to: &mut [f32], sum: &mut [f32; PANEL]) {
+    pack_panel::<{ PANEL / 4 }>(b, stride, to, sum);
+}
+
+/// One panel of 64 columns, in tiles of WIDTH.
+#[inline(always)]
+fn pack_panel<const WIDTH: usize>(b: &[f32], stride: usize, to: &mut [f32], sum: &mut [f32; PANEL]) {
+    let k = to.len() / PANEL;
+    let mut sums = [0.0; PANEL];
+    for i in 0..k {
+        let Some(row) = b[i * stride..].first_chunk::<PANEL>() else { break };
+        for line in 0..PANEL / LINE {
+            prefetch_near(row.as_ptr().wrapping_add(AHEAD * stride + line * LINE));
+        }
+        for tile in 0..PANEL / WIDTH {
+            if let (Some(to), Some(from)) =
+                (to[(tile * k + i) * WIDTH..].first_chunk_mut::<WIDTH>(), row[tile * WIDTH..].first_chunk::<WIDTH>())
+            {
+                *to = *from;
+            }
+        }
+        (0..PANEL).for_each(|j| sums[j] += row[j]);
+    }
+    *sum = sums;
+}
+
+/// Rows of A, stored `[k, m]`, up to which it is read where it lies: lines that one tile has fetched are there for the next.
+const UNPACKED_COLUMNS: usize = 256;
+
+/// A left factor stored `[k, m]` in rows of `stride` floats: rows `ks` of it and columns `rows`, packed into `room` where that pays.
+pub fn left_of_columns<'a>(
+    a: &'a [f32],
+    stride: usize,
+    ks: std::ops::Range<usize>,
+    rows: std::ops::Range<usize>,
+    room: &'a mut [f32],
+) -> Left<'a> {
+    // A stride of 1 would be taken for rows.
+    if (2..=UNPACKED_COLUMNS).contains(&stride) {
+        return Left::Columns(&a[(ks.start * stride + rows.start).min(a.len())..], stride);
+    }
+    pack_left(a, stride, ks, rows, room);
+    Left::Packed(room)
+}
+
 /// Packs A that is stored `[k, m]` in rows of `stride` floats: rows `ks` of it and columns `rows`, in blocks of a tile's rows, `[k][rows of the tile]`.
 pub fn pack_left(a: &[f32], stride: usize, ks: std::ops::Range<usize>, rows: std::ops::Range<usize>, to: &mut [f32]) {
     let k = ks.len();
@@ -959,7 +1057,9 @@ mod tests {
             let factors = |a| Factors { k, a, b: &packed, row_stride: width, panel: width, panel_stride: width * k };
             let both = [Some(factors(Left::Rows(&a, k))), Some(factors(Left::Packed(&left)))];
             let before = whole(m * (n + 3), 5);
-            for add in [false, true] {
+            // A stride of 1 is that of rows.
+            let in_place = [both[0], Some(factors(Left::Columns(&a_t, m)))];
+            for (add, both) in [(false, both), (true, both), (false, if m > 1 { in_place } else { both })] {
                 let mut c = before.clone();
                 let mut to = MatrixMut::row_major(&mut c, m, n, n + 3);
                 // SAFETY: lengths are as the factors say; the test picks tiles that this processor runs.
@@ -974,6 +1074,24 @@ mod tests {
                     };
                     assert_eq!(*found, want, "{m} x {n} x {k}, row {row}, column {col}, add {add}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn packing_with_sums_packs_as_packing_does_and_adds_every_row_once() {
+        for isa in [Isa::Baseline, Isa::detect()] {
+            let (k, n, stride) = (19, 3 * PANEL, 4 * PANEL);
+            let b = whole(k * stride, 6);
+            let stored = Stored { data: &b, row_stride: stride, panel: usize::MAX, panel_stride: 0, transposed: false };
+            let (ks, cols) = (2..17, PANEL..PANEL + n);
+            let mut want = vec![0.0; ks.len() * n];
+            pack(isa, stored, ks.clone(), cols.clone(), &mut want);
+            let (mut found, mut sums) = (vec![f32::NAN; want.len()], vec![1.0; n]);
+            pack_and_sum(isa, &b, stride, ks.clone(), cols.clone(), &mut found, [&mut [], &mut sums]);
+            assert_eq!(found, want);
+            for (col, sum) in cols.zip(sums) {
+                assert_eq!(sum, 1.0 + ks.clone().map(|row| b[row * stride + col]).sum::<f32>(), "column {col}");
             }
         }
     }

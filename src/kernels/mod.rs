@@ -409,3 +409,22 @@ macro_rules! kernel_basics {
     };
 }
 pub(crate) use kernel_basics;
+
+/// A kernel that no adapter is asked to run.
+macro_rules! cpu_only {
+    ($name:literal, $bindings:expr) => {
+        fn name(&self) -> &'static str {
+            $name
+        }
+        fn bindings(&self) -> &'static [$crate::kernels::Binding] {
+            $bindings
+        }
+        fn params(&self) -> &[u8] {
+            &[]
+        }
+        fn dispatch(&self, _: $crate::kernels::AdapterClass) -> $crate::kernels::Dispatch {
+            unreachable!("only the CPU backend launches it")
+        }
+    };
+}
+pub(crate) use cpu_only;

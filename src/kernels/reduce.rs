@@ -8,7 +8,7 @@ use bytemuck::{Pod, Zeroable};
 use super::lstm::{ACTIVATIONS, NONE};
 use super::{
     AdapterClass, Case, Dispatch, Entry, Fill, Kernel, MAX_LOOP_TRIPS, MAX_WORKGROUPS, ODD, Operand, Shader, ShapeError, Tolerance,
-    at_least, grid_1d, kernel_basics, loop_trips, operand, read, read_write,
+    at_least, cpu_only, grid_1d, kernel_basics, loop_trips, multiple_of, operand, read, read_write,
 };
 use crate::for_isa;
 use crate::pool::{CpuContext, Rows};
@@ -197,6 +197,63 @@ pub fn block_squares(ctx: &CpuContext, data: &[f32], squares: &mut [f32]) {
             for_isa!(isa, squares_of(data: &[f32], total: &mut f32));
         }
     });
+}
+
+/// [`BlockSquares`] of a buffer that is zero but for some rows, bit for bit: only those are read. On the CPU only.
+pub struct RowSquares {
+    pub len: u32,
+    /// The first word of `squares` that is written.
+    pub out: u32,
+    /// Where row 0 starts, and floats of a row: multiples of 16.
+    pub rows: u32,
+    pub width: u32,
+    /// Rows that are not zero: the first words of `index`, rising.
+    pub n_distinct: u32,
+}
+
+impl Kernel for RowSquares {
+    cpu_only!("row_squares", const { &[read("index"), read("data"), read_write("squares")] });
+
+    fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
+        multiple_of("row_squares", "width", self.width, SIXTEEN)?;
+        multiple_of("row_squares", "an offset", self.rows, SIXTEEN)?;
+        at_least("row_squares", "index", lens[0], self.n_distinct as usize)?;
+        at_least("row_squares", "data", lens[1], self.len as usize)?;
+        at_least("row_squares", "squares", lens[2], self.out as usize + (self.len as usize).div_ceil(BLOCK))
+    }
+
+    fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
+        let [index, data, squares] = operands else { unreachable!("three operands") };
+        let rows = &index.as_indices()[..self.n_distinct as usize];
+        let data = &data.as_slice()[..self.len as usize];
+        let squares = &mut squares.as_mut_slice()[self.out as usize..][..data.len().div_ceil(BLOCK)];
+        let place = (self.rows as usize, self.width as usize);
+        for_isa!(ctx.isa, row_squares(data: &[f32], rows: &[u32], place: (usize, usize), squares: &mut [f32]));
+    }
+}
+
+const SIXTEEN: usize = LANES / 2;
+
+#[inline(always)]
+fn row_squares(data: &[f32], rows: &[u32], (offset, width): (usize, usize), squares: &mut [f32]) {
+    squares.fill(0.0);
+    let (mut block, mut lanes) = (0, [0f32; LANES]);
+    for &row in rows {
+        let start = offset + row as usize * width;
+        for at in (start..start + width).step_by(SIXTEEN) {
+            let Some(values) = data[at.min(data.len())..].first_chunk::<SIXTEEN>() else { continue };
+            if at / BLOCK != block {
+                squares[block] = fold(lanes);
+                (block, lanes) = (at / BLOCK, [0.0; LANES]);
+            }
+            // The lane that a float has in its block; zeros add nothing to any.
+            let lanes = &mut lanes[at % LANES..][..SIXTEEN];
+            lanes.iter_mut().zip(values).for_each(|(lane, v)| *lane += v * v);
+        }
+    }
+    if let Some(last) = squares.get_mut(block) {
+        *last = fold(lanes);
+    }
 }
 
 /// Adds the number of floats that are not finite, found by their bits, to word `out` (an integer).

@@ -7,8 +7,8 @@ use bytemuck::{Pod, Zeroable};
 
 use super::elementwise::{ELEMENTS, MIN_PART, lengths};
 use super::{
-    AdapterClass, Binding, Case, Dispatch, Entry, Fill, Fragment, Kernel, Operand, Shader, ShapeError, Tolerance, at_least, grid_1d,
-    kernel_basics, operand, read, read_write,
+    AdapterClass, Binding, Case, Dispatch, Entry, Fill, Fragment, Kernel, Operand, Shader, ShapeError, Tolerance, at_least, cpu_only,
+    grid_1d, kernel_basics, operand, read, read_write,
 };
 use crate::for_isa;
 use crate::pool::{CpuContext, Rows};
@@ -135,6 +135,39 @@ fn sgd(k: &Sgd, p: &mut [f32], grad: &[f32], v: &mut [f32]) {
         let g = counts(&k.regular, *grad, *p);
         *v = k.momentum * *v + g;
         *p -= k.lr * if k.nesterov == 1 { g + k.momentum * *v } else { *v };
+    }
+}
+
+/// [`Sgd`] without momentum, weight decay and L1 on a matrix whose gradient is zero but for some rows, bit for bit: a gradient of zero changes
+/// nothing, so only those rows are read and written. On the CPU only.
+pub struct SgdRows {
+    pub sgd: Sgd,
+    /// Where row 0 starts, and floats of a row.
+    pub rows: u32,
+    pub width: u32,
+    /// Rows that are not zero: the first words of `index`.
+    pub n_distinct: u32,
+}
+
+impl Kernel for SgdRows {
+    cpu_only!("sgd_rows", const { &[read("index"), read_write("param"), read("grad")] });
+
+    fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
+        at_least("sgd_rows", "index", lens[0], self.n_distinct as usize)?;
+        at_least("sgd_rows", "param", lens[1], self.sgd.len as usize)?;
+        at_least("sgd_rows", "grad", lens[2], self.sgd.len as usize)
+    }
+
+    fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
+        let [index, param, grad] = operands else { unreachable!("three operands") };
+        let (param, grad, isa, this) = (param.as_mut_slice(), grad.as_slice(), ctx.isa, &self.sgd);
+        for &row in &index.as_indices()[..self.n_distinct as usize] {
+            let start = self.rows as usize + row as usize * self.width as usize;
+            let at = start..start + self.width as usize;
+            let (Some(p), Some(grad)) = (param.get_mut(at.clone()), grad.get(at)) else { continue };
+            let v: &mut [f32] = &mut [];
+            for_isa!(isa, sgd(this: &Sgd, p: &mut [f32], grad: &[f32], v: &mut [f32]));
+        }
     }
 }
 

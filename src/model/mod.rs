@@ -193,6 +193,21 @@ pub struct Model {
     token_index: TokenIndex,
     padded: Vec<f32>,
     own_loss: Option<std::sync::Arc<dyn Loss>>,
+    /// Memory for a pass.
+    lanes: Vec<Lane>,
+    /// The embedding's gradient is zero but for the rows of the last pass with gradients.
+    sparse_embedding: bool,
+}
+
+/// Where the gradient of an embedding is not zero.
+pub struct EmbeddingRows {
+    pub bucket: usize,
+    /// Where row 0 starts in the bucket, floats of a row, and how many rows there are.
+    pub rows: u32,
+    pub width: u32,
+    pub n_distinct: u32,
+    /// Their numbers, rising.
+    pub index: Span,
 }
 
 /// Where stream numbers start behind the lengths of this many rows: a bound span begins at a multiple of 64.
@@ -246,12 +261,56 @@ impl Model {
             _ => None,
         };
         let token_index = TokenIndex::default();
-        Ok(Self { config, table, at, params, grads, flags, loss, levels, workspace: None, token_index, padded: Vec::new(), own_loss: None })
+        Ok(Self {
+            config,
+            table,
+            at,
+            params,
+            grads,
+            flags,
+            loss,
+            levels,
+            workspace: None,
+            token_index,
+            padded: Vec::new(),
+            lanes: Vec::new(),
+            sparse_embedding: false,
+            own_loss: None,
+        })
     }
 
     /// Puts a loss of one's own in the place of the output's.
     pub fn set_loss(&mut self, loss: std::sync::Arc<dyn Loss>) {
         self.own_loss = Some(loss);
+    }
+
+    /// Whether from now on only rows of the embedding's gradient are cleared that the last pass wrote, and [`Self::embedding_rows`] names those
+    /// that are not zero. For the CPU, as long as nobody else has written to the gradients and a step is one pass; once it is not so, it must not
+    /// be asked for again. Without an embedding of its own nothing changes.
+    pub fn keep_embedding_sparse(&mut self, wanted: bool) {
+        self.sparse_embedding = wanted && self.at.embedding.is_some() && !self.config.tied;
+    }
+
+    /// After a pass with gradients, if [`Self::keep_embedding_sparse`] holds.
+    pub fn embedding_rows(&self) -> Option<EmbeddingRows> {
+        let (embedding, index) = (self.at.embedding?, self.workspace.as_ref()?.index?);
+        let (tensor, width) = (&self.table.tensors()[embedding], self.embedding_width()?);
+        let n_distinct = self.token_index.n_distinct;
+        self.sparse_embedding.then(|| EmbeddingRows {
+            bucket: tensor.bucket,
+            rows: tensor.offset as u32,
+            width: width as u32,
+            n_distinct,
+            index: front(index, n_distinct as usize),
+        })
+    }
+
+    /// Floats of a row of the embedding.
+    fn embedding_width(&self) -> Option<usize> {
+        match self.config.input {
+            Input::Tokens { width, .. } => Some(pad_units(width)),
+            Input::Values { .. } => None,
+        }
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -552,15 +611,17 @@ impl Model {
         self.reserve(backend, share.n_steps, share.n_rows, pass.gradients)?;
         debug_span!("upload").in_scope(|| self.upload(backend, share, pass))?;
         let workspace = self.workspace.take().context("the workspace was just reserved")?;
-        let forward = debug_span!("forward").in_scope(|| self.forward(backend, &workspace, share, pass));
+        let memory = std::mem::take(&mut self.lanes);
+        let forward = debug_span!("forward").in_scope(|| self.forward(backend, &workspace, share, pass, memory));
         let done = forward.and_then(|mut forward| {
             if share.targets.is_some() {
                 debug_span!("loss").in_scope(|| self.loss_of(backend, &workspace, share, pass))?;
             }
-            if !pass.gradients {
-                return Ok(());
+            if pass.gradients {
+                debug_span!("backward").in_scope(|| self.backward(backend, &workspace, share, pass, &mut forward, ready))?;
             }
-            debug_span!("backward").in_scope(|| self.backward(backend, &workspace, share, pass, &mut forward, ready))
+            self.lanes = forward.lanes;
+            Ok(())
         });
         self.workspace = Some(workspace);
         done
@@ -598,6 +659,12 @@ impl Model {
                 }
                 backend.write(at(w.input, t * b), bytemuck::cast_slice(tokens))?;
                 if let (true, Some(index)) = (pass.gradients, w.index) {
+                    if let (true, Some(embedding), Some(width)) = (self.sparse_embedding, self.at.embedding, self.embedding_width()) {
+                        let (span, offset) = self.place(backend, &self.grads, embedding);
+                        for &token in self.token_index.tokens() {
+                            backend.clear(span.part(offset as usize + token as usize * width, width))?;
+                        }
+                    }
                     self.token_index.rebuild(tokens, vocabulary);
                     let words = self.token_index.words();
                     backend.write(at(index, words.len()), bytemuck::cast_slice(words))?;
@@ -792,7 +859,7 @@ impl Model {
         backend.launch(&kernel, &[streams(w, share.n_rows), from, to])
     }
 
-    fn forward(&self, backend: &mut dyn Backend, w: &Workspace, share: &Share<'_>, pass: Pass) -> Result<Forward> {
+    fn forward(&self, backend: &mut dyn Backend, w: &Workspace, share: &Share<'_>, pass: Pass, memory: Vec<Lane>) -> Result<Forward> {
         let (t, b) = (share.n_steps, share.n_rows);
         let inputs = self.config.layer_input(0).padded_len();
         let mut x: Parts = [Some(LanePart { span: front(w.input, t * b * inputs), offset: 0, width: inputs as u32 }), None];
@@ -810,7 +877,8 @@ impl Model {
             self.drop_input(backend, w, share, key, input.span, out)?;
             x = [Some(LanePart { span: out, offset: 0, width: input.width }), None];
         }
-        let mut lanes = Vec::with_capacity(self.config.n_lanes());
+        let mut lanes = memory;
+        lanes.clear();
         for l in 0..self.config.n_layers {
             let of_layer = self.lanes_of(l);
             for i in of_layer.clone() {
@@ -960,7 +1028,7 @@ impl Model {
             Ok(())
         };
         let first_bucket = |tensor: usize| self.table.tensors()[tensor].bucket;
-        if let (false, Some(embedding)) = (accumulate, self.at.embedding) {
+        if let (false, Some(embedding)) = (accumulate || self.sparse_embedding, self.at.embedding) {
             let (span, offset) = self.place(backend, &self.grads, embedding);
             backend.clear(span.part(offset as usize, self.table.tensors()[embedding].range.len()))?;
         }

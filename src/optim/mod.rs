@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, Span};
-use crate::kernels::update::{Adam, Regular, Rmsprop, Sgd};
+use crate::kernels::update::{Adam, Regular, Rmsprop, Sgd, SgdRows};
 
 /// Update rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,6 +68,40 @@ impl OptimizerConfig {
         if self.clip_norm > 0.0 { (self.clip_norm / (norm + 1e-6)).min(1.0) } else { 1.0 }
     }
 
+    /// Whether a parameter whose gradient is zero stays as it is to the last bit.
+    pub fn spares_zeros(&self) -> bool {
+        self.rule == Rule::Sgd && self.momentum == 0.0 && self.weight_decay == 0.0 && self.l1 == 0.0
+    }
+
+    /// [`Self::update`] where only the rows that `index` names have a gradient, if [`Self::spares_zeros`]; [`SgdRows`] tells what the numbers are.
+    ///
+    /// # Errors
+    /// The launch's.
+    pub fn update_rows(
+        &self,
+        backend: &mut dyn Backend,
+        [index, param, grad]: [Span; 3],
+        [rows, width, n_distinct]: [u32; 3],
+        lr: f64,
+        grad_scale: f64,
+    ) -> Result<()> {
+        let sgd = self.sgd(param.len as u32, lr, self.regular(grad_scale));
+        backend.launch(&SgdRows { sgd, rows, width, n_distinct }, &[index, param, grad])
+    }
+
+    fn sgd(&self, len: u32, lr: f64, regular: Regular) -> Sgd {
+        Sgd { len, nesterov: u32::from(self.nesterov), lr: lr as f32, momentum: self.momentum as f32, regular }
+    }
+
+    fn regular(&self, grad_scale: f64) -> Regular {
+        Regular {
+            grad_scale: grad_scale as f32,
+            clip_value: self.clip_value as f32,
+            weight_decay: if self.rule == Rule::Adamw { 0.0 } else { self.weight_decay as f32 },
+            l1: self.l1 as f32,
+        }
+    }
+
     /// Updates `param` in place from `grad` and two spans of state, all of equal length; where the rule has fewer states, the spans in front are
     /// any others that may be written (they are not). `step` counts from 1; `lr` is the scheduled rate.
     ///
@@ -86,16 +120,11 @@ impl OptimizerConfig {
     ) -> Result<()> {
         let len = param.len as u32;
         let decoupled = self.rule == Rule::Adamw;
-        let regular = Regular {
-            grad_scale: grad_scale as f32,
-            clip_value: self.clip_value as f32,
-            weight_decay: if decoupled { 0.0 } else { self.weight_decay as f32 },
-            l1: self.l1 as f32,
-        };
+        let regular = self.regular(grad_scale);
         let momentum = self.momentum as f32;
         match self.rule {
             Rule::Sgd => {
-                let kernel = Sgd { len, nesterov: u32::from(self.nesterov), lr: lr as f32, momentum, regular };
+                let kernel = self.sgd(len, lr, regular);
                 backend.launch(&kernel, &[param, grad, states[1]])
             }
             Rule::Rmsprop => {

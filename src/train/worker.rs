@@ -19,10 +19,10 @@ use crate::comm::plan::owned_segment;
 use crate::comm::{CommError, Shared};
 use crate::data::Batch;
 use crate::infer::session::{pass_forward, share_of};
-use crate::kernels::reduce::BlockSquares;
+use crate::kernels::reduce::{BlockSquares, RowSquares};
 use crate::model::config::ModelConfig;
 use crate::model::state::Carried;
-use crate::model::{Loss, MAX_PARTS, Model, Pass, read_buckets, unpacked, write_buckets};
+use crate::model::{EmbeddingRows, Loss, MAX_PARTS, Model, Pass, read_buckets, unpacked, write_buckets};
 use crate::optim::OptimizerConfig;
 use crate::rng::StepKey;
 use crate::shape::{ALIGN, BLOCK, GATES, round_up, split_even};
@@ -244,6 +244,8 @@ struct Worker {
     whereabouts: Whereabouts,
     /// By bucket: words that are not trained.
     frozen: Vec<Vec<Range<usize>>>,
+    /// No step had a ring so far.
+    is_alone: bool,
     /// Of the step at hand, where they are wanted and owners update.
     gradients: Vec<Vec<f32>>,
     /// Steps and rows of an evaluation's last pass, as long as its gates are there.
@@ -347,6 +349,7 @@ impl Worker {
             bytes_sent: [0; 2],
             whereabouts,
             frozen: vec![Vec::new(); buckets.len()],
+            is_alone: true,
             gradients: Vec::new(),
             evaluated: None,
         })
@@ -511,6 +514,10 @@ impl Worker {
         let n_parts = parts.len().max(1);
         let backend = self.backend.as_mut();
         self.model.lower_flags(backend)?;
+        // Once sums of other ranks have lain in the gradients, nobody knows which rows are zero.
+        self.is_alone &= self.ring.is_none();
+        let is_one_pass = self.is_alone && self.spec.accumulate == 1 && !backend.info().is_gpu;
+        self.model.keep_embedding_sparse(is_one_pass && self.spec.optimizer.spares_zeros());
         let n_rows = work.rows.len();
         let given = work.state.as_ref().map(|rows| Carried::from_rows(&self.spec.model, n_rows, rows.clone()));
         let mut left = Carried::new(&self.spec.model, n_rows);
@@ -546,10 +553,17 @@ impl Worker {
         let mut spans = vec![self.model.loss(n_parts), self.model.flag()];
         if let Some(squares) = self.squares {
             let mut at = 0;
-            for (bucket, &grads) in self.model.table().buckets().iter().zip(self.model.grads()) {
+            let rows = self.model.embedding_rows();
+            for (i, (bucket, &grads)) in self.model.table().buckets().iter().zip(self.model.grads()).enumerate() {
                 let (len, n_blocks) = (bucket.range.len(), bucket.range.len().div_ceil(BLOCK));
                 let to = Span { buffer: squares, offset: at, len: n_blocks };
-                backend.launch(&BlockSquares { len: len as u32, out: 0 }, &[backend.whole(grads), to])?;
+                let (len, grads) = (len as u32, backend.whole(grads));
+                match rows.as_ref().filter(|rows| rows.bucket == i) {
+                    Some(&EmbeddingRows { rows, width, n_distinct, index, .. }) => {
+                        backend.launch(&RowSquares { len, out: 0, rows, width, n_distinct }, &[index, grads, to])?;
+                    }
+                    None => backend.launch(&BlockSquares { len, out: 0 }, &[grads, to])?,
+                }
                 spans.push(to);
                 at += round_up(n_blocks, ALIGN);
             }
@@ -672,8 +686,14 @@ impl Worker {
         let backend = self.backend.as_mut();
         match self.pending.take().context("a commit without a step")? {
             Pending::Sums { step, lr, factor } => {
+                let rows = self.model.embedding_rows();
                 for (bucket, b) in self.model.table().buckets().iter().enumerate() {
                     let whole = |buffer| Span { buffer, offset: 0, len: b.range.len() };
+                    if let Some(r) = rows.as_ref().filter(|rows| rows.bucket == bucket) {
+                        let spans = [r.index, whole(self.model.params()[bucket]), whole(self.model.grads()[bucket])];
+                        self.spec.optimizer.update_rows(backend, spans, [r.rows, r.width, r.n_distinct], lr, factor)?;
+                        continue;
+                    }
                     let states: Vec<Span> = self.states.iter().map(|s| whole(s[bucket])).collect();
                     let states = with_spare(&states, whole(self.spare));
                     let (param, grad) = (whole(self.model.params()[bucket]), whole(self.model.grads()[bucket]));

@@ -190,11 +190,11 @@ impl Kernel for LstmStepBackward {
                 }
                 let c_prev = &c_prev[b * hidden..][..hidden];
                 if is_plain {
-                    for_isa!(isa, gate_backward(gates: &mut [f32], dh: &[f32], dc: &mut [f32], c_prev: &[f32]));
+                    for_isa!(isa, fused gate_backward(gates: &mut [f32], dh: &[f32], dc: &mut [f32], c_prev: &[f32]));
                     continue;
                 }
                 let normed = None;
-                for_isa!(isa, cell_backward(cell: &CellRow<'_>, stream: u32, gates: &mut [f32], dh: &mut [f32], dc: &mut [f32],
+                for_isa!(isa, fused cell_backward(cell: &CellRow<'_>, stream: u32, gates: &mut [f32], dh: &mut [f32], dc: &mut [f32],
                                             sums: &mut [f32], c_prev: &[f32], normed: Option<NormGradient<'_>>));
             }
         });

@@ -219,9 +219,9 @@ impl Kernel for LstmStepForward {
                 let flag = &mut non_finite;
                 let (cell, stream) = (&cell, streams.map_or(0, |streams| streams[b]));
                 if is_plain {
-                    for_isa!(isa, gate_forward(z: &mut [f32], c_in: &[f32], out: &mut [f32], c_out: &mut [f32], flag: &mut u32));
+                    for_isa!(isa, fused gate_forward(z: &mut [f32], c_in: &[f32], out: &mut [f32], c_out: &mut [f32], flag: &mut u32));
                 } else {
-                    for_isa!(isa, cell_forward(cell: &CellRow<'_>, stream: u32, z: &mut [f32], c_in: &[f32], out: &mut [f32],
+                    for_isa!(isa, fused cell_forward(cell: &CellRow<'_>, stream: u32, z: &mut [f32], c_in: &[f32], out: &mut [f32],
                                                c_out: &mut [f32], flag: &mut u32));
                 }
                 if projects {

@@ -39,6 +39,7 @@
 
 mod backward;
 mod forward;
+mod gradients_cpu;
 mod norm;
 mod plan;
 mod rows;

@@ -248,7 +248,7 @@ impl Kernel for LstmNormForward {
                 continue;
             }
             let (cell, stream, flag) = (&cell, streams.map_or(0, |streams| streams[b]), &mut non_finite);
-            for_isa!(isa, cell_forward(cell: &CellRow<'_>, stream: u32, z: &mut [f32], c_prev: &[f32], out: &mut [f32], c: &mut [f32],
+            for_isa!(isa, fused cell_forward(cell: &CellRow<'_>, stream: u32, z: &mut [f32], c_prev: &[f32], out: &mut [f32], c: &mut [f32],
                                        flag: &mut u32));
             if !projects {
                 let h_prev = &h_prev[of_row];
@@ -366,7 +366,7 @@ impl Kernel for LstmNormBackward {
             let (dc, sums) = (&mut dc[of_row.clone()], &mut sums[b * sums_width..][..sums_width]);
             let c_prev = &c.as_slice()[self.c_prev as usize..][of_row];
             let normed = Some(NormGradient { x, y, factors: [factors[b * NORM_FACTORS], factors[b * NORM_FACTORS + 1]] });
-            for_isa!(isa, cell_backward(cell: &CellRow<'_>, stream: u32, z: &mut [f32], dh: &mut [f32], dc: &mut [f32], sums: &mut [f32],
+            for_isa!(isa, fused cell_backward(cell: &CellRow<'_>, stream: u32, z: &mut [f32], dh: &mut [f32], dc: &mut [f32], sums: &mut [f32],
                                         c_prev: &[f32], normed: Option<NormGradient<'_>>));
         }
     }

@@ -389,7 +389,7 @@ pub fn sweep_plan(args: &SweepArgs<'_>, launch: Launch<'_>) -> Result<()> {
     }
     for lane in args.lanes {
         input_gradients(args, lane, launch)?;
-        weight_gradients(args, lane, launch)?;
+        weight_gradients(args, lane, false, launch)?;
     }
     Ok(())
 }
@@ -763,11 +763,12 @@ fn input_gradients(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Res
     Ok(())
 }
 
-/// The last part of a backward plan: gradients of weights and vectors from x, h and dz of all steps.
+/// The last part of a backward plan: gradients of weights and vectors from x, h and dz of all steps; `without_gates`: but for those of the gates'
+/// weights and biases.
 ///
 /// # Errors
 /// The launch's.
-pub(super) fn weight_gradients(args: &SweepArgs<'_>, lane: &Lane, launch: Launch<'_>) -> Result<()> {
+pub(super) fn weight_gradients(args: &SweepArgs<'_>, lane: &Lane, without_gates: bool, launch: Launch<'_>) -> Result<()> {
     let Some(grads) = &lane.backward else { return Ok(()) };
     let (rows, at, shape) = (args.n_rows, lane.places(args.n_rows), lane.shape);
     let (hidden, width, gates) = (shape.hidden, shape.width, shape.hidden * GATES as u32);
@@ -781,20 +782,22 @@ pub(super) fn weight_gradients(args: &SweepArgs<'_>, lane: &Lane, launch: Launch
             let kernel = product([m, n, k], row_major(a + row * m, m), row_major(b + row * n, n), to);
             Gemm { trans_a: 1, accumulate, ..kernel }
         };
-        let (to_ih, to_hh) = (grads.tensors.weight_ih, grads.tensors.weight_hh);
-        for (column, part) in Lane::parts(&lane.x) {
-            let to = panels(to_ih.1 + column * PANEL as u32, lane.inputs());
-            launch(&sum([part.width, gates], part.offset, at.dx(0), to), &[part.span, lane.gates, lane.gates, to_ih.0])?;
+        if !without_gates {
+            let (to_ih, to_hh) = (grads.tensors.weight_ih, grads.tensors.weight_hh);
+            for (column, part) in Lane::parts(&lane.x) {
+                let to = panels(to_ih.1 + column * PANEL as u32, lane.inputs());
+                launch(&sum([part.width, gates], part.offset, at.dx(0), to), &[part.span, lane.gates, lane.gates, to_ih.0])?;
+            }
+            // What the recurrent product read: the states before the steps.
+            let before = u32::from(lane.reverse);
+            let h = if shape.masks { at.masked(before) } else { at.h(before) };
+            launch(&sum([width, gates], h, at.dy(0), panels(to_hh.1, width)), &[lane.h, lane.gates, lane.gates, to_hh.0])?;
         }
-        // What the recurrent product read: the states before the steps.
-        let before = u32::from(lane.reverse);
-        let h = if shape.masks { at.masked(before) } else { at.h(before) };
-        launch(&sum([width, gates], h, at.dy(0), panels(to_hh.1, width)), &[lane.h, lane.gates, lane.gates, to_hh.0])?;
         if let (Some(to), Some(dh)) = (grads.tensors.weight_hr, grads.dh) {
             launch(&sum([width, hidden], at.dh(0), at.m(0), row_major(to.1, hidden)), &[dh, lane.c, lane.c, to.0])?;
         }
         let Some(to) = grads.tensors.vectors else { continue };
-        if to.bias_ih != NONE || to.bias_hh != NONE {
+        if !without_gates && (to.bias_ih != NONE || to.bias_hh != NONE) {
             let (out, second_out) = if to.bias_ih == NONE { (to.bias_hh, NONE) } else { (to.bias_ih, to.bias_hh) };
             let sums =
                 ColumnSums { n_rows: k, n_cols: gates, row_stride: gates, offset: at.gates(0) + row * gates, out, second_out, accumulate };

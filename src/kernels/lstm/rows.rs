@@ -1,9 +1,10 @@
 //! One row of the batch at one step, on the CPU: the mathematics that the step kernels and the sweep share.
 //!
-//! Every function is compiled once for each instruction set (`for_isa`); the arithmetic and its order are the same in all of them.
+//! Every function is compiled once for each instruction set (`for_isa`). With `FUSED`, activations and the plain cell fuse products and sums;
+//! the arithmetic and its order are else the same in all of them.
 
 use super::{Cell, NORM_EPS, PEEPHOLES};
-use crate::kernels::activations;
+use crate::kernels::activations::{self, fma};
 use crate::rng::Purpose;
 use crate::shape::{GATES, PANEL, PANEL_UNITS};
 
@@ -143,7 +144,7 @@ pub(super) fn norm_gates(norm: NormRow<'_>, z: &mut [f32], x: &[f32], y: &mut [f
 
 /// Activates z in place. `m` gets o tanh(c), before zoneout and projection, `c` the new cell state.
 #[inline(always)]
-pub(super) fn cell_forward(
+pub(super) fn cell_forward<const FUSED: bool>(
     row: &CellRow<'_>,
     stream: u32,
     z: &mut [f32],
@@ -174,9 +175,9 @@ pub(super) fn cell_forward(
             }
         }
         for u in 0..PANEL_UNITS {
-            let i = activations::sigmoid(zi[u]);
-            let f = if cell.coupled == 1 { 1.0 - i } else { activations::sigmoid(zf[u]) };
-            let g = activations::tanh(zg[u]);
+            let i = activations::sigmoid::<FUSED>(zi[u]);
+            let f = if cell.coupled == 1 { 1.0 - i } else { activations::sigmoid::<FUSED>(zf[u]) };
+            let g = activations::tanh::<FUSED>(zg[u]);
             (zi[u], zf[u], zg[u]) = (i, f, g);
             new[u] = clip(f * c_prev[u] + i * g, limit);
         }
@@ -185,14 +186,14 @@ pub(super) fn cell_forward(
             (0..PANEL_UNITS).for_each(|u| zo[u] += po[u] * new[u]);
         }
         for u in 0..PANEL_UNITS {
-            let o = activations::sigmoid(zo[u]);
+            let o = activations::sigmoid::<FUSED>(zo[u]);
             zo[u] = o;
             c[u] = new[u];
         }
         if row.norm.is_some() {
             m.copy_from_slice(&new);
         } else {
-            (0..PANEL_UNITS).for_each(|u| m[u] = zo[u] * activations::tanh(new[u]));
+            (0..PANEL_UNITS).for_each(|u| m[u] = zo[u] * activations::tanh::<FUSED>(new[u]));
         }
         if cell.zoneout_c > 0.0 {
             let keep = cell.kept(Purpose::ZoneoutC, cell.zoneout_c, stream, row.t, p);
@@ -205,7 +206,7 @@ pub(super) fn cell_forward(
         for (p, (z, m)) in z.chunks_exact(PANEL).zip(m.chunks_exact_mut(PANEL_UNITS)).enumerate() {
             let o = &z[3 * PANEL_UNITS..];
             let (gain, bias) = (&gain[p * PANEL_UNITS..][..PANEL_UNITS], &bias[p * PANEL_UNITS..][..PANEL_UNITS]);
-            (0..PANEL_UNITS).for_each(|u| m[u] = o[u] * activations::tanh(gain[u] * m[u] + bias[u]));
+            (0..PANEL_UNITS).for_each(|u| m[u] = o[u] * activations::tanh::<FUSED>(gain[u] * m[u] + bias[u]));
         }
     }
     *non_finite |= bad;
@@ -317,7 +318,7 @@ pub(super) struct NormGradient<'a> {
 /// Gates become dz, dc moves one step back; `dh`, the gradient of o tanh(c), is overwritten. `sums` gathers the gradients of peepholes and norms.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the operands of one row")]
-pub(super) fn cell_backward(
+pub(super) fn cell_backward<const FUSED: bool>(
     row: &CellRow<'_>,
     stream: u32,
     gates: &mut [f32],
@@ -331,7 +332,7 @@ pub(super) fn cell_backward(
     let dz_limit = if cell.grad_clip > 0.0 { cell.grad_clip } else { f32::INFINITY };
     let (peephole_sums, norm_sums) = sums.split_at_mut(if row.peephole.is_some() { PEEPHOLES * hidden } else { 0 });
     if let Some(norm) = row.norm {
-        norm_of_cell_backward(norm, [limit, dz_limit], gates, dh, c_prev, &mut norm_sums[2 * GATES * hidden..]);
+        norm_of_cell_backward::<FUSED>(norm, [limit, dz_limit], gates, dh, c_prev, &mut norm_sums[2 * GATES * hidden..]);
     }
     for (p, z) in gates.chunks_exact_mut(PANEL).enumerate() {
         let units = p * PANEL_UNITS..(p + 1) * PANEL_UNITS;
@@ -348,7 +349,7 @@ pub(super) fn cell_backward(
             through_h.copy_from_slice(dh);
         } else {
             for u in 0..PANEL_UNITS {
-                let (o, tanh_c) = (zo[u], activations::tanh(clip(zf[u] * c_prev[u] + zi[u] * zg[u], limit)));
+                let (o, tanh_c) = (zo[u], activations::tanh::<FUSED>(clip(zf[u] * c_prev[u] + zi[u] * zg[u], limit)));
                 zo[u] = clip(dh[u] * tanh_c * o * (1.0 - o), dz_limit);
                 through_h[u] = dh[u] * o * (1.0 - tanh_c * tanh_c);
             }
@@ -388,7 +389,7 @@ pub(super) fn cell_backward(
 
 /// Through h = o tanh(gain n(c) + bias): o's gate becomes dz_o, `dh` the gradient of c; `sums` `[2, H]` gathers those of gain and bias.
 #[inline(always)]
-fn norm_of_cell_backward(
+fn norm_of_cell_backward<const FUSED: bool>(
     norm: NormRow<'_>,
     [limit, dz_limit]: [f32; 2],
     gates: &mut [f32],
@@ -424,7 +425,7 @@ fn norm_of_cell_backward(
         let o = &mut z[3 * PANEL_UNITS..];
         for u in 0..PANEL_UNITS {
             let y = (new[u] - mean) * factor * exists[u];
-            let tanh_c = activations::tanh(gain[at + u] * y + bias[at + u]);
+            let tanh_c = activations::tanh::<FUSED>(gain[at + u] * y + bias[at + u]);
             let d = dh[u] * o[u] * (1.0 - tanh_c * tanh_c);
             o[u] = clip(dh[u] * tanh_c * o[u] * (1.0 - o[u]), dz_limit);
             of_gain[at + u] += d * y;
@@ -447,49 +448,55 @@ fn norm_of_cell_backward(
 
 /// One row of the plain cell: activates z in place, updates the state.
 #[inline(always)]
-pub(super) fn gate_forward(z: &mut [f32], c_prev: &[f32], h: &mut [f32], c: &mut [f32], non_finite: &mut u32) {
-    let mut bad = 0u32;
-    for (((z, c_prev), h), c) in z
-        .chunks_exact_mut(PANEL)
-        .zip(c_prev.chunks_exact(PANEL_UNITS))
-        .zip(h.chunks_exact_mut(PANEL_UNITS))
-        .zip(c.chunks_exact_mut(PANEL_UNITS))
-    {
-        for v in z.iter() {
-            bad |= u32::from(v.to_bits() & 0x7f80_0000 == 0x7f80_0000);
-        }
-        let (zi, rest) = z.split_at_mut(PANEL_UNITS);
-        let (zf, rest) = rest.split_at_mut(PANEL_UNITS);
-        let (zg, zo) = rest.split_at_mut(PANEL_UNITS);
+pub(super) fn gate_forward<const FUSED: bool>(z: &mut [f32], c_prev: &[f32], h: &mut [f32], c: &mut [f32], non_finite: &mut u32) {
+    // Stays 0 as long as every z is finite.
+    let mut probe = [0.0; PANEL_UNITS];
+    let panels = z.as_chunks_mut::<PANEL>().0.iter_mut().zip(c_prev.as_chunks::<PANEL_UNITS>().0);
+    let states = h.as_chunks_mut::<PANEL_UNITS>().0.iter_mut().zip(c.as_chunks_mut::<PANEL_UNITS>().0);
+    for ((z, c_prev), (h, c)) in panels.zip(states) {
+        let [i, f, g, o] = of_gates(z);
         for u in 0..PANEL_UNITS {
-            let (i, f, o) = (activations::sigmoid(zi[u]), activations::sigmoid(zf[u]), activations::sigmoid(zo[u]));
-            let g = activations::tanh(zg[u]);
-            let next = f * c_prev[u] + i * g;
-            (zi[u], zf[u], zg[u], zo[u], c[u]) = (i, f, g, o, next);
-            h[u] = o * activations::tanh(next);
+            let of_two = fma::<FUSED>(i[u], 0.0, fma::<FUSED>(f[u], 0.0, probe[u]));
+            probe[u] = fma::<FUSED>(g[u], 0.0, fma::<FUSED>(o[u], 0.0, of_two));
+        }
+        // A loop a function: its constants stay in registers.
+        for gate in [&mut *i, &mut *f, &mut *o] {
+            gate.iter_mut().for_each(|z| *z = activations::sigmoid::<FUSED>(*z));
+        }
+        g.iter_mut().for_each(|z| *z = activations::tanh::<FUSED>(*z));
+        for u in 0..PANEL_UNITS {
+            c[u] = fma::<FUSED>(f[u], c_prev[u], i[u] * g[u]);
+            h[u] = o[u] * activations::tanh::<FUSED>(c[u]);
         }
     }
-    *non_finite |= bad;
+    *non_finite |= u32::from(probe.into_iter().any(|p| p != 0.0));
 }
 
 /// One row of the plain cell: gates become dz, dc moves one step back.
 #[inline(always)]
-pub(super) fn gate_backward(gates: &mut [f32], dh: &[f32], dc: &mut [f32], c_prev: &[f32]) {
-    for (p, z) in gates.chunks_exact_mut(PANEL).enumerate() {
-        let units = p * PANEL_UNITS..(p + 1) * PANEL_UNITS;
-        let (dh, dc, c_prev) = (&dh[units.clone()], &mut dc[units.clone()], &c_prev[units]);
-        let (zi, rest) = z.split_at_mut(PANEL_UNITS);
-        let (zf, rest) = rest.split_at_mut(PANEL_UNITS);
-        let (zg, zo) = rest.split_at_mut(PANEL_UNITS);
+pub(super) fn gate_backward<const FUSED: bool>(gates: &mut [f32], dh: &[f32], dc: &mut [f32], c_prev: &[f32]) {
+    let panels = gates.as_chunks_mut::<PANEL>().0.iter_mut().zip(dh.as_chunks::<PANEL_UNITS>().0);
+    let states = dc.as_chunks_mut::<PANEL_UNITS>().0.iter_mut().zip(c_prev.as_chunks::<PANEL_UNITS>().0);
+    for ((z, dh), (dc, c_prev)) in panels.zip(states) {
+        let [zi, zf, zg, zo] = of_gates(z);
         for u in 0..PANEL_UNITS {
             let (i, f, g, o) = (zi[u], zf[u], zg[u], zo[u]);
-            let tanh_c = activations::tanh(f * c_prev[u] + i * g);
-            let d = dc[u] + dh[u] * o * (1.0 - tanh_c * tanh_c);
-            zi[u] = d * g * i * (1.0 - i);
-            zf[u] = d * c_prev[u] * f * (1.0 - f);
-            zg[u] = d * i * (1.0 - g * g);
-            zo[u] = dh[u] * tanh_c * o * (1.0 - o);
-            dc[u] = d * f;
+            let tanh_c = activations::tanh::<FUSED>(fma::<FUSED>(f, c_prev[u], i * g));
+            let through_o = dh[u] * o;
+            let d = fma::<FUSED>(through_o, fma::<FUSED>(-tanh_c, tanh_c, 1.0), dc[u]);
+            let (di, df) = (d * i, d * f);
+            zi[u] = di * g * (1.0 - i);
+            zf[u] = df * c_prev[u] * (1.0 - f);
+            zg[u] = di * fma::<FUSED>(-g, g, 1.0);
+            zo[u] = through_o * tanh_c * (1.0 - o);
+            dc[u] = df;
         }
     }
+}
+
+/// The gates of a panel's units.
+#[inline(always)]
+fn of_gates(z: &mut [f32; PANEL]) -> [&mut Lanes; GATES] {
+    let [i, f, g, o] = z.as_chunks_mut::<PANEL_UNITS>().0 else { unreachable!("a panel holds four gates") };
+    [i, f, g, o]
 }

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
 
+use super::gradients_cpu::gate_gradients;
 use super::plan::weight_gradients;
 use super::rows::{
     Arrival, CellRow, NormGradient, NormRow, apply_mask, cell_backward, cell_forward, gate_backward, gate_forward, hand_up, norm_gates,
@@ -20,7 +21,7 @@ use crate::for_isa;
 use crate::kernels::gemm::{self, Gemm, Matrix};
 use crate::kernels::lstm::norm::NORM_FACTORS;
 use crate::kernels::microkernel::{self, Ends, Factors, Left, MatrixMut, Steps, Stored};
-use crate::kernels::{AdapterClass, Binding, Dispatch, Kernel, Operand, ShapeError, Span, at_least, multiple_of, read, read_write};
+use crate::kernels::{Binding, Kernel, Operand, ShapeError, Span, at_least, cpu_only, multiple_of, read, read_write};
 use crate::pool::{CpuContext, Isa, Pool, Rows};
 use crate::shape::{GATES, PANEL, PANEL_UNITS};
 
@@ -74,7 +75,12 @@ pub fn sweep(args: &SweepArgs<'_>, launch: Launch<'_>) -> Result<()> {
                 let carry = own(grads.carry, starts.carry, shape.carry_len(n_rows));
                 let others = [gates, c, dh_out, dh, carry, rows, part_of(grads.dx[0]), part_of(grads.dx[1])];
                 launch_all(launch, &kernel, &weights, &others)?;
-                weight_gradients(&one, lane, launch)?;
+                // With norms the two products have each its own dz.
+                let together = !lane.shape.norms;
+                if together {
+                    gate_gradients(&one, lane, grads, launch)?;
+                }
+                weight_gradients(&one, lane, together, launch)?;
             }
             _ => {
                 let kernel = SweepForward { sweep, x: widths(lane.x) };
@@ -311,24 +317,6 @@ const FORWARD_BINDINGS: &[Binding] = &[
     read_write("flags"),
 ];
 
-/// A kernel that no adapter is asked to run.
-macro_rules! cpu_only {
-    ($name:literal, $bindings:expr) => {
-        fn name(&self) -> &'static str {
-            $name
-        }
-        fn bindings(&self) -> &'static [Binding] {
-            $bindings
-        }
-        fn params(&self) -> &[u8] {
-            &[]
-        }
-        fn dispatch(&self, _: AdapterClass) -> Dispatch {
-            unreachable!("only the CPU backend launches a whole sweep")
-        }
-    };
-}
-
 impl Kernel for SweepForward {
     cpu_only!("lstm_sweep_forward", FORWARD_BINDINGS);
 
@@ -489,11 +477,11 @@ impl Kernel for SweepForward {
                     }
                     let flag = &mut non_finite;
                     if s.is_plain() {
-                        for_isa!(isa, gate_forward(z: &mut [f32], c_in: &[f32], out: &mut [f32], c_out: &mut [f32], flag: &mut u32));
+                        for_isa!(isa, fused gate_forward(z: &mut [f32], c_in: &[f32], out: &mut [f32], c_out: &mut [f32], flag: &mut u32));
                         continue;
                     }
                     let (row, stream) = (&row, words.stream(b));
-                    for_isa!(isa, cell_forward(row: &CellRow<'_>, stream: u32, z: &mut [f32], c_in: &[f32], out: &mut [f32],
+                    for_isa!(isa, fused cell_forward(row: &CellRow<'_>, stream: u32, z: &mut [f32], c_in: &[f32], out: &mut [f32],
                                                c_out: &mut [f32], flag: &mut u32));
                 }
                 if let Some(m) = m_out {
@@ -704,12 +692,12 @@ impl Kernel for SweepBackward {
                     let c_prev = &c[(before * rows + b) * hidden..][..hidden];
                     if s.is_plain() {
                         let d = &*d;
-                        for_isa!(isa, gate_backward(z: &mut [f32], d: &[f32], dc: &mut [f32], c_prev: &[f32]));
+                        for_isa!(isa, fused gate_backward(z: &mut [f32], d: &[f32], dc: &mut [f32], c_prev: &[f32]));
                         continue;
                     }
                     let (row, stream) = (&row, words.stream(b));
                     let sums = &mut sums.data[r * sums_width..][..sums_width];
-                    for_isa!(isa, cell_backward(row: &CellRow<'_>, stream: u32, z: &mut [f32], d: &mut [f32], dc: &mut [f32], sums: &mut [f32],
+                    for_isa!(isa, fused cell_backward(row: &CellRow<'_>, stream: u32, z: &mut [f32], d: &mut [f32], dc: &mut [f32], sums: &mut [f32],
                                                 c_prev: &[f32], normed: Option<NormGradient<'_>>));
                 }
                 let dz = norms.as_ref().map_or_else(|| gates.at(t), |(x, ..)| x.at(t));
