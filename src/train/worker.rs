@@ -244,7 +244,7 @@ struct Worker {
     whereabouts: Whereabouts,
     /// By bucket: words that are not trained.
     frozen: Vec<Vec<Range<usize>>>,
-    /// No step had a ring so far.
+    /// No step had a ring or several parts so far.
     is_alone: bool,
     /// Of the step at hand, where they are wanted and owners update.
     gradients: Vec<Vec<f32>>,
@@ -514,10 +514,9 @@ impl Worker {
         let n_parts = parts.len().max(1);
         let backend = self.backend.as_mut();
         self.model.lower_flags(backend)?;
-        // Once sums of other ranks have lain in the gradients, nobody knows which rows are zero.
-        self.is_alone &= self.ring.is_none();
-        let is_one_pass = self.is_alone && self.spec.accumulate == 1 && !backend.info().is_gpu;
-        self.model.keep_embedding_sparse(is_one_pass && self.spec.optimizer.spares_zeros());
+        // Once sums of other ranks, or of several parts, have lain in the gradients, nobody knows which rows are zero.
+        self.is_alone &= self.ring.is_none() && self.spec.accumulate == 1;
+        self.model.keep_embedding_sparse(self.is_alone && !backend.info().is_gpu && self.spec.optimizer.spares_zeros());
         let n_rows = work.rows.len();
         let given = work.state.as_ref().map(|rows| Carried::from_rows(&self.spec.model, n_rows, rows.clone()));
         let mut left = Carried::new(&self.spec.model, n_rows);
