@@ -32,7 +32,7 @@ mod fetching {
     use std::path::PathBuf;
 
     use futures_util::StreamExt;
-    use object_store::{Error, GetOptions, ObjectStore, ObjectStoreExt as _, parse_url_opts};
+    use object_store::{Error, GetOptions, ObjectStore, parse_url_opts};
     use serde::{Deserialize, Serialize};
     use sha2::{Digest, Sha256};
     use url::Url;
