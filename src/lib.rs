@@ -31,7 +31,7 @@
 //! | loss | a type with [`model::Loss`], for [`train::Trainer::with_loss`] | `tests/examples/custom_loss.rs` |
 //! | callback | a closure for [`train::Trainer::fit_with`] | `tests/examples/custom_callback.rs` |
 //!
-//! [`train::Trainer`] is the short way. [`train::run`] is what the command does: a run folder with checkpoints, metrics and pictures, which
+//! [`train::Trainer`] is the short way. [`train::run()`] is what the command does: a run folder with checkpoints, metrics and pictures, which
 //! can be stopped, resumed and looked at. Folders are floors: each uses those that stand below it here, never the other way round.
 //!
 //! | floor | |

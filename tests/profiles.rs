@@ -308,7 +308,7 @@ fn a_thread_that_nobody_listens_to_silences_no_span() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("trace.json");
     let trace = Trace::create(&path).expect("a trace");
-    let span = || tracing::debug_span!("first met elsewhere").in_scope(|| ());
+    let span = || tracing::debug_span!(target: "carrousel", "first met elsewhere").in_scope(|| ());
     trace.watch(|| {
         std::thread::spawn(span).join().expect("a thread");
         span();

@@ -330,9 +330,7 @@ fn fill(typed: &Typed) -> RunConfig {
             Task::Classify
         } else if is_drawn {
             Task::Regress
-        } else if are_records && of_series {
-            Task::Forecast
-        } else if data.iter().all(|given| holds(given, &[".csv", ".tsv"])) {
+        } else if (are_records && of_series) || data.iter().all(|given| holds(given, &[".csv", ".tsv"])) {
             Task::Forecast
         } else {
             Task::Lm

@@ -284,8 +284,11 @@ pub(super) fn sequences(source: &Source, keys: &Keys<'_>) -> Result<(Vec<Raw>, V
     Ok((raws, features.unwrap_or_default()))
 }
 
-/// Cells `[n, I]` of a record, and the features' names; or what is wrong and the remedy.
-fn steps(record: &Record, label: &str, features: &[String]) -> Result<(Vec<Option<f64>>, Vec<String>), (String, &'static str)> {
+/// Cells `[n, I]` of a record, and the features' names.
+type Steps = (Vec<Option<f64>>, Vec<String>);
+
+/// The cells of a record; or what is wrong and the remedy.
+fn steps(record: &Record, label: &str, features: &[String]) -> Result<Steps, (String, &'static str)> {
     const NUMBERS: &str = "write numbers, or null for a blank";
     let number = |value: &Value, name: &str, step: usize| match value {
         Value::Null => Ok(None),

@@ -629,7 +629,7 @@ fn cut_of(bytes: &[u8]) -> usize {
     let behind = |is: fn(u8) -> bool| bytes.iter().rposition(|&byte| is(byte)).map(|at| at + 1);
     behind(|byte| byte == b'\n').or_else(|| behind(|byte| byte == b' ' || byte == b'\t')).unwrap_or_else(|| {
         // The last character may go on, and the second byte of a line end may follow.
-        let whole = bytes.iter().rposition(|&byte| byte < 0x80 || byte >= 0xC0).unwrap_or(0);
+        let whole = bytes.iter().rposition(|&byte| !(0x80..0xC0).contains(&byte)).unwrap_or(0);
         if whole == 0 { bytes.len() } else { whole }
     })
 }

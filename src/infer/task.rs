@@ -57,7 +57,7 @@ pub struct Fingerprint {
 
 /// Data in memory.
 pub enum Corpus {
-    Text(Text),
+    Text(Box<Text>),
     Series(Arc<Series>),
     Sequences(Arc<Sequences>),
 }
@@ -99,7 +99,7 @@ impl Corpus {
                     Some(DataSpec::Text(vocab)) => Some(vocab.clone()),
                     _ => None,
                 };
-                Self::Text(Text::load(&config.data, &TextOptions { vocab, ..text_options(config) })?)
+                Self::Text(Box::new(Text::load(&config.data, &TextOptions { vocab, ..text_options(config) })?))
             }
             Task::Forecast => {
                 let options = SeriesOptions {

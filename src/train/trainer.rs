@@ -1,7 +1,7 @@
 //! Training as a library: a model, batches, and what happens after each step, without a run folder, events or a command line.
 //!
 //! Under it lies the same [`Group`] of workers that whole runs use, so that devices, shares and carried state work alike. What a run keeps beside
-//! (checkpoints, metrics, pictures, resume) is [`crate::train::run`]'s.
+//! (checkpoints, metrics, pictures, resume) is [`crate::train::run()`]'s.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;

@@ -17,13 +17,13 @@ impl Batches for Adding {
         let (steps, rows) = (20, 32);
         let mut random = Stream::new(StepKey::new(epoch, idx), Purpose::Test, 0, 0);
         let (mut inputs, mut sums) = (vec![0.0; steps * rows * 2], vec![0.0; rows]);
-        for row in 0..rows {
+        for (row, sum) in sums.iter_mut().enumerate() {
             let marked = [random.below(10) as usize, 10 + random.below(10) as usize];
             for t in 0..steps {
                 let at = (t * rows + row) * 2;
                 inputs[at] = random.uniform();
                 inputs[at + 1] = f32::from(u8::from(marked.contains(&t)));
-                sums[row] += inputs[at] * inputs[at + 1];
+                *sum += inputs[at] * inputs[at + 1];
             }
         }
         Batch::of_numbers(steps, inputs, sums, 0..rows as u32)
