@@ -599,7 +599,12 @@ fn check_model(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
     let units: Vec<usize> = (0..config.layers).map(|l| config.hidden.of(l)).collect();
     judge.hold("hidden", &config.hidden, units.iter().all(|units| (1..=MAX_UNITS).contains(units)), &format!("from 1 to {MAX_UNITS}"))?;
     let (narrowest, projection) = (units.iter().min().copied().unwrap_or(0), config.lstm.proj_size);
-    judge.hold("proj_size", projection, projection < narrowest, &format!("below the hidden units of every layer, {narrowest} at least"))?;
+    judge.hold(
+        "proj_size",
+        projection,
+        projection < narrowest,
+        &format!("below the units of the narrowest layer, {narrowest}: it would project to nothing smaller"),
+    )?;
     if config.lstm.layer_norm && narrowest == 1 {
         return judge.refuse("layer_norm", "of a single hidden unit is zero whatever comes in; raise --hidden");
     }
@@ -645,6 +650,11 @@ fn check_model(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
     let Some(biases) = config.gate_bias else { return Ok(()) };
     let shown = biases.map(|bias| bias.to_string()).join(",");
     judge.hold("gate_bias", shown, biases.iter().all(|bias| bias.is_finite()), "four finite numbers")?;
+    if config.lstm.coupled_gates && biases[1] != 0.0 {
+        let problem =
+            format!("starts a forget gate at {}, of which --coupled-gates leaves none (f = 1 - i); give 0 in its place", biases[1]);
+        return judge.refuse("gate_bias", &problem);
+    }
     if config.no_bias { judge.refuse("gate_bias", "cannot be used with --no-bias: there is no bias to start") } else { Ok(()) }
 }
 

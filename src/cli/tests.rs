@@ -213,6 +213,7 @@ fn options_that_do_not_go_together_are_refused() {
         (&["--nesterov"], "--nesterov needs --optimizer sgd"),
         (&["--momentum", "0.9"], "--momentum needs --optimizer sgd or rmsprop"),
         (&["--no-bias", "--gate-bias", "0,1,0,0"], "--gate-bias cannot be used with --no-bias"),
+        (&["--coupled-gates", "--gate-bias", "-1,1,0,0"], "--gate-bias starts a forget gate at 1, of which --coupled-gates leaves none"),
         (&["--level", "byte", "--vocab", "100"], "--vocab cannot be used with --level byte"),
         (&["--horizon", "3"], "--horizon means nothing for --task lm"),
         (&["--target", "x"], "--target means nothing for --task lm"),

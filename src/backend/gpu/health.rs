@@ -68,6 +68,15 @@ impl Health {
             return Ok(());
         }
         let mut state = self.state();
+        // What a lost device is asked for is refused, and whichever thread polls tells of the loss a moment later.
+        for _ in 0..20 {
+            if state.lost.is_some() || !matches!(state.fault, Some(DeviceError::Refused { .. })) {
+                break;
+            }
+            drop(state);
+            std::thread::sleep(Duration::from_millis(10));
+            state = self.state();
+        }
         if let Some(reason) = state.lost.clone() {
             return Err(DeviceError::Lost { device: self.device(), reason });
         }
