@@ -584,7 +584,9 @@ fn an_adapter_that_is_lost_leaves_its_streams_to_the_processors_beside_it() {
                 losses.push(stepped.unwrap_or_else(|e| panic!("{what}: {e:#}")).loss / batch.weight);
             }
             let [loss] = &lost[..] else { panic!("{what}: lost {lost:?}") };
-            assert!(loss.seat == doomed && loss.why.contains("lost"), "{what}: {}", loss.why);
+            // A thread may be refused something before another hears of the loss.
+            let told = loss.why.contains("gpu:") && (loss.why.contains("lost") || loss.why.contains("refused"));
+            assert!(loss.seat == doomed && told, "{what}: {}", loss.why);
             for (a, b) in losses.iter().zip(&undisturbed.losses) {
                 assert!((a - b).abs() <= 1e-3 * b.abs(), "{what}: {losses:?}, undisturbed {:?}", undisturbed.losses);
             }

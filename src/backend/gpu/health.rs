@@ -96,7 +96,12 @@ impl Health {
         self.check()?;
         match polled {
             Ok(Err(wgpu::PollError::Timeout)) => Err(self.late(end)),
-            Ok(Err(error)) => Err(DeviceError::Refused { device: self.device(), message: error.to_string() }),
+            Ok(Err(error)) => {
+                let fault = DeviceError::Refused { device: self.device(), message: error.to_string() };
+                self.state().fault.get_or_insert(fault);
+                self.raised.store(true, Ordering::Release);
+                self.check()
+            }
             Ok(Ok(_)) | Err(_) => Ok(()),
         }
     }
