@@ -9,10 +9,10 @@ use criterion::{BenchmarkId, Criterion};
 
 use crate::step::Training;
 
-/// The options, alone and with what must come with them.
-fn options() -> Vec<(&'static str, LstmConfig)> {
+/// Two layers of 256 over 256 numbers, with each option alone.
+fn workloads() -> Vec<(&'static str, Workload)> {
     let plain = LstmConfig::default();
-    vec![
+    let cells = [
         ("plain", plain),
         ("bidirectional", LstmConfig { bidirectional: true, ..plain }),
         ("residual", LstmConfig { residual: true, ..plain }),
@@ -27,10 +27,16 @@ fn options() -> Vec<(&'static str, LstmConfig)> {
         ("weight drop", LstmConfig { weight_drop: 0.2, ..plain }),
         ("zoneout of h", LstmConfig { zoneout_h: 0.1, ..plain }),
         ("zoneout of c", LstmConfig { zoneout_c: 0.1, ..plain }),
-    ]
+        ("input dropout", LstmConfig { input_dropout: 0.2, ..plain }),
+        ("output dropout", LstmConfig { output_dropout: 0.2, ..plain }),
+    ];
+    let mut all: Vec<(&'static str, Workload)> = cells.into_iter().map(|(name, lstm)| (name, workload(lstm))).collect();
+    let mut dropped = workload(plain);
+    dropped.model.dropout = 0.2;
+    all.push(("dropout between", dropped));
+    all
 }
 
-/// Two layers of 256 over 256 numbers.
 fn workload(lstm: LstmConfig) -> Workload {
     let small = crate::is_small();
     let (units, n_steps, n_rows) = if small { (160, 3, 4) } else { (256, 50, 50) };
@@ -61,8 +67,7 @@ pub fn bench(criterion: &mut Criterion) {
         // The fastest step of each, which neighbours disturb least.
         let mut fastest: BTreeMap<&str, Duration> = BTreeMap::new();
         let mut group = criterion.benchmark_group("options");
-        for (name, lstm) in options() {
-            let workload = workload(lstm);
+        for (name, workload) in workloads() {
             let mut training: Option<Training> = None;
             group.bench_function(BenchmarkId::new(name, devices), |bencher| {
                 let training = training.get_or_insert_with(|| {
@@ -89,9 +94,9 @@ pub fn bench(criterion: &mut Criterion) {
         let Some(&plain) = fastest.get("plain") else { continue };
         let plain_operations = operations(&workload(LstmConfig::default()).model);
         println!("options on {devices}: fastest step, beside the plain cell's; operations; cost of an operation\n");
-        for (name, lstm) in options() {
+        for (name, workload) in workloads() {
             if let Some(time) = fastest.get(name) {
-                let (ratio, work) = (time.as_secs_f64() / plain.as_secs_f64(), operations(&workload(lstm).model) / plain_operations);
+                let (ratio, work) = (time.as_secs_f64() / plain.as_secs_f64(), operations(&workload.model) / plain_operations);
                 println!("  {name:<20} {:>9.2} ms {ratio:>6.2} {work:>6.2} {:>6.2}", time.as_secs_f64() * 1e3, ratio / work);
             }
         }

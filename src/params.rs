@@ -11,6 +11,9 @@ use crate::shape::{ALIGN, GATES, PANEL, PANEL_UNITS, pad_inner, pad_units, round
 /// Buckets hold consecutive tensors of one layer up to this many floats (4 MiB), unless one tensor is larger.
 pub const BUCKET_FLOATS: usize = 1 << 20;
 
+/// What every adapter can bind at once: WebGPU's default limit of 128 MiB.
+pub const BOUND_FLOATS: usize = 1 << 25;
+
 /// One dimension of a tensor and its padding: `groups` runs of `size` entries, each padded to `padded` (two groups for both directions).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Axis {
@@ -150,7 +153,7 @@ impl Tensor {
     }
 }
 
-/// Consecutive whole tensors of one layer, one allocation each for parameters, gradients and optimizer state.
+/// Consecutive whole tensors of one layer, at most 4 MiB unless one tensor, or several that a kernel binds together, are larger; one allocation each for parameters, gradients and optimizer state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bucket {
     pub layer: usize,
@@ -174,19 +177,36 @@ impl ParamTable {
 
     /// Adds a tensor of `layer` behind the ones there are and returns its index.
     pub fn push(&mut self, name: impl Into<String>, layer: usize, shape: Vec<usize>, layout: Layout) -> usize {
-        self.push_with_room(name, layer, shape, layout, 0)
+        let end = round_up(self.len() + layout.packed_len(), ALIGN);
+        let joins = self.buckets.last().is_some_and(|b| b.layer == layer && end - b.range.start <= BUCKET_FLOATS);
+        self.place(name.into(), layer, shape, layout, joins)
     }
 
-    /// As [`Self::push`], into a bucket that has room for `behind` floats more, so that the next tensor lies in the same one.
-    pub fn push_with_room(&mut self, name: impl Into<String>, layer: usize, shape: Vec<usize>, layout: Layout, behind: usize) -> usize {
-        let name = name.into();
+    /// As [`Self::push`], but into one bucket, since a kernel binds them together; the bucket may become larger than others. Only beyond
+    /// [`BOUND_FLOATS`], which no adapter need bind at once, each tensor is for itself. Returns the index of the first.
+    pub fn push_together(&mut self, layer: usize, tensors: Vec<(String, Vec<usize>, Layout)>) -> usize {
+        let first = self.tensors.len();
+        let len: usize = tensors.iter().map(|(_, _, layout)| round_up(layout.packed_len(), ALIGN)).sum();
+        let is_whole = len <= BOUND_FLOATS;
+        let mut joins = self.buckets.last().is_some_and(|b| b.layer == layer && b.range.len() + len <= BUCKET_FLOATS);
+        for (name, shape, layout) in tensors {
+            if is_whole {
+                self.place(name, layer, shape, layout, joins);
+                joins = true;
+            } else {
+                self.push(name, layer, shape, layout);
+            }
+        }
+        first
+    }
+
+    fn place(&mut self, name: String, layer: usize, shape: Vec<usize>, layout: Layout, joins_last_bucket: bool) -> usize {
         assert_eq!(shape.iter().product::<usize>(), layout.torch_len(), "shape {shape:?} of {name} against its layout");
         let start = self.len();
         let range = start..start + layout.packed_len();
         let end = round_up(range.end, ALIGN);
         let idx = self.tensors.len();
-        let fits = |b: &Bucket| b.layer == layer && end + behind - b.range.start <= BUCKET_FLOATS;
-        match self.buckets.last_mut().filter(|b| fits(b)) {
+        match self.buckets.last_mut().filter(|_| joins_last_bucket) {
             Some(bucket) => {
                 bucket.tensors.end = idx + 1;
                 bucket.range.end = end;
@@ -259,6 +279,22 @@ mod tests {
         assert!(table.tensors().iter().all(|t| t.range.start % ALIGN == 0 && t.offset % ALIGN == 0));
         assert_eq!(table.buckets().iter().map(|b| b.tensors.clone()).collect::<Vec<_>>(), vec![0..1, 1..3, 3..4]);
         assert!(table.buckets().windows(2).all(|w| w[0].range.end == w[1].range.start));
+    }
+
+    #[test]
+    fn tensors_that_are_bound_together_share_a_bucket_as_long_as_every_adapter_can_bind_it() {
+        let vectors = |n: usize, len: usize| -> Vec<_> {
+            (0..n).map(|i| (format!("v{i}"), vec![len], Layout::Matrix { rows: Axis::exact(1), cols: Axis::exact(len) })).collect()
+        };
+        let mut table = ParamTable::new();
+        table.push("w", 1, vec![1000], Layout::Matrix { rows: Axis::exact(1), cols: Axis::exact(1000) });
+        // They join what is there if all of them fit; else they open a bucket of their own, however large.
+        table.push_together(1, vectors(2, 1000));
+        table.push_together(1, vectors(2, BUCKET_FLOATS - 100));
+        // Beyond what can be bound each is for itself.
+        assert_eq!(table.push_together(1, vectors(2, BOUND_FLOATS / 2 + ALIGN)), 5);
+        table.push_together(2, vectors(2, BOUND_FLOATS / 2));
+        assert_eq!(table.buckets().iter().map(|b| b.tensors.clone()).collect::<Vec<_>>(), vec![0..3, 3..5, 5..6, 6..7, 7..9]);
     }
 
     #[test]

@@ -263,6 +263,18 @@ fn a_trained_network_is_used_from_any_folder_and_a_second_run_does_not_overwrite
 }
 
 #[test]
+fn what_training_found_of_the_test_part_is_what_evaluate_finds_again_with_a_learned_state_too() {
+    for flags in [&[][..], &["--learned-state"]] {
+        let folder = folder_with_text();
+        let trained = call_in(folder.path(), &[&SMALL[..], &["--max-steps", "60", "--json"], flags].concat()).last_event();
+        let evaluated = call_in(folder.path(), &["evaluate", "--run", "run", "--devices", "cpu:1", "--json"]).last_event();
+        let number = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("{trained} {evaluated}"));
+        let (found, again) = (number(&trained["test_loss"]), number(&evaluated["loss"]));
+        assert!((found - again).abs() < 1e-6 * found, "{flags:?}: training found {found}, evaluate {again}");
+    }
+}
+
+#[test]
 fn a_failed_start_does_not_bar_the_way_of_the_corrected_one() {
     let folder = folder_with_text();
     let wrong = call_in(folder.path(), &[&SMALL[..], &["--max-steps", "2", "--seq-len", "900000", "--batch-size", "5000"]].concat());

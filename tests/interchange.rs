@@ -51,6 +51,18 @@ fn both_ways(inputs: usize, hidden: usize) -> Layer {
     Layer { bidirectional: true, ..Layer::plain(inputs, hidden) }
 }
 
+fn residual(layer: Layer) -> Layer {
+    Layer { residual: true, ..layer }
+}
+
+fn learned(layer: Layer) -> Layer {
+    Layer { learned_state: true, ..layer }
+}
+
+fn mean(network: Network) -> Network {
+    Network { head: Some(Output::Values { n_outputs: 2, pooling: Pooling::Mean }), ..network }
+}
+
 /// Networks of every kind that the files can hold.
 fn networks() -> Vec<(&'static str, Network)> {
     let no_bias = Layer { bias: false, ..Layer::plain(4, 3) };
@@ -66,6 +78,14 @@ fn networks() -> Vec<(&'static str, Network)> {
         ("peephole", values(vec![peephole, Layer { bidirectional: true, ..peephole }].into_iter().take(1).collect(), 2)),
         ("peephole both ways", values(vec![Layer { bidirectional: true, ..peephole }], 2)),
         ("coupled", values(vec![Layer { coupled: true, ..Layer::plain(4, 3) }], 2)),
+        ("residual", values(vec![residual(Layer::plain(3, 3)), residual(Layer::plain(3, 3))], 2)),
+        ("residual both ways", values(vec![both_ways(4, 3), residual(both_ways(6, 3))], 2)),
+        ("residual mean", mean(values(vec![residual(Layer::plain(3, 3)), Layer::plain(3, 2)], 2))),
+        ("residual mean both ways", mean(values(vec![residual(both_ways(6, 3)), residual(both_ways(6, 3))], 2))),
+        ("residual tokens", tokens(7, 3, vec![residual(Layer::plain(3, 3)), residual(Layer::plain(3, 3))], false)),
+        ("learned state", values(vec![learned(Layer::plain(4, 3)), learned(Layer::plain(3, 3))], 2)),
+        ("learned state both ways", tokens(7, 4, vec![learned(both_ways(4, 3)), learned(both_ways(6, 3))], false)),
+        ("learned states of unlike widths", values(vec![learned(both_ways(4, 5)), learned(both_ways(10, 3))], 2)),
     ]
 }
 
@@ -189,9 +209,9 @@ fn every_kind_of_network_comes_back_to_the_bit_from_both_formats() {
                 assert!(file.tensors == expected, "{what}");
                 assert_eq!(file.about, Some(about(part)), "{what}");
                 let found = file.found().unwrap();
-                // PyTorch's names do not tell that gates are coupled.
-                let layers: Vec<Layer> =
-                    network.layers.iter().map(|l| Layer { coupled: l.coupled && format == Format::Onnx, ..*l }).collect();
+                // PyTorch's names do not tell that gates are coupled, and no tensor that inputs are added.
+                let told = |l: &Layer| Layer { coupled: l.coupled && format == Format::Onnx, residual: false, ..*l };
+                let layers: Vec<Layer> = network.layers.iter().map(told).collect();
                 assert_eq!(found.layers, layers, "{what}");
                 let whole = part == Part::All;
                 assert_eq!((found.tied, found.has_head), (network.tied && whole, whole), "{what}");
@@ -269,7 +289,12 @@ fn a_model_file_is_known_by_its_first_bytes_and_not_by_its_name() {
             assert_eq!(carrousel::store::interchange::read(&path).unwrap().format, format, "{format} as {name}");
         }
     }
-    for (start, told) in [(b"PK\x03\x04rest", "safetensors.torch.save_file"), (b"\x89HDF\r\n\x1a\n", "export the model to ONNX")] {
+    for (start, told) in [
+        (&b"PK\x03\x04rest"[..], "safetensors.torch.save_file"),
+        (b"\x80\x02\x8a\x0alegacy", "before version 1.6"),
+        (b"a,b\n1,2\n", "neither a safetensors file nor an ONNX model"),
+        (b"\x89HDF\r\n\x1a\n", "export the model to ONNX"),
+    ] {
         let path = folder.path().join("model.pt");
         fs::write(&path, start).unwrap();
         let error = carrousel::store::interchange::read(&path).unwrap_err().to_string();
@@ -385,8 +410,8 @@ fn a_models_options_have_their_words_or_the_reason_why_not() {
         (LstmConfig { layer_norm: true, ..none }, Some("normalises"), Some("normalises")),
         (LstmConfig { zoneout_h: 0.1, ..none }, Some("zoneout"), Some("zoneout")),
         (LstmConfig { cell_clip: 1.0, ..none }, Some("clip"), Some("clip")),
-        (LstmConfig { residual: true, ..none }, Some("adds the inputs"), Some("adds the inputs")),
-        (LstmConfig { learned_state: true, ..none }, Some("learnt"), Some("learnt")),
+        (LstmConfig { residual: true, ..none }, Some("adds the inputs"), None),
+        (LstmConfig { learned_state: true, ..none }, Some("learnt"), None),
     ] {
         let network = describe(&config(lstm));
         for (reason, want) in [(&network.beyond_torch, torch), (&network.beyond_onnx, onnx)] {
@@ -449,7 +474,10 @@ fn samples_of_every_kind_are_written_as_files() {
     for (what, network) in networks() {
         let stem = what.replace(' ', "_");
         let coupled = network.layers.iter().any(|layer| layer.coupled);
-        let about = About { model: json!({ "coupled": coupled }).to_string(), ..about(Part::All) };
+        let residual = network.layers.iter().any(|layer| layer.residual);
+        let mean = matches!(network.head, Some(Output::Values { pooling: Pooling::Mean, .. }));
+        let model = json!({ "coupled": coupled, "residual": residual, "mean": mean });
+        let about = About { model: model.to_string(), ..about(Part::All) };
         for (format, extension) in [(Format::Onnx, "onnx"), (Format::Safetensors, "safetensors")] {
             let path = dir.join(format!("{stem}.{extension}"));
             write(&path, format, &network, &about, &parameters(&network)).unwrap();

@@ -8,8 +8,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+use carrousel::backend::around::Around;
 use carrousel::backend::gpu::GpuBackend;
-use carrousel::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan};
+use carrousel::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span};
 use carrousel::comm::{Operation, Tap};
 use carrousel::data::{Batch, Input};
 use carrousel::kernels::Kernel;
@@ -176,12 +177,15 @@ impl Readback for Line {
     }
 }
 
-impl Backend for Actor {
+impl Around for Actor {
+    fn inner(&self) -> &dyn Backend {
+        self.inner.as_ref()
+    }
+    fn inner_mut(&mut self) -> &mut dyn Backend {
+        self.inner.as_mut()
+    }
     fn info(&self) -> &DeviceInfo {
         &self.info
-    }
-    fn limits(&self) -> Limits {
-        self.inner.limits()
     }
     fn alloc(&mut self, label: &str, len: usize) -> Result<BufferId> {
         let buffer = self.inner.alloc(label, len)?;
@@ -189,12 +193,6 @@ impl Backend for Actor {
             self.tokens.insert(buffer.0);
         }
         Ok(buffer)
-    }
-    fn free(&mut self, buffer: BufferId) {
-        self.inner.free(buffer);
-    }
-    fn len(&self, buffer: BufferId) -> usize {
-        self.inner.len(buffer)
     }
     fn write(&mut self, to: Span, words: &[f32]) -> Result<()> {
         self.stage.call(self.seat)?;
@@ -217,9 +215,6 @@ impl Backend for Actor {
             before(self.seat, kernel.name());
         }
         self.inner.launch(kernel, operands)
-    }
-    fn plan(&self) -> SweepPlan {
-        self.inner.plan()
     }
     fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>> {
         self.stage.call(self.seat)?;
@@ -509,30 +504,12 @@ struct Doomed {
     n_left: u32,
 }
 
-impl Backend for Doomed {
-    fn info(&self) -> &DeviceInfo {
-        self.gpu.info()
+impl Around for Doomed {
+    fn inner(&self) -> &dyn Backend {
+        &self.gpu
     }
-    fn limits(&self) -> Limits {
-        self.gpu.limits()
-    }
-    fn alloc(&mut self, label: &str, len: usize) -> Result<BufferId> {
-        self.gpu.alloc(label, len)
-    }
-    fn free(&mut self, buffer: BufferId) {
-        self.gpu.free(buffer);
-    }
-    fn len(&self, buffer: BufferId) -> usize {
-        self.gpu.len(buffer)
-    }
-    fn write(&mut self, to: Span, words: &[f32]) -> Result<()> {
-        self.gpu.write(to, words)
-    }
-    fn copy(&mut self, from: Span, to: Span) -> Result<()> {
-        self.gpu.copy(from, to)
-    }
-    fn clear(&mut self, span: Span) -> Result<()> {
-        self.gpu.clear(span)
+    fn inner_mut(&mut self) -> &mut dyn Backend {
+        &mut self.gpu
     }
     fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> Result<()> {
         self.n_left = self.n_left.wrapping_sub(1);
@@ -540,18 +517,6 @@ impl Backend for Doomed {
             self.gpu.destroy_device();
         }
         self.gpu.launch(kernel, operands)
-    }
-    fn plan(&self) -> SweepPlan {
-        self.gpu.plan()
-    }
-    fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>> {
-        self.gpu.read(spans, memory)
-    }
-    fn submit(&mut self) -> Result<()> {
-        self.gpu.submit()
-    }
-    fn wait(&mut self, deadline: Duration) -> Result<()> {
-        self.gpu.wait(deadline)
     }
 }
 

@@ -1117,17 +1117,7 @@ fn launches(p: &Problem) -> [usize; 2] {
     let device = Device::Cpu(1);
     let mut backend = device.open();
     let placed = Placed::new(&mut *backend, device, p, &Manner::whole(p));
-    [false, true].map(|gradients| {
-        let lanes = [placed.lane(0..p.n_steps as u32, false, gradients)];
-        let args = SweepArgs { n_rows: p.n_rows as u32, lanes: &lanes, flags: placed.flags.span, gradients };
-        let mut n = 0;
-        let count = &mut |_: &dyn carrousel::kernels::Kernel, _: &[Span]| {
-            n += 1;
-            Ok(())
-        };
-        sweep_plan(&args, count).expect("a plan");
-        n
-    })
+    [false, true].map(|gradients| n_launches(&[placed.lane(0..p.n_steps as u32, false, gradients)], gradients))
 }
 
 #[test]
@@ -1148,18 +1138,20 @@ fn only_sums_over_the_hidden_units_cost_a_step_more_launches() {
     assert_eq!(per_step(&|p: Problem| p.projected(5).normed()), [3, 3]);
 }
 
+/// Launches of the default plan of a sweep of these lanes.
+fn n_launches(lanes: &[Lane], gradients: bool) -> usize {
+    let flags = lanes[0].tensors.weight_hh.0;
+    let mut n = 0;
+    let launch = &mut |_: &dyn carrousel::kernels::Kernel, _: &[Span]| {
+        n += 1;
+        Ok(())
+    };
+    sweep_plan(&SweepArgs { n_rows: 3, lanes, flags, gradients }, launch).expect("a plan");
+    n
+}
+
 #[test]
 fn both_directions_share_the_launches_of_their_steps_where_they_share_their_buffers() {
-    let count = |lanes: &[Lane], gradients: bool| {
-        let flags = lanes[0].tensors.weight_hh.0;
-        let mut n = 0;
-        let launch = &mut |_: &dyn carrousel::kernels::Kernel, _: &[Span]| {
-            n += 1;
-            Ok(())
-        };
-        sweep_plan(&SweepArgs { n_rows: 3, lanes, flags, gradients }, launch).expect("a plan");
-        n
-    };
     let problem = Problem::new(96, [40, 3, 5, 17]);
     for (p, shared) in [(problem.clone(), [1, 1]), (problem.clone().normed(), [1, 2]), (problem.clone().projected(5), [2, 2])] {
         let device = Device::Cpu(1);
@@ -1169,14 +1161,67 @@ fn both_directions_share_the_launches_of_their_steps_where_they_share_their_buff
             let forward = placed.lane(0..40, false, gradients);
             let starts = LaneStarts { gates: 64, h: 64, c: 64, carry: 64, dh: 64 };
             let reverse = Lane { reverse: true, starts, ..forward.clone() };
-            let alone = count(std::slice::from_ref(&forward), gradients);
-            let both = count(&[forward.clone(), reverse.clone()], gradients);
+            let alone = n_launches(std::slice::from_ref(&forward), gradients);
+            let both = n_launches(&[forward, reverse], gradients);
             // Products stay each lane's own; the initial state's gradient is one more shared launch backward.
             let saved = shared[usize::from(gradients)] * 40 + usize::from(gradients);
             assert_eq!(2 * alone - both, saved, "gradients {gradients}");
-            let mut elsewhere = reverse;
-            elsewhere.gates.buffer.0 += 1;
-            assert_eq!(count(&[forward, elsewhere], gradients), 2 * alone, "gradients {gradients}");
+        }
+    }
+}
+
+#[test]
+fn directions_that_differ_in_anything_but_their_places_and_draws_do_not_share_launches() {
+    type Change = fn(&mut Lane);
+    fn grads(lane: &mut Lane) -> &mut LaneGradients {
+        lane.backward.as_mut().expect("places for gradients")
+    }
+    fn elsewhere(span: &mut Span) {
+        span.buffer.0 += 100;
+    }
+    let of_both: [(&str, Change); 16] = [
+        ("weight_hh", |l| elsewhere(&mut l.tensors.weight_hh.0)),
+        ("weight_hr", |l| elsewhere(&mut l.tensors.weight_hr.as_mut().expect("a projection").0)),
+        ("vectors", |l| elsewhere(&mut l.tensors.vectors.as_mut().expect("biases").span)),
+        ("gates", |l| elsewhere(&mut l.gates)),
+        ("h", |l| elsewhere(&mut l.h)),
+        ("c", |l| elsewhere(&mut l.c)),
+        ("rows", |l| elsewhere(l.rows.as_mut().expect("lengths"))),
+        ("residual input", |l| elsewhere(&mut l.x[0].as_mut().expect("an input").span)),
+        ("part of a buffer", |l| l.gates.len -= 64),
+        ("units", |l| l.shape.units -= 1),
+        ("range", |l| l.range.end -= 1),
+        ("lengths", |l| l.use_lengths = false),
+        ("cell clip", |l| l.cell.cell_clip = 0.5),
+        ("zoneout", |l| l.cell.zoneout_c = 0.5),
+        ("drop scale", |l| l.cell.drop_scale = 1.5),
+        ("no place of its own", |l| l.starts = LaneStarts::default()),
+    ];
+    let of_gradients: [(&str, Change); 5] = [
+        ("carry", |l| elsewhere(&mut grads(l).carry)),
+        ("gradients of h", |l| elsewhere(grads(l).dh.as_mut().expect("a projection"))),
+        ("gradient of the outputs", |l| elsewhere(&mut grads(l).dh_out.as_mut().expect("outputs").0)),
+        ("no gradient of the outputs", |l| grads(l).dh_out = None),
+        ("gradient of the residual input", |l| elsewhere(&mut grads(l).dx[0].as_mut().expect("an input").span)),
+    ];
+    let p = Problem::new(95, [40, 3, 16, 17]).projected(16).with_lengths(&[40, 3, 17]);
+    let device = Device::Cpu(1);
+    let mut backend = device.open();
+    let placed = Placed::new(&mut *backend, device, &p, &Manner::whole(&p));
+    for gradients in [false, true] {
+        let lane = placed.lane(0..40, false, true);
+        let forward = Lane { residual: Some(0), shape: LaneShape { outputs: true, ..lane.shape }, ..lane };
+        let starts = LaneStarts { gates: 64, h: 64, c: 64, carry: 64, dh: 64 };
+        let cell = Cell { lane: 1, drop_tag: 7, ..forward.cell };
+        let reverse = Lane { reverse: true, starts, cell, ..forward.clone() };
+        let alone = |lane: &Lane| n_launches(std::slice::from_ref(lane), gradients);
+        let both = |other: &Lane| n_launches(&[forward.clone(), other.clone()], gradients);
+        assert!(both(&reverse) < alone(&forward) + alone(&reverse), "gradients {gradients}: the lanes share launches as they are");
+        let changes = of_both.iter().chain(of_gradients.iter().filter(|_| gradients));
+        for (what, change) in changes {
+            let mut other = reverse.clone();
+            change(&mut other);
+            assert_eq!(both(&other), alone(&forward) + alone(&other), "gradients {gradients}, unlike in: {what}");
         }
     }
 }

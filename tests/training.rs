@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Result;
-use carrousel::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan};
+use carrousel::backend::around::Around;
+use carrousel::backend::{Backend, DeviceInfo, Span};
 use carrousel::kernels::Kernel;
 use carrousel::model::init::{Init, initial};
 use carrousel::observe::{Bus, Event, Exhibit, Sink};
@@ -59,46 +60,19 @@ struct Changed {
     after: fn(&mut dyn Backend, &'static str, &[Span]) -> Result<()>,
 }
 
-impl Backend for Changed {
+impl Around for Changed {
+    fn inner(&self) -> &dyn Backend {
+        self.inner.as_ref()
+    }
+    fn inner_mut(&mut self) -> &mut dyn Backend {
+        self.inner.as_mut()
+    }
     fn info(&self) -> &DeviceInfo {
         &self.info
-    }
-    fn limits(&self) -> Limits {
-        self.inner.limits()
-    }
-    fn alloc(&mut self, label: &str, len: usize) -> Result<BufferId> {
-        self.inner.alloc(label, len)
-    }
-    fn free(&mut self, buffer: BufferId) {
-        self.inner.free(buffer);
-    }
-    fn len(&self, buffer: BufferId) -> usize {
-        self.inner.len(buffer)
-    }
-    fn write(&mut self, to: Span, words: &[f32]) -> Result<()> {
-        self.inner.write(to, words)
-    }
-    fn copy(&mut self, from: Span, to: Span) -> Result<()> {
-        self.inner.copy(from, to)
-    }
-    fn clear(&mut self, span: Span) -> Result<()> {
-        self.inner.clear(span)
     }
     fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> Result<()> {
         self.inner.launch(kernel, operands)?;
         (self.after)(self.inner.as_mut(), kernel.name(), operands)
-    }
-    fn plan(&self) -> SweepPlan {
-        self.inner.plan()
-    }
-    fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>> {
-        self.inner.read(spans, memory)
-    }
-    fn submit(&mut self) -> Result<()> {
-        self.inner.submit()
-    }
-    fn wait(&mut self, deadline: Duration) -> Result<()> {
-        self.inner.wait(deadline)
     }
 }
 

@@ -263,8 +263,28 @@ fn pull(values: &[f32], targets: &[f64], weight: f64, n: usize) -> Vec<f64> {
     values.iter().zip(targets).map(|(&v, t)| 2.0 * weight * (f64::from(v) - t) / n).collect()
 }
 
-/// Sweeps a case forward and backward on a device, then takes Adam's step from torch's gradients.
-fn judge(backend: &mut dyn Backend, device: Device, case: &Case) -> Vec<String> {
+/// Words of each direction, in one buffer or in one each: the span and where they start in it.
+fn place(backend: &mut dyn Backend, label: &str, words: Vec<Vec<f32>>, together: bool) -> Vec<(Span, u32)> {
+    if !together {
+        return words.iter().map(|words| (upload(backend, label, words), 0)).collect();
+    }
+    let mut all: Vec<f32> = Vec::new();
+    let starts: Vec<u32> = words
+        .into_iter()
+        .map(|words| {
+            all.resize(round_up(all.len(), ALIGN), f32::NAN);
+            let start = all.len() as u32;
+            all.extend(words);
+            start
+        })
+        .collect();
+    let span = upload(backend, label, &all);
+    starts.into_iter().map(|start| (span, start)).collect()
+}
+
+/// Sweeps a case forward and backward on a device, then takes Adam's step from torch's gradients. Memory of both directions of a layer lies `together`,
+/// so that they share launches, or apart.
+fn judge(backend: &mut dyn Backend, device: Device, case: &Case, together: bool) -> Vec<String> {
     let mut judge = Judge::new(case, device);
     let (t, b, h, n) = (case.n_steps, case.n_rows, case.hidden, case.n_directions);
     let r = case.width();
@@ -292,27 +312,36 @@ fn judge(backend: &mut dyn Backend, device: Device, case: &Case) -> Vec<String> 
     let mut x = [part(input, 0, pad_inner(case.n_inputs)), None];
     let mut lanes: Vec<Lane> = Vec::new();
     for layer in 0..case.n_layers {
-        for direction in 0..n {
-            let lane = layer * n + direction;
-            let mut states = |initial: &str, units: usize, to: usize, len: usize| {
+        let mut states = |initial: &str, units: usize, to: usize, len: usize| {
+            let of_direction = |direction: usize| {
                 let (mut words, state) = (vec![f32::NAN; len], b * to);
-                let start = case.tensors.get(initial).map_or(vec![0.0; state], |s| padded(&s[lane * b * units..][..b * units], units, to));
+                let at = (layer * n + direction) * b * units;
+                let start = case.tensors.get(initial).map_or(vec![0.0; state], |s| padded(&s[at..][..b * units], units, to));
                 words[direction * t * state..][..state].copy_from_slice(&start);
-                upload(backend, initial, &words)
+                words
             };
-            let h_states = states("h_0", r, width, shape.h_len(t * b, b));
-            let c_states = states("c_0", h, hidden, shape.c_len(t * b, b));
+            place(backend, initial, (0..n).map(of_direction).collect(), together)
+        };
+        let h_states = states("h_0", r, width, shape.h_len(t * b, b));
+        let c_states = states("c_0", h, hidden, shape.c_len(t * b, b));
+        let gates = place(backend, "gates", vec![vec![f32::NAN; shape.gates_len(t * b)]; n], together);
+        for direction in 0..n {
             lanes.push(Lane {
                 shape,
                 n_steps: t as u32,
                 reverse: direction == 1,
-                tensors: tensors(backend, &params, lane),
+                tensors: tensors(backend, &params, layer * n + direction),
                 x,
-                gates: upload(backend, "gates", &vec![f32::NAN; shape.gates_len(t * b)]),
+                gates: gates[direction].0,
                 residual: None,
-                starts: LaneStarts::default(),
-                h: h_states,
-                c: c_states,
+                starts: LaneStarts {
+                    gates: gates[direction].1,
+                    h: h_states[direction].1,
+                    c: c_states[direction].1,
+                    ..LaneStarts::default()
+                },
+                h: h_states[direction].0,
+                c: c_states[direction].0,
                 range: 0..t as u32,
                 rows,
                 use_lengths: rows.is_some(),
@@ -322,67 +351,80 @@ fn judge(backend: &mut dyn Backend, device: Device, case: &Case) -> Vec<String> 
         }
         let of_layer = &lanes[layer * n..];
         backend.sweep(&SweepArgs { n_rows: b as u32, lanes: of_layer, flags, gradients: false }).expect("a forward sweep");
-        x = [part(of_layer[0].h, b * width, width), of_layer.get(1).and_then(|lane| part(lane.h, 0, width))];
+        let below = |direction: usize| {
+            let lane = of_layer.get(direction)?;
+            part(lane.h, lane.starts.h as usize + (1 - direction) * b * width, width)
+        };
+        x = [below(0), below(1)];
     }
 
     // Both directions side by side.
     let mut output = vec![0.0; t * b * n * r];
     for direction in 0..n {
         let lane = &lanes[lanes.len() - n + direction];
-        let values = cut(&read(backend, lane.h)[(1 - direction) * b * width..][..t * b * width], width, r);
+        let first = lane.starts.h as usize + (1 - direction) * b * width;
+        let values = cut(&read(backend, lane.h)[first..][..t * b * width], width, r);
         for (row, values) in output.chunks_exact_mut(n * r).zip(values.chunks_exact(r)) {
             row[direction * r..][..r].copy_from_slice(values);
         }
     }
     case.mask(&mut output, n * r);
-    let mut last = |which: fn(&Lane) -> Span, from: usize, to: usize| -> Vec<f32> {
+    let mut last = |which: fn(&Lane) -> (Span, u32), from: usize, to: usize| -> Vec<f32> {
         let end = |lane: &Lane| if lane.reverse { 0 } else { t * b * from };
-        lanes.iter().flat_map(|lane| cut(&read(backend, which(lane).part(end(lane), b * from)), from, to)).collect()
+        let state = |lane: &Lane| {
+            let (span, start) = which(lane);
+            span.part(start as usize + end(lane), b * from)
+        };
+        lanes.iter().flat_map(|lane| cut(&read(backend, state(lane)), from, to)).collect()
     };
-    let (h_n, c_n) = (last(|lane| lane.h, width, r), last(|lane| lane.c, hidden, h));
+    let (h_n, c_n) = (last(|lane| (lane.h, lane.starts.h), width, r), last(|lane| (lane.c, lane.starts.c), hidden, h));
     judge.state("output", &output);
     judge.state("h_n", &h_n);
     judge.state("c_n", &c_n);
 
     let d_output: Vec<f64> = pull(&output, case.get("target_output"), 1.0, case.n_valid() * n * r);
     let (dh_n, dc_n) = (pull(&h_n, case.get("target_h_n"), 1.0, h_n.len()), pull(&c_n, case.get("target_c_n"), 0.5, c_n.len()));
-    let mut above: Vec<Span> = (0..n)
-        .map(|direction| {
-            let of_direction: Vec<f64> = d_output.chunks_exact(n * r).flat_map(|row| &row[direction * r..][..r]).copied().collect();
-            upload(backend, "gradient of the output", &padded(&of_direction, r, width))
-        })
-        .collect();
+    let of_direction = |direction: usize| {
+        let values: Vec<f64> = d_output.chunks_exact(n * r).flat_map(|row| &row[direction * r..][..r]).copied().collect();
+        padded(&values, r, width)
+    };
+    let mut above = place(backend, "gradient of the output", (0..n).map(of_direction).collect(), together);
     let (mut dh_0, mut dc_0) = (Vec::new(), Vec::new());
     for layer in (0..case.n_layers).rev() {
         let columns = if layer == 0 { pad_inner(case.n_inputs) } else { width };
         let n_parts = if layer == 0 { 1 } else { n };
-        let below: Vec<Span> = (0..n_parts).map(|_| upload(backend, "gradient of the input", &vec![f32::NAN; t * b * columns])).collect();
-        let mut carries = Vec::new();
-        for (direction, &dh_out) in above.iter().enumerate() {
-            let lane = layer * n + direction;
-            let of_lane = |d: &[f64], from: usize, to: usize| padded(&d[lane * b * from..][..b * from], from, to);
+        let below = place(backend, "gradient of the input", vec![vec![f32::NAN; t * b * columns]; n_parts], together);
+        let of_direction = |direction: usize| {
+            let of_lane = |d: &[f64], from: usize, to: usize| padded(&d[(layer * n + direction) * b * from..][..b * from], from, to);
             let mut carry = [of_lane(&dh_n, r, width), of_lane(&dc_n, h, hidden)].concat();
             carry.resize(shape.carry_len(b), f32::NAN);
-            let carry = upload(backend, "carry", &carry);
-            carries.push(carry);
+            carry
+        };
+        let carries = place(backend, "carry", (0..n).map(of_direction).collect(), together);
+        let dh = shape.projects.then(|| place(backend, "gradients of h", vec![vec![f32::NAN; shape.dh_len(t * b)]; n], together));
+        for (direction, &dh_out) in above.iter().enumerate() {
+            let lane = layer * n + direction;
+            lanes[lane].starts.carry = carries[direction].1;
+            lanes[lane].starts.dh = dh.as_ref().map_or(0, |dh| dh[direction].1);
             lanes[lane].backward = Some(LaneGradients {
-                dh_out: Some((dh_out, 0)),
-                carry,
-                dh: shape.projects.then(|| upload(backend, "gradients of h", &vec![f32::NAN; shape.dh_len(t * b)])),
+                dh_out: Some(dh_out),
+                carry: carries[direction].0,
+                dh: dh.as_ref().map(|dh| dh[direction].0),
                 tensors: tensors(backend, &grads, lane),
                 accumulate: false,
-                dx: [part(below[0], 0, columns), below.get(1).and_then(|span| part(*span, 0, columns))],
+                dx: [0, 1].map(|i| below.get(i).and_then(|&(span, start)| part(span, start as usize, columns))),
                 accumulate_dx: direction > 0,
             });
         }
         let of_layer = &lanes[layer * n..(layer + 1) * n];
         backend.sweep(&SweepArgs { n_rows: b as u32, lanes: of_layer, flags, gradients: true }).expect("a backward sweep");
-        let carried: Vec<Vec<f32>> = carries.into_iter().map(|carry| read(backend, carry)).collect();
+        let carried: Vec<Vec<f32>> =
+            carries.into_iter().map(|(span, start)| read(backend, span)[start as usize..][..shape.carry_len(b)].to_vec()).collect();
         dh_0.splice(0..0, carried.iter().flat_map(|carried| cut(&carried[..b * width], width, r)));
         dc_0.splice(0..0, carried.iter().flat_map(|carried| cut(&carried[b * width..][..b * hidden], hidden, h)));
         above = below;
     }
-    judge.gradient("input", &cut(&read(backend, above[0]), pad_inner(case.n_inputs), case.n_inputs));
+    judge.gradient("input", &cut(&read(backend, above[0].0), pad_inner(case.n_inputs), case.n_inputs));
     for (name, got) in [("h_0", dh_0), ("c_0", dc_0)] {
         if case.tensors.contains_key(&format!("grad.{name}")) {
             judge.gradient(name, &got);
@@ -444,7 +486,9 @@ fn reference_vectors() {
     for device in devices() {
         let mut backend = device.open();
         for case in &all {
-            faults.extend(judge(backend.as_mut(), device, case));
+            for together in [false, true].into_iter().take(case.n_directions) {
+                faults.extend(judge(backend.as_mut(), device, case, together));
+            }
         }
     }
     assert!(faults.is_empty(), "\n{}", faults.join("\n"));
@@ -459,12 +503,12 @@ fn a_reference_that_is_slightly_off_is_found() {
         let (at, size) = (values.len() / 2, values.iter().fold(0.0f64, |a, b| a.max(b.abs())));
         let good = values[at];
         values[at] += 3e-5 * size;
-        let faults = judge(device.open().as_mut(), device, &case);
+        let faults = judge(device.open().as_mut(), device, &case, false);
         assert!(faults.len() == 1 && faults[0].contains(&format!("{name}[{at}]")), "{name}: {faults:?}");
         case.tensors.get_mut(name).expect("a tensor")[at] = good;
     }
     let zeroed = case.tensors.get_mut("grad.bias_hh_l0").expect("a tensor");
     zeroed.fill(0.0);
-    let faults = judge(device.open().as_mut(), device, &case);
+    let faults = judge(device.open().as_mut(), device, &case, false);
     assert!(faults.iter().any(|f| f.contains("must be exactly zero")), "{faults:?}");
 }

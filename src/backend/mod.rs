@@ -3,6 +3,7 @@
 //! A backend belongs to one worker thread. Memory is buffers of 4-byte words; a launch binds spans of them. Launches are in order; a GPU
 //! may collect them until [`Backend::submit`] or a readback. What waits for a readback is an owned [`Readback`] that can travel to another thread.
 
+pub mod around;
 pub mod cpu;
 pub mod gpu;
 pub mod open;
@@ -91,7 +92,7 @@ pub trait Backend {
     fn variant(&self, _kernel: &dyn Kernel) -> String {
         self.info().driver.clone()
     }
-    /// How this backend sweeps; the default is the plan of launches in `kernels::lstm`. A backend around another hands its plan on.
+    /// How this backend sweeps; the default is the plan of launches in `kernels::lstm`.
     fn plan(&self) -> SweepPlan {
         sweep_plan
     }

@@ -143,6 +143,9 @@ const MEANT_FOR: &[(&str, &[Task])] = &[
     ("horizon", &[Task::Forecast]),
 ];
 
+/// Of these, what only tokens have.
+const OF_TOKENS: [&str; 3] = ["level", "vocab", "embedding"];
+
 /// Whether a key means something for a task.
 fn is_meant(key: &str, task: Task) -> bool {
     MEANT_FOR.iter().find(|(name, _)| *name == key).is_none_or(|(_, tasks)| tasks.contains(&task))
@@ -318,6 +321,13 @@ pub fn settle(layers: &Layers) -> Result<RunConfig, UsageError> {
     Ok(RunConfig { data, init_from, ..config })
 }
 
+/// Whether it shows already that labelled sequences consist of numbers, not of text.
+fn is_of_numbers(typed: &Typed) -> bool {
+    let data = typed.data.as_deref().unwrap_or_default();
+    let is_ts = !data.is_empty() && data.iter().all(|given| holds(given, &[".ts"]));
+    is_ts || data.iter().any(|given| is_drawn(given)) || typed.sequence.is_some() || typed.features.is_some()
+}
+
 /// Puts defaults where nothing was given.
 fn fill(typed: &Typed) -> RunConfig {
     let data = typed.data.clone().unwrap_or_default();
@@ -336,8 +346,7 @@ fn fill(typed: &Typed) -> RunConfig {
             Task::Lm
         }
     });
-    let of_numbers = is_ts || is_drawn || typed.sequence.is_some() || typed.features.is_some();
-    let has_tokens = task == Task::Lm || (LABELLED.contains(&task) && !of_numbers);
+    let has_tokens = task == Task::Lm || (LABELLED.contains(&task) && !is_of_numbers(typed));
     let level = typed.level.unwrap_or(Level::Char);
     let defaults = match (task, level) {
         (Task::Lm, Level::Word) => WORDS,
@@ -544,13 +553,16 @@ fn check(layers: &Layers, typed: &Typed, config: &RunConfig) -> Result<(), Usage
 /// Refuses what means nothing for the task, unless it only says what holds anyway: the record of a run holds every key.
 fn check_foreign(judge: &Judge, typed: &Typed, task: Task) -> Result<(), UsageError> {
     let given = table(typed)?;
-    let neutral =
-        table(&fill(&Typed { task: Some(task), data: typed.data.clone(), sequence: typed.sequence.clone(), ..Typed::default() }))?;
-    let foreign = |key: &&str| !is_meant(key, task) && given.contains_key(*key) && given.get(*key) != neutral.get(*key);
-    match MEANT_FOR.iter().map(|(key, _)| *key).find(foreign) {
-        Some(key) => judge.refuse(key, &format!("means nothing for --task {}; leave it out", task.name())),
-        None => Ok(()),
+    let Typed { data, sequence, features, .. } = typed.clone();
+    let neutral = table(&fill(&Typed { task: Some(task), data, sequence, features, ..Typed::default() }))?;
+    let is_told = |key: &str| given.contains_key(key) && given.get(key) != neutral.get(key);
+    if let Some((key, _)) = MEANT_FOR.iter().find(|(key, _)| !is_meant(key, task) && is_told(key)) {
+        return judge.refuse(key, &format!("means nothing for --task {}; leave it out", task.name()));
     }
+    if let (true, Some(key)) = (LABELLED.contains(&task) && is_of_numbers(typed), OF_TOKENS.iter().find(|key| is_told(key))) {
+        return judge.refuse(key, "means nothing for sequences of numbers, which have no tokens; leave it out");
+    }
+    Ok(())
 }
 
 fn check_data(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {

@@ -219,6 +219,8 @@ fn options_that_do_not_go_together_are_refused() {
         (&["--target", "x"], "--target means nothing for --task lm"),
         (&["--label", "x"], "--label means nothing for --task lm"),
         (&["--task", "classify", "--horizon", "3"], "--horizon means nothing for --task classify"),
+        (&["--task", "classify", "--sequence", "id", "--embedding", "8"], "--embedding means nothing for sequences of numbers"),
+        (&["--task", "regress", "--features", "a,b", "--level", "word"], "--level means nothing for sequences of numbers"),
         (&["--task", "regress", "--seq-len", "3"], "--seq-len means nothing for --task regress"),
         (&["--task", "classify", "--sequence", " "], "--sequence is empty"),
         (&["--task", "classify", "--tolerance", "1"], "--tolerance means nothing for --task classify"),

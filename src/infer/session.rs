@@ -1,5 +1,6 @@
 //! A trained model from a run folder, on one device.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -237,7 +238,12 @@ pub struct Passed {
     pub outputs: Vec<f32>,
 }
 
-/// A forward pass over a batch from `state` (zero if there is none).
+/// The state from which some rows of a batch go on: what they carried, or where the text begins the model's own.
+pub fn state_of(batch: &Batch, carried: Option<&Carried>, rows: Range<usize>) -> Option<Vec<f32>> {
+    carried.filter(|_| !batch.resets).map(|carried| carried.rows(rows))
+}
+
+/// A forward pass over a batch from `state`, or from the model's own where there is none.
 ///
 /// # Errors
 /// The device's.
@@ -297,7 +303,7 @@ pub fn share_of<'a>(batch: &'a Batch, state: Option<&'a [f32]>, scale: f32) -> S
 impl Forward for Session {
     fn forward(&mut self, batch: &Arc<Batch>, carried: Option<&mut Carried>, wants_outputs: bool) -> Result<(f64, Vec<f32>)> {
         let rows = 0..batch.n_rows;
-        let state = carried.as_ref().map(|c| c.rows(rows.clone()));
+        let state = state_of(batch, carried.as_deref(), rows.clone());
         let Replica { backend, model, .. } = &mut self.replica;
         let passed = pass_forward(backend.as_mut(), model, batch, state.as_deref(), [carried.is_some(), wants_outputs])?;
         check_finite(!passed.non_finite && passed.loss.is_finite())?;

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::kernels::lstm::{LaneShape, PEEPHOLES};
 use crate::params::{Axis, Layout, ParamTable};
-use crate::shape::{ALIGN, GATES, pad_units, round_up};
+use crate::shape::{GATES, pad_units};
 use crate::usage::UsageError;
 
 /// What goes in at each time step.
@@ -419,7 +419,7 @@ impl ModelConfig {
     }
 
     /// Whether `layer` adds its input to its output.
-    pub(super) fn is_residual(&self, layer: usize) -> bool {
+    pub fn is_residual(&self, layer: usize) -> bool {
         self.lstm.residual && self.layer_input(layer) == self.layer_output(layer)
     }
 
@@ -439,9 +439,7 @@ impl ModelConfig {
             )),
             Input::Values { .. } => None,
         };
-        let directions = ["", "_reverse"];
-        let lanes = (0..self.n_layers).flat_map(|l| directions[..self.n_directions()].iter().map(move |direction| (l, direction)));
-        let lanes = lanes.map(|(l, direction)| self.push_lane(&mut table, l, direction)).collect();
+        let lanes = (0..self.n_layers).flat_map(|l| self.push_layer(&mut table, l)).collect();
         let (head, outputs) = (1 + self.n_layers, self.n_outputs());
         let cols = self.layer_output(self.n_layers - 1);
         let head_weight = match embedding {
@@ -452,17 +450,27 @@ impl ModelConfig {
         (table, ModelParams { embedding, lanes, head_weight, head_bias })
     }
 
-    /// The tensors of one layer in one direction, as PyTorch names them where it has them.
-    fn push_lane(&self, table: &mut ParamTable, l: usize, direction: &str) -> LayerParams {
+    /// The tensors of one layer, as PyTorch names them where it has them; a lane for each direction. What a step reads lies in one bucket for both,
+    /// so that they can share its launch.
+    fn push_layer(&self, table: &mut ParamTable, l: usize) -> Vec<LayerParams> {
         let (h, r, inputs) = (self.hidden.of(l), self.layer_units(l), self.layer_input(l));
         let units = Axis::units(h);
-        let name = |which: &str| format!("lstm.{which}_l{l}{direction}");
+        let suffixes = &["", "_reverse"][..self.n_directions()];
+        let name = |which: &str, suffix: &str| format!("lstm.{which}_l{l}{suffix}");
         let panels = |inputs| Layout::Panels { hidden: h, inputs };
-        let weight_ih = table.push(name("weight_ih"), 1 + l, vec![GATES * h, inputs.len()], panels(inputs));
-        let weight_hh = table.push(name("weight_hh"), 1 + l, vec![GATES * h, r], panels(Axis::units(r)));
+        let weights_ih: Vec<usize> = suffixes
+            .iter()
+            .map(|suffix| table.push(name("weight_ih", suffix), 1 + l, vec![GATES * h, inputs.len()], panels(inputs)))
+            .collect();
+        let mut of_each_direction = |tensors: &[(&str, Vec<usize>, Layout)]| {
+            let named =
+                |suffix: &&str| tensors.iter().map(|(which, shape, layout)| (name(which, suffix), shape.clone(), *layout)).collect();
+            let all: Vec<Vec<_>> = suffixes.iter().map(named).collect();
+            table.push_together(1 + l, all.concat())
+        };
+        let weights_hh = of_each_direction(&[("weight_hh", vec![GATES * h, r], panels(Axis::units(r)))]);
         let layout = Layout::Matrix { rows: Axis::units(r), cols: units };
-        let weight_hr = (self.lstm.proj_size > 0).then(|| table.push(name("weight_hr"), 1 + l, vec![r, h], layout));
-        // The vectors lie in one bucket, since a step kernel binds them together.
+        let weights_hr = (self.lstm.proj_size > 0).then(|| of_each_direction(&[("weight_hr", vec![r, h], layout)]));
         let rows = |n| Layout::Matrix { rows: Axis::exact(n), cols: units };
         let mut vectors: Vec<(&str, Vec<usize>, Layout)> = Vec::new();
         if self.bias {
@@ -479,21 +487,19 @@ impl ModelConfig {
             vectors.push(("initial_h", vec![r], Layout::Matrix { rows: Axis::exact(1), cols: Axis::units(r) }));
             vectors.push(("initial_c", vec![h], rows(1)));
         }
-        let sizes: Vec<usize> = vectors.iter().map(|(_, _, layout)| round_up(layout.packed_len(), ALIGN)).collect();
-        let mut places = Vec::new();
-        for (i, (which, shape, layout)) in vectors.into_iter().enumerate() {
-            let room = sizes[i + 1..].iter().sum();
-            places.push((which, table.push_with_room(name(which), 1 + l, shape, layout, room)));
-        }
-        let at = |which: &str| places.iter().find(|(name, _)| *name == which).map(|(_, at)| *at);
-        LayerParams {
-            weight_ih,
-            weight_hh,
-            weight_hr,
-            biases: at("bias_ih").zip(at("bias_hh")),
-            peephole: at("weight_peephole"),
-            norms: at("norm_ih").zip(at("norm_hh")).zip(at("norm_c")).map(|((ih, hh), c)| [ih, hh, c]),
-            initial: at("initial_h").zip(at("initial_c")),
-        }
+        let first = of_each_direction(&vectors);
+        let lane = |direction: usize| {
+            let at = |which: &str| vectors.iter().position(|(name, ..)| *name == which).map(|i| first + direction * vectors.len() + i);
+            LayerParams {
+                weight_ih: weights_ih[direction],
+                weight_hh: weights_hh + direction,
+                weight_hr: weights_hr.map(|first| first + direction),
+                biases: at("bias_ih").zip(at("bias_hh")),
+                peephole: at("weight_peephole"),
+                norms: at("norm_ih").zip(at("norm_hh")).zip(at("norm_c")).map(|((ih, hh), c)| [ih, hh, c]),
+                initial: at("initial_h").zip(at("initial_c")),
+            }
+        };
+        (0..suffixes.len()).map(lane).collect()
     }
 }

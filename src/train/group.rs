@@ -23,7 +23,7 @@ use crate::backend::{Backend, DeviceInfo, open};
 use crate::comm::plan::owned_segment;
 use crate::comm::{self, CommError, Tap};
 use crate::data::Batch;
-use crate::infer::session::DEADLINE;
+use crate::infer::session::{DEADLINE, state_of};
 use crate::model;
 use crate::model::config::ModelConfig;
 use crate::model::state::Carried;
@@ -393,8 +393,7 @@ impl Group {
             let rows = shares[rank].clone();
             Command::Step(StepWork {
                 batch: Arc::clone(batch),
-                // Where the text begins, the model has its own initial state.
-                state: carried.as_ref().filter(|_| !batch.resets).map(|c| c.rows(rows.clone())),
+                state: state_of(batch, carried.as_deref(), rows.clone()),
                 rows,
                 wants_state: carried.is_some(),
                 wants_gradients: wants_gradients && rank < n_askable,
@@ -496,8 +495,7 @@ impl Group {
             let rows = shares[rank].clone();
             Command::Evaluate(EvaluateWork {
                 batch: Arc::clone(batch),
-                // Where the text begins, the model has its own initial state.
-                state: carried.as_ref().filter(|_| !batch.resets).map(|c| c.rows(rows.clone())),
+                state: state_of(batch, carried.as_deref(), rows.clone()),
                 rows,
                 wants_state: carried.is_some(),
                 wants_outputs,

@@ -11,7 +11,8 @@ use super::devices::Resolved;
 use super::group::GroupSpec;
 use super::ring::Update;
 use super::worker::{WorkerSpec, weigh};
-use crate::backend::{Backend, BufferId, DeviceError, DeviceInfo, Limits, Readback, Span, SweepPlan};
+use crate::backend::around::Around;
+use crate::backend::{Backend, BufferId, DeviceError, DeviceInfo, Limits, Readback, Span};
 use crate::kernels::Kernel;
 use crate::usage::UsageError;
 
@@ -104,17 +105,17 @@ impl Limited {
     }
 }
 
-impl Backend for Limited {
-    fn info(&self) -> &DeviceInfo {
-        self.inner.info()
+impl Around for Limited {
+    fn inner(&self) -> &dyn Backend {
+        self.inner.as_ref()
     }
-    fn limits(&self) -> Limits {
-        self.inner.limits()
+    fn inner_mut(&mut self) -> &mut dyn Backend {
+        self.inner.as_mut()
     }
     fn alloc(&mut self, label: &str, len: usize) -> Result<BufferId> {
         let bytes = 4 * len as u64;
         if self.bytes + bytes > self.most {
-            let device = self.info().spec.clone();
+            let device = self.inner.info().spec.clone();
             let what = format!("{label} needs {} beside {} of {}", shown(bytes), shown(self.bytes), shown(self.most));
             return Err(DeviceError::OutOfMemory { device, what }.into());
         }
@@ -125,33 +126,6 @@ impl Backend for Limited {
     fn free(&mut self, buffer: BufferId) {
         self.bytes -= 4 * self.inner.len(buffer) as u64;
         self.inner.free(buffer);
-    }
-    fn len(&self, buffer: BufferId) -> usize {
-        self.inner.len(buffer)
-    }
-    fn write(&mut self, to: Span, words: &[f32]) -> Result<()> {
-        self.inner.write(to, words)
-    }
-    fn copy(&mut self, from: Span, to: Span) -> Result<()> {
-        self.inner.copy(from, to)
-    }
-    fn clear(&mut self, span: Span) -> Result<()> {
-        self.inner.clear(span)
-    }
-    fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> Result<()> {
-        self.inner.launch(kernel, operands)
-    }
-    fn plan(&self) -> SweepPlan {
-        self.inner.plan()
-    }
-    fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>> {
-        self.inner.read(spans, memory)
-    }
-    fn submit(&mut self) -> Result<()> {
-        self.inner.submit()
-    }
-    fn wait(&mut self, deadline: Duration) -> Result<()> {
-        self.inner.wait(deadline)
     }
 }
 

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use crate::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan};
+use crate::backend::around::Around;
+use crate::backend::{Backend, BufferId, Limits, Span};
 use crate::infer::session::DEADLINE;
 use crate::kernels::Kernel;
 
@@ -62,12 +63,12 @@ impl Watched {
     }
 }
 
-impl Backend for Watched {
-    fn info(&self) -> &DeviceInfo {
-        self.inner.info()
+impl Around for Watched {
+    fn inner(&self) -> &dyn Backend {
+        self.inner.as_ref()
     }
-    fn limits(&self) -> Limits {
-        self.inner.limits()
+    fn inner_mut(&mut self) -> &mut dyn Backend {
+        self.inner.as_mut()
     }
     fn alloc(&mut self, label: &str, len: usize) -> Result<BufferId> {
         let buffer = self.inner.alloc(label, len)?;
@@ -85,18 +86,6 @@ impl Backend for Watched {
         let mut notes = noted(&self.notes);
         notes.bytes = notes.bytes.saturating_sub(bytes);
     }
-    fn len(&self, buffer: BufferId) -> usize {
-        self.inner.len(buffer)
-    }
-    fn write(&mut self, to: Span, words: &[f32]) -> Result<()> {
-        self.inner.write(to, words)
-    }
-    fn copy(&mut self, from: Span, to: Span) -> Result<()> {
-        self.inner.copy(from, to)
-    }
-    fn clear(&mut self, span: Span) -> Result<()> {
-        self.inner.clear(span)
-    }
     fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> Result<()> {
         if !self.times {
             return self.inner.launch(kernel, operands);
@@ -111,20 +100,5 @@ impl Backend for Watched {
         *n += 1;
         *time += start.elapsed();
         Ok(())
-    }
-    fn variant(&self, kernel: &dyn Kernel) -> String {
-        self.inner.variant(kernel)
-    }
-    fn plan(&self) -> SweepPlan {
-        self.inner.plan()
-    }
-    fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>> {
-        self.inner.read(spans, memory)
-    }
-    fn submit(&mut self) -> Result<()> {
-        self.inner.submit()
-    }
-    fn wait(&mut self, deadline: Duration) -> Result<()> {
-        self.inner.wait(deadline)
     }
 }

@@ -43,6 +43,11 @@ CONFIGS = {
     "series-both-ways": "--data many.csv --target a --layers 2 --hidden 9 --bidirectional --dropout 0.2 --seq-len 9 --horizon 2",
     "series-peepholes": "--data one.csv --layers 2 --hidden 11 --peephole --coupled-gates --recurrent-dropout 0.2 --weight-drop 0.1 --seq-len 12 --horizon 3",
     "series-unlike-widths": "--data one.csv --hidden 10,7,13 --seq-len 12 --horizon 3",
+    "series-residual": "--data many.csv --target a --features b,c --layers 3 --hidden 8 --residual --dropout 0.1 --seq-len 9 --horizon 2",
+    "series-residual-both-ways": "--data many.csv --target a --features b --layers 3 --hidden 7 --residual --bidirectional --seq-len 9 --horizon 2",
+    "char-residual": "--data text.txt --level char --layers 2 --hidden 12 --embedding 12 --residual",
+    "series-learned-state": "--data many.csv --target a --layers 2 --hidden 9 --bidirectional --learned-state --seq-len 9 --horizon 2",
+    "char-learned-state": "--data text.txt --level char --layers 2 --hidden 12 --residual --embedding 12 --learned-state",
     "series-calendar": "--data many.csv --target b --season 12 --calendar --relative none --layers 1 --hidden 64 --seq-len 24 --horizon 12",
 }
 
@@ -80,10 +85,10 @@ def sigmoid(x):
 class Reference:
     """The exported parameters in float64, by PyTorch's equations; peepholes and coupled gates by ONNX's."""
 
-    def __init__(self, path, coupled=False):
+    def __init__(self, path, coupled=False, residual=False, mean=False):
         tensors, _ = read_safetensors(path)
         self.p = {name: values.astype(np.float64) for name, values in tensors.items()}
-        self.coupled = coupled
+        self.coupled, self.residual, self.mean = coupled, residual, mean
         self.layers = 0
         while f"lstm.weight_ih_l{self.layers}" in self.p:
             self.layers += 1
@@ -91,6 +96,15 @@ class Reference:
 
     def hidden(self, layer):
         return self.p[f"lstm.weight_hh_l{layer}"].shape[1]
+
+    def start(self, layer, n_rows):
+        """The state to begin from where none is given: h and c [D, B, H]."""
+        rows = []
+        for which in "hc":
+            zero = np.zeros(self.hidden(layer))
+            lanes = [self.p.get(f"lstm.initial_{which}_l{layer}{suffix}", zero) for suffix in ("", "_reverse")[: self.n_directions(layer)]]
+            rows.append(np.repeat(np.stack(lanes)[:, None], n_rows, axis=1))
+        return tuple(rows)
 
     def n_directions(self, layer):
         return 2 if f"lstm.weight_ih_l{layer}_reverse" in self.p else 1
@@ -126,14 +140,20 @@ class Reference:
                     out, h, c = self.sequence(x, layer, "_reverse" if d else "", states[layer][0][d, b], states[layer][1][d, b])
                     finals[layer][0][d, b], finals[layer][1][d, b] = h, c
                     parts.append(out)
-                x = np.concatenate(parts, axis=1)
+                below, x = x, np.concatenate(parts, axis=1)
+                if self.residual and below.shape == x.shape:
+                    x = x + below
             tops.append(x)
         if per_step:
             top = np.zeros((n_steps, n_rows, tops[0].shape[1]))
             for b, x in enumerate(tops):
                 top[: len(x), b] = x
+        elif self.mean:
+            top = np.stack([x.mean(axis=0) for x in tops])
         else:
-            top = np.concatenate([finals[-1][0][d] for d in range(len(finals[-1][0]))], axis=1)
+            # What the last layer hands up at each direction's last step.
+            half = self.hidden(self.layers - 1)
+            top = np.stack([np.concatenate([x[-1, :half], x[0, half:]]) for x in tops])
         return top @ self.p["head.weight"].T + self.p["head.bias"], finals
 
 
@@ -181,11 +201,11 @@ def check_against_numpy(checker, onnx, reference, vocabulary, n_features, per_st
             feeds.update({f"{name}_0_l{layer}": state[which] for layer, state in enumerate(states)})
     assert defaults == {"lengths", *feeds}, defaults
     names = [value.name for value in onnx.get_outputs()]
-    zeros = [(np.zeros_like(h, np.float64), np.zeros_like(c, np.float64)) for h, c in states]
+    start = [reference.start(layer, n_rows) for layer in range(reference.layers)]
     given = [(h.astype(np.float64), c.astype(np.float64)) for h, c in states]
     full = np.full(n_rows, n_steps)
     for what, feed, lens, start in [
-        ("plain", {}, full, zeros),
+        ("plain", {}, full, start),
         ("lengths and initial state", {"lengths": lengths, **feeds}, lengths, given),
     ]:
         found = dict(zip(names, onnx.run(None, {"input": inputs, **feed})))
@@ -296,7 +316,7 @@ def check_config(checker, carrousel, work, name, flags):
     call("train", "--out", run, *usual.split(), *flags.split())
     call("export", "--run", run, "--format", "onnx", "--output", folder / "m.onnx")
     call("export", "--run", run, "--format", "safetensors", "--output", folder / "m.safetensors")
-    is_torchs = "--peephole" not in flags and "unlike" not in name
+    is_torchs = not any(option in flags for option in ("--peephole", "--residual", "--learned-state")) and "unlike" not in name
     if is_torchs:
         call("export", "--run", run, "--format", "safetensors", "--part", "lstm", "--output", folder / "lstm.safetensors")
     for form in ("csv", "safetensors"):
@@ -315,7 +335,7 @@ def check_config(checker, carrousel, work, name, flags):
     onnx = session(folder / "m.onnx")
     metadata = onnx.get_modelmeta()
     assert metadata.producer_name == "carrousel" and metadata.custom_metadata_map["format_version"] == "1"
-    reference = Reference(folder / "m.safetensors", "--coupled-gates" in flags)
+    reference = Reference(folder / "m.safetensors", "--coupled-gates" in flags, "--residual" in flags)
     is_text = "embedding.weight" in reference.p
     vocabulary = len(reference.p["embedding.weight"]) if is_text else 0
     if is_text:
@@ -330,7 +350,8 @@ def check_config(checker, carrousel, work, name, flags):
 
 def check_sample(checker, path):
     _, metadata = read_safetensors(path.with_suffix(".safetensors"))
-    reference = Reference(path.with_suffix(".safetensors"), json.loads(metadata["model"])["coupled"])
+    model = json.loads(metadata["model"])
+    reference = Reference(path.with_suffix(".safetensors"), model["coupled"], model["residual"], model["mean"])
     is_text = "embedding.weight" in reference.p
     vocabulary = len(reference.p["embedding.weight"]) if is_text else 0
     n_features = reference.p["lstm.weight_ih_l0"].shape[1]

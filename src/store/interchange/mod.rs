@@ -118,12 +118,24 @@ pub struct Layer {
     pub learned_state: bool,
     /// The forget gate is one minus the input gate (ONNX's `input_forget`).
     pub coupled: bool,
+    /// What goes in is added to what comes out.
+    pub residual: bool,
 }
 
 impl Layer {
     /// A forward layer as PyTorch has it.
     pub const fn plain(inputs: usize, hidden: usize) -> Self {
-        Self { inputs, hidden, projection: 0, bidirectional: false, bias: true, peephole: false, learned_state: false, coupled: false }
+        Self {
+            inputs,
+            hidden,
+            projection: 0,
+            bidirectional: false,
+            bias: true,
+            peephole: false,
+            learned_state: false,
+            coupled: false,
+            residual: false,
+        }
     }
 
     /// `D`.
@@ -216,8 +228,17 @@ pub fn describe(config: &ModelConfig) -> Network {
     let mut inputs = width;
     let mut layers = Vec::with_capacity(n_layers);
     for l in 0..n_layers {
-        let layer =
-            Layer { inputs, hidden: hidden.of(l), projection, bidirectional, bias, peephole, learned_state, coupled: coupled_gates };
+        let layer = Layer {
+            inputs,
+            hidden: hidden.of(l),
+            projection,
+            bidirectional,
+            bias,
+            peephole,
+            learned_state,
+            coupled: coupled_gates,
+            residual: config.is_residual(l),
+        };
         inputs = layer.outputs();
         layers.push(layer);
     }
@@ -225,14 +246,14 @@ pub fn describe(config: &ModelConfig) -> Network {
         (zoneout_h > 0.0 || zoneout_c > 0.0, "zoneout changes the recurrence, without training too"),
         (cell_clip > 0.0, "its clip of the cell state is none that the format has"),
         (layer_norm, "it normalises within the cell"),
-        (residual, "it adds the inputs of layers to their outputs"),
-        (learned_state, "its initial state is learnt"),
     ];
     let unlike = layers.iter().any(|layer| layer.hidden != layers[0].hidden);
     let of_torch = [
         (unlike, "its layers have unlike numbers of hidden units"),
         (peephole, "its gates read the cell state by peepholes"),
         (coupled_gates, "its forget gate is one minus its input gate"),
+        (residual, "it adds the inputs of layers to their outputs"),
+        (learned_state, "its initial state is learnt"),
     ];
     let of_onnx = [(projection > 0, "its state is projected by `weight_hr`, which ONNX's LSTM does not do")];
     let beyond_both = first_that_holds(&beyond);
@@ -459,7 +480,10 @@ pub fn read(path: &Path) -> Result<ModelFile> {
 /// What a file is. A safetensors file begins with the length of its header in eight bytes, and the header is a JSON object; an ONNX model begins
 /// with its field 1, `ir_version`.
 fn format_of(bytes: &[u8], path: &Path) -> Result<Format> {
-    let others: [(&[u8], &str); 2] = [
+    const OLD_TORCH: &str = "a pickle, as torch.save wrote before version 1.6: in Python, load it and write `safetensors.torch.save_file(model.state_dict(), FILE)`";
+    let others: [(&[u8], &str); 3] = [
+        // A pickle of protocol 2 begins so.
+        (b"\x80\x02", OLD_TORCH),
         (
             b"PK\x03\x04",
             "a zip archive, as torch.save and Keras write: in Python, write `safetensors.torch.save_file(model.state_dict(), FILE)`",
@@ -469,13 +493,14 @@ fn format_of(bytes: &[u8], path: &Path) -> Result<Format> {
     if let Some((_, what)) = others.iter().find(|(start, _)| bytes.starts_with(start)) {
         return Err(foreign(path, format!("it is {what}, and import that")));
     }
-    let is_named_onnx = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("onnx"));
-    Ok(match bytes {
-        [_, _, _, _, _, _, _, _, b'{', ..] => Format::Safetensors,
-        [0x08, ..] => Format::Onnx,
-        _ if is_named_onnx => Format::Onnx,
-        _ => Format::Safetensors,
-    })
+    let is_named = |name: &str| path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case(name));
+    match bytes {
+        [_, _, _, _, _, _, _, _, b'{', ..] => Ok(Format::Safetensors),
+        [0x08, ..] => Ok(Format::Onnx),
+        _ if is_named("onnx") => Ok(Format::Onnx),
+        _ if is_named("safetensors") => Ok(Format::Safetensors),
+        _ => Err(foreign(path, "this is neither a safetensors file nor an ONNX model, which are the two that can be imported")),
+    }
 }
 
 /// As [`read`], of a file in memory; `path` is what errors name.
@@ -553,6 +578,7 @@ impl ModelFile {
                 peephole: has("weight_peephole", 0),
                 learned_state: has("initial_h", 0),
                 coupled: self.coupled,
+                residual: false,
             };
             for (name, shape) in (0..layer.n_directions()).flat_map(|d| layer.tensors(l, d)) {
                 let tensor = self.tensor(&name).ok_or_else(|| self.wrong(&name, "is missing"))?;

@@ -4,7 +4,7 @@
 //! | --- | --- | --- | --- |
 //! | `input` | int64 or float | `[time, batch]` tokens, or `[time, batch, I]` numbers | |
 //! | `lengths` | int32 | `[batch]` | may be left out: all rows are as long as the input |
-//! | `h_0`, `c_0` | float | `[L * D, batch, H]` | may be left out: zero |
+//! | `h_0`, `c_0` | float | `[L * D, batch, H]` | may be left out: zero, or the state that was learnt |
 //!
 //! | output | shape | |
 //! | --- | --- | --- |
@@ -368,7 +368,7 @@ fn graph(network: &Network, tensors: &[NamedTensor]) -> Graph {
     let layers = &network.layers;
     let alike = layers.windows(2).all(|pair| pair[0].outputs() == pair[1].outputs() && pair[0].bidirectional == pair[1].bidirectional);
     for which in ["h", "c"] {
-        initial_state(&mut b, which, layers, alike);
+        initial_state(&mut b, &params, which, layers, alike);
     }
 
     if let Input::Tokens { vocabulary, width } = network.input {
@@ -379,7 +379,19 @@ fn graph(network: &Network, tensors: &[NamedTensor]) -> Graph {
     for (l, layer) in layers.iter().enumerate() {
         let is_last = l + 1 == layers.len();
         let out = if is_last && network.head.is_none() { "output".to_owned() } else { format!("lstm.l{l}.output") };
-        lstm(&mut b, &params, l, layer, [&x, &out]);
+        if layer.residual {
+            if l == 0 {
+                // Behind a row's end an LSTM gives zeros, and what is added to them must be zero too.
+                let valid = steps_where(&mut b, "Less", "lengths.of_rows");
+                b.node("Mul", &[&x, &valid], &["input.valid"], vec![]);
+                x = "input.valid".to_owned();
+            }
+            let plain = format!("lstm.l{l}.plain");
+            lstm(&mut b, &params, l, layer, [&x, &plain]);
+            b.node("Add", &[&plain, &x], &[&out], vec![]);
+        } else {
+            lstm(&mut b, &params, l, layer, [&x, &out]);
+        }
         x = out;
     }
     let (last, width) = (layers.len().saturating_sub(1), network.width());
@@ -396,6 +408,23 @@ fn graph(network: &Network, tensors: &[NamedTensor]) -> Graph {
                 Output::Notes { n_notes } => n_notes,
             };
             let read = match pooling {
+                // More than the state comes out of a residual layer: what stands at each row's own end, in reverse at its first step.
+                Pooling::Last if layers[last].residual => {
+                    b.node("Sub", &["lengths.of_rows", "const.int32.1"], &["lengths.last"], vec![]);
+                    let at_end = steps_where(&mut b, "Equal", "lengths.last");
+                    b.node("Mul", &[&x, &at_end], &["ends"], vec![]);
+                    b.node("ReduceSum", &["ends", &zero], &["at_end"], vec![int("keepdims", 0)]);
+                    if layers[last].bidirectional {
+                        let halves = b.ints("const.halves", &[width / 2; 2]);
+                        b.node("Gather", &[&x, "const.scalar.0"], &["at_start"], vec![int("axis", 0)]);
+                        b.node("Split", &["at_end", &halves], &["forward.last", "forward.unread"], vec![int("axis", 1)]);
+                        b.node("Split", &["at_start", &halves], &["reverse.unread", "reverse.last"], vec![int("axis", 1)]);
+                        b.node("Concat", &["forward.last", "reverse.last"], &["last"], vec![int("axis", 1)]);
+                        "last"
+                    } else {
+                        "at_end"
+                    }
+                }
                 Pooling::Last => {
                     // [D, B, H] -> [B, D * H]
                     let flat = b.ints("const.rows_flat", &[0, width]);
@@ -423,11 +452,35 @@ fn graph(network: &Network, tensors: &[NamedTensor]) -> Graph {
     b.graph
 }
 
+/// 1 where the number of a step stands so to the row's number, else 0: `[T, B, 1]`.
+fn steps_where(b: &mut Builder, op: &str, of_rows: &str) -> String {
+    if !b.graph.node.iter().any(|node| node.output.iter().any(|output| output == "steps")) {
+        let scalar = b.ints("const.scalar", &[]);
+        for (name, value) in [("const.scalar.0", 0_i64), ("const.scalar.1", 1)] {
+            b.constant(name, &[], proto::INT64, value.to_le_bytes().to_vec());
+        }
+        b.constant("const.int32.1", &[1], proto::INT32, 1_i32.to_le_bytes().to_vec());
+        b.node("Reshape", &["n_steps.int64", &scalar], &["n_steps.scalar"], vec![]);
+        b.node("Range", &["const.scalar.0", "n_steps.scalar", "const.scalar.1"], &["steps.int64"], vec![]);
+        b.node("Cast", &["steps.int64"], &["steps.flat"], vec![int("to", proto::INT32 as usize)]);
+        b.node("Unsqueeze", &["steps.flat", "const.1"], &["steps"], vec![]);
+    }
+    let [flags, floats, name] = ["flags", "floats", "mask"].map(|what| format!("steps.{op}.{what}"));
+    let axis = b.ints(&format!("steps.{op}.axis"), &[2]);
+    b.node(op, &["steps", of_rows], &[&flags], vec![]);
+    b.node("Cast", &[&flags], &[&floats], vec![int("to", proto::FLOAT as usize)]);
+    b.node("Unsqueeze", &[&floats, &axis], &[&name], vec![]);
+    name
+}
+
 /// Declares the initial state and cuts it into the layers', each `lstm.l{l}.{which}_0` `[D, B, H]`.
-fn initial_state(b: &mut Builder, which: &str, layers: &[Layer], alike: bool) {
-    let mut declare = |name: &str, n: usize, hidden: usize, outputs: &[String]| {
+fn initial_state(b: &mut Builder, params: &Params, which: &str, layers: &[Layer], alike: bool) {
+    let mut declare = |name: &str, lanes: &[(usize, usize)], hidden: usize, outputs: &[String]| {
+        let n = lanes.len();
         b.input(name, proto::FLOAT, &[Axis::Of(n), Axis::BatchOrOne, Axis::Of(hidden)]);
-        b.floats(name, &[n, 1, hidden], &vec![0.0; n * hidden]);
+        let learned = lanes.iter().flat_map(|&(l, direction)| params.values(&tensor_name(&format!("initial_{which}"), l, direction)));
+        let learned: Vec<f32> = learned.copied().collect();
+        b.floats(name, &[n, 1, hidden], &if learned.is_empty() { vec![0.0; n * hidden] } else { learned });
         let (n_axis, h_axis) = (b.ints(&format!("{name}.n"), &[n]), b.ints(&format!("{name}.hidden"), &[hidden]));
         b.node("Concat", &[&n_axis, "n_rows", &h_axis], &[&format!("{name}.shape")], vec![int("axis", 0)]);
         let expanded = if let [output] = outputs { output.clone() } else { format!("{name}.of_rows") };
@@ -438,12 +491,15 @@ fn initial_state(b: &mut Builder, which: &str, layers: &[Layer], alike: bool) {
             b.node("Split", &[&expanded, &sizes], &outputs, vec![int("axis", 0)]);
         }
     };
+    let lanes = |l: usize| (0..layers[l].n_directions()).map(|direction| (l, direction)).collect::<Vec<_>>();
     let parts: Vec<String> = (0..layers.len()).map(|l| format!("lstm.l{l}.{which}_0")).collect();
     match layers.first() {
-        Some(first) if alike => declare(&format!("{which}_0"), layers.len() * first.n_directions(), first.hidden, &parts),
+        Some(first) if alike => {
+            declare(&format!("{which}_0"), &(0..layers.len()).flat_map(|l| lanes(l)).collect::<Vec<_>>(), first.hidden, &parts)
+        }
         _ => {
             for (l, (layer, part)) in layers.iter().zip(parts).enumerate() {
-                declare(&format!("{which}_0_l{l}"), layer.n_directions(), layer.hidden, &[part]);
+                declare(&format!("{which}_0_l{l}"), &lanes(l), layer.hidden, &[part]);
             }
         }
     }
@@ -594,14 +650,46 @@ pub(super) fn from_bytes(bytes: &[u8], path: &Path) -> Result<ModelFile> {
         let (shape, data) = constants.floats(name)?;
         tensors.push(NamedTensor { name: name.to_owned(), shape, data });
     }
-    tensors.sort_by(|a: &NamedTensor, b| a.name.cmp(&b.name));
     let strings: BTreeMap<String, String> = model.metadata_props.iter().map(|entry| (entry.key.clone(), entry.value.clone())).collect();
+    read_learned_state(&constants, &strings, &mut tensors)?;
+    tensors.sort_by(|a: &NamedTensor, b| a.name.cmp(&b.name));
     let about = About::read(path, strings, &tensors)?;
     if about.is_none() && model.producer_name == super::PRODUCER {
         let problem = "is missing or damaged, though carrousel wrote the file".to_owned();
         return Err(InterchangeError::Field { path: path.to_path_buf(), field: "`metadata_props`".to_owned(), problem });
     }
     Ok(ModelFile { path: path.to_path_buf(), format: Format::Onnx, about, tensors, coupled: coupled.unwrap_or_default() })
+}
+
+/// A learnt initial state stands in the defaults of `h_0` and `c_0`; that it was learnt shows in the sums of the file's own tensors.
+fn read_learned_state(constants: &Constants, strings: &BTreeMap<String, String>, tensors: &mut Vec<NamedTensor>) -> Result<()> {
+    let sums = strings.get("sha256").and_then(|sums| serde_json::from_str::<BTreeMap<String, String>>(sums).ok()).unwrap_or_default();
+    for which in ["h", "c"] {
+        // Lanes so far: in the one default of all layers they lie behind each other.
+        let mut first = 0;
+        for l in 0.. {
+            let lanes: Vec<String> =
+                (0..2).map(|d| tensor_name(&format!("initial_{which}"), l, d)).filter(|name| sums.contains_key(name)).collect();
+            if lanes.is_empty() {
+                break;
+            }
+            let all = format!("{which}_0");
+            let (name, skipped) = if constants.has(&all) { (all, first) } else { (format!("{all}_l{l}"), 0) };
+            let (shape, values) = constants.floats(&name)?;
+            let [n, 1, hidden] = shape[..] else {
+                return Err(
+                    constants.wrong(&name, format!("has shape {shape:?}, but a learnt state's default is [directions, 1, hidden units]"))
+                );
+            };
+            if skipped + lanes.len() > n {
+                return Err(constants.wrong(&name, format!("has shape {shape:?}, but there are {} states", skipped + lanes.len())));
+            }
+            first += lanes.len();
+            let rows = values.chunks_exact(hidden.max(1)).skip(skipped);
+            tensors.extend(lanes.into_iter().zip(rows).map(|(name, row)| NamedTensor { name, shape: vec![hidden], data: row.to_vec() }));
+        }
+    }
+    Ok(())
 }
 
 fn attribute(path: &Path, node: &Node, name: &str, problem: impl Into<String>) -> InterchangeError {

@@ -58,7 +58,7 @@ pub(super) fn from_bytes(bytes: &[u8], path: &Path) -> Result<ModelFile> {
         }
     };
     for tensor in &mut tensors {
-        let is_part = |rest: &&str| ["weight_", "bias_"].iter().any(|start| rest.starts_with(start));
+        let is_part = |rest: &&str| ["weight_", "bias_", "norm_", "initial_"].iter().any(|start| rest.starts_with(start));
         if let Some(rest) = tensor.name.strip_prefix(&prefix).filter(is_part) {
             tensor.name = format!("{LSTM}{rest}");
         }

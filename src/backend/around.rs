@@ -1,0 +1,96 @@
+//! A backend around another: it does itself what it names, the inner one does the rest. For what weighs, limits, watches, or in tests disturbs a device.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use super::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan};
+use crate::kernels::Kernel;
+
+/// The methods of [`Backend`], each of which asks the inner one unless it is written anew.
+pub trait Around {
+    fn inner(&self) -> &dyn Backend;
+    fn inner_mut(&mut self) -> &mut dyn Backend;
+
+    fn info(&self) -> &DeviceInfo {
+        self.inner().info()
+    }
+    fn limits(&self) -> Limits {
+        self.inner().limits()
+    }
+    fn alloc(&mut self, label: &str, len: usize) -> Result<BufferId> {
+        self.inner_mut().alloc(label, len)
+    }
+    fn free(&mut self, buffer: BufferId) {
+        self.inner_mut().free(buffer);
+    }
+    fn write(&mut self, to: Span, words: &[f32]) -> Result<()> {
+        self.inner_mut().write(to, words)
+    }
+    fn copy(&mut self, from: Span, to: Span) -> Result<()> {
+        self.inner_mut().copy(from, to)
+    }
+    fn clear(&mut self, span: Span) -> Result<()> {
+        self.inner_mut().clear(span)
+    }
+    fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> Result<()> {
+        self.inner_mut().launch(kernel, operands)
+    }
+    fn plan(&self) -> SweepPlan {
+        self.inner().plan()
+    }
+    fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>> {
+        self.inner_mut().read(spans, memory)
+    }
+    fn submit(&mut self) -> Result<()> {
+        self.inner_mut().submit()
+    }
+    fn wait(&mut self, deadline: Duration) -> Result<()> {
+        self.inner_mut().wait(deadline)
+    }
+}
+
+impl<A: Around> Backend for A {
+    fn info(&self) -> &DeviceInfo {
+        Around::info(self)
+    }
+    fn limits(&self) -> Limits {
+        Around::limits(self)
+    }
+    fn alloc(&mut self, label: &str, len: usize) -> Result<BufferId> {
+        Around::alloc(self, label, len)
+    }
+    fn free(&mut self, buffer: BufferId) {
+        Around::free(self, buffer);
+    }
+    fn len(&self, buffer: BufferId) -> usize {
+        self.inner().len(buffer)
+    }
+    fn write(&mut self, to: Span, words: &[f32]) -> Result<()> {
+        Around::write(self, to, words)
+    }
+    fn copy(&mut self, from: Span, to: Span) -> Result<()> {
+        Around::copy(self, from, to)
+    }
+    fn clear(&mut self, span: Span) -> Result<()> {
+        Around::clear(self, span)
+    }
+    fn launch(&mut self, kernel: &dyn Kernel, operands: &[Span]) -> Result<()> {
+        Around::launch(self, kernel, operands)
+    }
+    fn variant(&self, kernel: &dyn Kernel) -> String {
+        self.inner().variant(kernel)
+    }
+    fn plan(&self) -> SweepPlan {
+        Around::plan(self)
+    }
+    fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>> {
+        Around::read(self, spans, memory)
+    }
+    fn submit(&mut self) -> Result<()> {
+        Around::submit(self)
+    }
+    fn wait(&mut self, deadline: Duration) -> Result<()> {
+        Around::wait(self, deadline)
+    }
+}
