@@ -352,7 +352,8 @@ fn sequences_in_a_table_are_trained_on_judged_and_written_out() {
 
 #[test]
 fn profile_ring_reports_times_beside_what_memory_allows() {
-    for (world, algorithm, chosen) in [("2", "ring", "ring"), ("3", "tree", "tree"), ("2", "auto", "direct")] {
+    for (world, algorithm, chosen) in [("2", "ring", "ring"), ("3", "tree", "tree"), ("3", "groups:2", "groups:2"), ("2", "auto", "direct")]
+    {
         let args = ["profile", "ring", "--world", world, "--bytes", "8K", "--algorithm", algorithm, "--calls", "3", "--json"];
         let event = call(&args).last_event();
         assert_eq!((event["event"].as_str(), event["status"].as_str()), (Some("summary"), Some("finished")), "{event}");

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use carrousel::comm::plan::{
     Action, Algorithm, Plan, Transfer, all_reduce, broadcast, direct_all_gather, direct_all_gather_of, direct_all_reduce, direct_exchange,
-    direct_reduce_scatter, double_tree_all_reduce, owned_segment, ring_all_gather, ring_all_reduce, ring_reduce_scatter, segments,
-    tree_all_reduce,
+    direct_reduce_scatter, double_tree_all_reduce, grouped_all_reduce, owned_segment, ring_all_gather, ring_all_reduce,
+    ring_reduce_scatter, segments, tree_all_reduce,
 };
 use carrousel::comm::{CommError, Communicator, Operation, Options, group, measure};
 use carrousel::rng::{Purpose, StepKey, Stream};
@@ -307,6 +307,31 @@ fn ring_and_direct_all_reduce_share_the_work_evenly() {
 }
 
 #[test]
+fn grouped_all_reduce_sums_every_element_once_and_sends_each_groups_sum_out_of_it_once() {
+    for world in WORLDS {
+        for size in 1..=world + 1 {
+            let n_groups = world.div_ceil(size);
+            for len in plan_lens(world) {
+                let plans = plans(world, len, |world, rank, len| grouped_all_reduce(size, world, rank, len));
+                check_all_reduce(&plans, len).unwrap_or_else(|e| panic!("{world} ranks in groups of {size}, {len} floats: {e}"));
+                let sent = |leaves: bool| -> usize {
+                    let of_rank = |(rank, plan): (usize, &Plan)| -> usize {
+                        let all = plan.steps.iter().flat_map(|step| &step.sends);
+                        all.filter(|send| (send.peer / size != rank / size) == leaves).map(|send| send.segment.len()).sum()
+                    };
+                    plans.iter().enumerate().map(of_rank).sum()
+                };
+                assert_eq!(sent(true), 2 * (n_groups - 1) * len, "{world} ranks in groups of {size}, {len} floats");
+                assert_eq!(sent(false), 2 * (world - n_groups) * len, "{world} ranks in groups of {size}, {len} floats");
+            }
+        }
+    }
+    for wrong in ["groups", "groups:0", "groups:x", "groups:-1", "star"] {
+        assert!(wrong.parse::<Algorithm>().is_err(), "{wrong}");
+    }
+}
+
+#[test]
 fn a_direct_exchange_gives_everyone_every_sum_in_one_step() {
     for world in WORLDS {
         for len in plan_lens(world) {
@@ -353,7 +378,7 @@ fn trees_have_few_steps_and_inner_ranks_in_one_of_two_trees_only() {
 #[test]
 fn the_plan_for_an_algorithm_is_right_at_every_length() {
     for (name, algorithm) in Algorithm::ALL {
-        assert_eq!(algorithm.name(), name);
+        assert_eq!((algorithm.to_string().as_str(), name.parse()), (name, Ok(algorithm)));
         for world in WORLDS {
             for len in plan_lens(world) {
                 let plans = plans(world, len, |world, rank, len| all_reduce(algorithm, world, rank, len));

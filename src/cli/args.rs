@@ -339,9 +339,9 @@ pub struct ProfileRingArgs {
     /// Length of the message, a multiple of 4
     #[arg(long, value_name = "SIZE", default_value = "4M")]
     pub bytes: Size,
-    /// How to go about it; auto takes what a bench found fastest for this world and length
-    #[arg(long, value_name = "NAME", default_value = "auto", value_parser = PossibleValuesParser::new(Algorithm::ALL.map(|(name, _)| name)))]
-    pub algorithm: String,
+    /// How to go about it: ring, tree, direct, groups:N (N neighbours a group), or auto, which takes what a bench found fastest for this world and length
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    pub algorithm: Algorithm,
     /// Calls that are timed, after the warm-up; by default as many as move 2 GB, from 10 to 2000
     #[arg(long, value_name = "N")]
     pub calls: Option<Size>,

@@ -20,7 +20,6 @@ use super::{Done, INTERRUPTED, print, recipes as known, report};
 use crate::backend::gpu::adapters;
 use crate::backend::open;
 use crate::comm::measure::measure;
-use crate::comm::plan::Algorithm;
 use crate::data::sequences::Labelled;
 use crate::data::series::Part;
 use crate::data::vocab::Level as TextLevel;
@@ -511,13 +510,13 @@ pub fn profile_ring(args: &ProfileRingArgs) -> anyhow::Result<Done> {
         return Err(UsageError(format!("--world {world} with --bytes {n_bytes} needs {} GB; stay below 16", total >> 30)).into());
     }
     hold("--calls", args.calls.map_or(1, |n| n.0), args.calls.is_none_or(|n| n.0 > 0), "at least 1")?;
-    let asked = Algorithm::ALL.into_iter().find(|(name, _)| *name == args.algorithm).map_or(Algorithm::Auto, |(_, algorithm)| algorithm);
+    let asked = args.algorithm;
     let measured = measure(world, n_bytes, asked, args.calls.map(|n| n.0))?;
     let summary = Map::from_iter([
         ("world".to_owned(), json!(world)),
         ("bytes".to_owned(), json!(n_bytes)),
-        ("algorithm".to_owned(), json!(asked.name())),
-        ("chosen".to_owned(), json!(measured.algorithm.name())),
+        ("algorithm".to_owned(), json!(asked.to_string())),
+        ("chosen".to_owned(), json!(measured.algorithm.to_string())),
         ("calls".to_owned(), json!(measured.n_calls)),
         ("seconds".to_owned(), json!(measured.seconds)),
         ("min_seconds".to_owned(), json!(measured.min_seconds)),

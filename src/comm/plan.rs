@@ -17,6 +17,7 @@
 //! | [`direct_exchange`] | 1 | S(P-1) | S(P-1) | s+1, s+2, ..., s |
 //! | [`tree_all_reduce`] | 2 ceil(log2 P) | at most S log2 P, to children and parent | at most S log2 P | by subtrees |
 //! | [`double_tree_all_reduce`] | about 2 log2 P | at most 3S | at most 2S | by subtrees |
+//! | [`grouped_all_reduce`] | 4 | at most 2S, of which 2S/g to other groups of g | as much | by groups |
 //! | [`broadcast`] | ceil(log2 P) | at most S log2 P | S | |
 //!
 //! s is the owner of the segment: ring and direct exchange give the same bits, so where the one hands over to the other is a matter of
@@ -38,20 +39,37 @@ pub enum Algorithm {
     Tree,
     /// Everyone reads from everyone.
     Direct,
+    /// Within groups of so many neighbours first, as the ranks of one machine are, then between the groups; at least 1.
+    Groups(usize),
 }
 
 impl Algorithm {
-    /// All of them with the names that people type.
-    pub const ALL: [(&'static str, Self); 4] = [("auto", Self::Auto), ("ring", Self::Ring), ("tree", Self::Tree), ("direct", Self::Direct)];
-
-    /// The name that people type.
-    pub fn name(self) -> &'static str {
-        Self::ALL.into_iter().find(|(_, algorithm)| *algorithm == self).map_or("auto", |(name, _)| name)
-    }
+    /// All of them with the names that people type; of the groups the smallest that are any.
+    pub const ALL: [(&'static str, Self); 5] =
+        [("auto", Self::Auto), ("ring", Self::Ring), ("tree", Self::Tree), ("direct", Self::Direct), ("groups:2", Self::Groups(2))];
 
     /// What `Auto` stands for; any other stays what it is.
     pub fn resolve(self) -> Self {
         if self == Self::Auto { Self::Direct } else { self }
+    }
+}
+
+impl std::fmt::Display for Algorithm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Groups(size) => write!(f, "groups:{size}"),
+            other => f.write_str(Self::ALL.into_iter().find(|(_, algorithm)| algorithm == other).map_or("auto", |(name, _)| name)),
+        }
+    }
+}
+
+impl std::str::FromStr for Algorithm {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let of_groups = || name.strip_prefix("groups:")?.parse().ok().filter(|&size: &usize| size > 0).map(Self::Groups);
+        let named = Self::ALL.into_iter().find(|(known, _)| *known == name).map(|(_, algorithm)| algorithm);
+        named.or_else(of_groups).ok_or_else(|| "one of auto, ring, tree, direct, groups:N with N ranks a group".to_owned())
     }
 }
 
@@ -149,6 +167,7 @@ pub fn all_reduce(algorithm: Algorithm, world: usize, rank: usize, len: usize) -
         Algorithm::Ring => ring_all_reduce(world, rank, len),
         Algorithm::Tree if len <= ONE_TREE_FLOATS => tree_all_reduce(world, rank, len),
         Algorithm::Tree => double_tree_all_reduce(world, rank, len),
+        Algorithm::Groups(size) => grouped_all_reduce(size, world, rank, len),
         _ if len <= one_step_floats(world) => direct_exchange(world, rank, len),
         _ => direct_all_reduce(world, rank, len),
     }
@@ -303,6 +322,59 @@ pub fn double_tree_all_reduce(world: usize, rank: usize, len: usize) -> Plan {
         plan.push(2 + half, vec![], parent.iter().map(|parent| of(parent, half)).collect(), Action::Take);
         plan.push(2 + half, children.iter().map(|child| of(child, half)).collect(), vec![], Action::Take);
     }
+    plan
+}
+
+/// Sums within groups of `size` neighbours, then between the groups, and hands the sums back the same way: what leaves a group is one message, however many
+/// ranks it has. For ranks whose neighbours are nearer than others, as on several machines. 4 waits a rank; all ranks together hand out 2(P-1)S, of
+/// which 2(G-1)S between the G groups. The last group may be smaller.
+///
+/// The message is cut into so many parts that each rank of the largest group has one for each group to finish. In every group one member sums a part,
+/// and one group's sums those of all groups.
+///
+/// # Panics
+/// If `rank` is not below `world`, or `size` is zero.
+pub fn grouped_all_reduce(size: usize, world: usize, rank: usize, len: usize) -> Plan {
+    assert!(rank < world && size > 0, "rank {rank} must lie below the world of {world}, and a group have ranks");
+    let size = size.min(world);
+    let n_groups = world.div_ceil(size);
+    let parts = segments(size * n_groups, len);
+    let members = |group: usize| group * size..((group + 1) * size).min(world);
+    // Who sums a part within a group, and which group sums those of all.
+    let summer = |part: usize, group: usize| group * size + part % members(group).len();
+    let last_group = |part: usize| part / size;
+    let own_group = rank / size;
+    let mine: Vec<usize> = (0..parts.len()).filter(|&part| summer(part, own_group) == rank).collect();
+    let others_of = |range: Range<usize>, from: usize| {
+        let len = range.len();
+        (1..len).map(move |distance| range.start + (from - range.start + distance) % len)
+    };
+    let of = |peer: usize, part: usize| Transfer { peer, segment: parts[part].clone() };
+    let mut plan = Plan { parts: parts.clone(), steps: Vec::new() };
+
+    let not_mine = (0..parts.len()).filter(|part| !mine.contains(part));
+    plan.push(0, not_mine.map(|part| of(summer(part, own_group), part)).collect(), vec![], Action::Take);
+    for &part in &mine {
+        plan.push(0, vec![], others_of(members(own_group), rank).map(|peer| of(peer, part)).collect(), Action::Accumulate);
+    }
+    let (finished, handed): (Vec<usize>, Vec<usize>) = mine.iter().partition(|&&part| last_group(part) == own_group);
+    plan.push(1, handed.iter().map(|&part| of(summer(part, last_group(part)), part)).collect(), vec![], Action::Take);
+    let summers = |part: usize| others_of(0..n_groups, own_group).map(move |group| (summer(part, group), part));
+    for &part in &finished {
+        plan.push(1, vec![], summers(part).map(|(peer, part)| of(peer, part)).collect(), Action::Accumulate);
+    }
+    plan.push(2, finished.iter().flat_map(|&part| summers(part)).map(|(peer, part)| of(peer, part)).collect(), vec![], Action::Take);
+    plan.push(2, vec![], handed.iter().map(|&part| of(summer(part, last_group(part)), part)).collect(), Action::Take);
+    let neighbours = || others_of(members(own_group), rank);
+    plan.push(
+        3,
+        neighbours().flat_map(|peer| mine.iter().map(move |&part| (peer, part))).map(|(peer, part)| of(peer, part)).collect(),
+        vec![],
+        Action::Take,
+    );
+    let theirs =
+        neighbours().flat_map(|peer| (0..parts.len()).filter(move |&part| summer(part, own_group) == peer).map(move |part| (peer, part)));
+    plan.push(3, vec![], theirs.map(|(peer, part)| of(peer, part)).collect(), Action::Take);
     plan
 }
 
