@@ -11,6 +11,7 @@ use carrousel::model::state::Carried;
 use carrousel::rng::StepKey;
 use carrousel::train::group::{Group, GroupSpec, Safety, StepNumbers, Stepped};
 use carrousel::train::profile::Workload;
+use carrousel::train::ring::RingTimes;
 use carrousel::train::run::settle;
 use criterion::{BenchmarkId, Criterion, Throughput};
 
@@ -87,7 +88,7 @@ fn overlap(criterion: &mut Criterion) {
         let workload = workload(name, n_steps, n_rows);
         for (link, tap) in [("memory", None), ("1 GB/s", Some(Tap::slowed(1e9)))] {
             let mut training: Option<Training> = None;
-            let (mut waited, mut ring, mut n) = (Duration::ZERO, Duration::ZERO, 0);
+            let (mut ring, mut n) = (RingTimes::default(), 0);
             group.bench_function(BenchmarkId::new(label, link), |bencher| {
                 let training = training.get_or_insert_with(|| {
                     let mut training = Training::linked(&workload, "cpu:1*2", tap.clone());
@@ -98,18 +99,19 @@ fn overlap(criterion: &mut Criterion) {
                 });
                 bencher.iter(|| {
                     let stepped = training.stepped();
-                    waited += stepped.ranks.iter().map(|rank| rank.waited).sum::<Duration>();
-                    ring += stepped.ranks.iter().map(|rank| rank.ring_time).sum::<Duration>();
+                    stepped.ranks.iter().for_each(|rank| ring += rank.ring);
                     n += stepped.ranks.len() as u32;
                 });
             });
             if n > 0 {
                 let ms = |time: Duration| 1e3 * time.as_secs_f64() / f64::from(n);
                 println!(
-                    "{label}, {link}: {:.2} ms in the ring, {:.2} ms of waiting for it, ring_wait_share {:.2}",
-                    ms(ring),
-                    ms(waited),
-                    waited.as_secs_f64() / ring.as_secs_f64().max(1e-12)
+                    "{label}, {link}: {:.2} ms in the ring, {:.2} ms of waiting for it ({:.2}), of which {:.2} could not be avoided ({:.2} times that)",
+                    ms(ring.total),
+                    ms(ring.waited),
+                    ring.waited.as_secs_f64() / ring.total.as_secs_f64().max(1e-12),
+                    ms(ring.unavoidable),
+                    ring.waited.as_secs_f64() / ring.unavoidable.as_secs_f64().max(1e-12)
                 );
             }
         }

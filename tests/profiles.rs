@@ -15,7 +15,7 @@ use carrousel::train::devices::{DeviceKind, Resolved};
 use carrousel::train::group::{Group, GroupSpec, StepNumbers};
 use carrousel::train::profile::kernels::{Asked, profile_kernels};
 use carrousel::train::profile::layer::{LayerAlone, LayerSizes};
-use carrousel::train::profile::{Lengths, Measured, Mode, Workload, profile_step};
+use carrousel::train::profile::{Lengths, Measured, Mode, Scaling, Workload, profile_step};
 use carrousel::train::run::settle;
 use serde_json::Value;
 
@@ -144,7 +144,15 @@ fn inference_is_measured_by_the_time_step_beside_what_reading_the_weights_takes(
     assert_eq!((workload.n_steps, workload.n_rows, workload.layer_alone), (1024, 16, true));
     (workload.n_steps, workload.n_rows) = (6, 2);
     (workload.model.input, workload.model.hidden) = (Input::Values { n_features: 12 }, 24.into());
-    let measured = Measured { mode: Mode::Train, devices: "cpu:1", balance: "", accumulate: 1, steps: 3, lengths: Lengths::Full };
+    let measured = Measured {
+        mode: Mode::Train,
+        devices: "cpu:1",
+        balance: "",
+        accumulate: 1,
+        steps: 3,
+        lengths: Lengths::Full,
+        scaling: Scaling::Strong,
+    };
     let number = |summary: &serde_json::Map<String, Value>, name: &str| summary[name].as_f64().unwrap_or_else(|| panic!("no {name}"));
     for (mode, steps_a_call) in [(Mode::Train, 6.0), (Mode::InferStep, 1.0), (Mode::InferSeq, 6.0)] {
         let summary = profile_step(&workload, Measured { mode, ..measured }).expect("a measurement");
@@ -160,6 +168,21 @@ fn inference_is_measured_by_the_time_step_beside_what_reading_the_weights_takes(
             assert_eq!(summary["weight_bytes_per_time_step"], 4 * floats, "{mode:?}");
             assert!(number(&summary, "floor_us_per_time_step") > 0.0);
         }
+    }
+}
+
+#[test]
+fn in_weak_scaling_each_worker_has_the_whole_batch_and_the_ring_says_what_could_not_be_hidden() {
+    let mut workload = Workload::named("A").expect("a series");
+    (workload.n_steps, workload.n_rows, workload.model.hidden) = (4, 6, 16.into());
+    let number = |summary: &serde_json::Map<String, Value>, name: &str| summary[name].as_f64().unwrap_or_else(|| panic!("no {name}"));
+    for (devices, scaling, n_rows) in [("cpu:1", Scaling::Weak, 6.0), ("cpu:1*3", Scaling::Strong, 6.0), ("cpu:1*3", Scaling::Weak, 18.0)] {
+        let measured = Measured { mode: Mode::Train, devices, balance: "equal", accumulate: 1, steps: 5, lengths: Lengths::Full, scaling };
+        let summary = profile_step(&workload, measured).expect("a measurement");
+        let n_tokens = number(&summary, "tokens_per_second") * number(&summary, "ms_per_step") * 1e-3;
+        assert!((n_tokens - 4.0 * n_rows).abs() < 1e-6, "{devices}, {scaling:?}: {n_tokens} tokens a step");
+        let ratio = summary.get("ring_wait_over_unavoidable").and_then(Value::as_f64);
+        assert!(if devices == "cpu:1" { ratio.is_none() } else { ratio > Some(0.0) }, "{devices}: {ratio:?}");
     }
 }
 

@@ -12,7 +12,7 @@ use super::typed::{RUN, Size, Typed, choice};
 use crate::comm::plan::Algorithm;
 use crate::store::Which;
 use crate::store::interchange::{Format, Part};
-use crate::train::profile::{Lengths, Mode, Workload};
+use crate::train::profile::{Lengths, Mode, Scaling, Workload};
 
 /// The whole command line.
 #[derive(Debug, Parser)]
@@ -363,6 +363,9 @@ pub struct ProfileStepArgs {
     /// uniform trains on sequences of 1 to --seq-len steps too, in batches of like length, and tells their speed beside that of full ones
     #[arg(long, value_name = "WHICH", help_heading = RUN, default_value = "full", value_parser = choice::<Lengths>())]
     pub lengths: Lengths,
+    /// Whose batch it is where several workers share it: strong, of all together; weak, of each worker
+    #[arg(long, value_name = "WHICH", help_heading = RUN, default_value = "strong", value_parser = choice::<Scaling>())]
+    pub scaling: Scaling,
     /// Write what every worker, its ring and its GPU did when, as JSON for ui.perfetto.dev or chrome://tracing
     #[arg(long, value_name = "FILE", help_heading = RUN)]
     pub trace: Option<PathBuf>,

@@ -453,7 +453,8 @@ pub fn profile_step(args: &ProfileStepArgs, bus: &mut Bus) -> anyhow::Result<Don
         workload.n_rows = if layers.is_given("batch_size") { config.batch_size } else { 1 };
     }
     let RunConfig { devices, balance, accumulate, .. } = &config;
-    let measured = Measured { mode: args.mode, devices, balance, accumulate: *accumulate, steps, lengths: args.lengths };
+    let measured =
+        Measured { mode: args.mode, devices, balance, accumulate: *accumulate, steps, lengths: args.lengths, scaling: args.scaling };
     let summary = traced(args.trace.as_deref(), bus, |_| profile::profile_step(&workload, measured))?;
     Ok(Done::new(summary.clone(), vec![report::scores("profile step", &summary)]))
 }

@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use super::commit::{Decision, Membership, Report, StepCommit, holders};
 use super::devices::{DeviceKind, Resolved};
 use super::memory::Limited;
-use super::ring::{Ring, Update};
+use super::ring::{Ring, RingTimes, Update};
 use super::worker::{
     Answer, Command, EvaluateAnswer, EvaluateWork, Gates, NoRoom, Seat, StepAnswer, StepWork, Whereabouts, WorkerSpec, peer_error, serve,
 };
@@ -156,8 +156,7 @@ pub struct RankStep {
     /// Sum over the rank's terms.
     pub loss: f64,
     pub compute: Duration,
-    pub waited: Duration,
-    pub ring_time: Duration,
+    pub ring: RingTimes,
     /// Since the start.
     pub bytes_sent: u64,
 }
@@ -431,10 +430,8 @@ impl Group {
                 carried.put(rows.clone(), &answer.state);
             }
         }
-        let ranks: Vec<RankStep> = answers
-            .iter()
-            .map(|a| RankStep { loss: a.loss, compute: a.compute, waited: a.waited, ring_time: a.ring_time, bytes_sent: a.bytes_sent })
-            .collect();
+        let ranks: Vec<RankStep> =
+            answers.iter().map(|a| RankStep { loss: a.loss, compute: a.compute, ring: a.ring, bytes_sent: a.bytes_sent }).collect();
         let gradients = answers[..n_askable].iter_mut().map(|a| std::mem::take(&mut a.gradients)).collect();
         let gradients = if wants_gradients { self.joined(gradients)? } else { Tensors::new() };
         Ok(Stepped { loss: ranks.iter().map(|r| r.loss).sum(), norm: answers[0].norm, ranks, gradients })

@@ -31,7 +31,7 @@ enum Job {
     /// Sum a bucket's gradient over the ranks, in the memory of the step before if there was one.
     Reduce { bucket: usize, words: Box<dyn Readback>, message: Option<Shared> },
     /// All buckets of the step are under way: exchange what each rank tells the others.
-    Exchange { header: Vec<u8> },
+    Exchange { header: Vec<u8>, computed: Instant },
     /// Spread a bucket's new parameters from their owners; the own segment comes from the device, and with it new state to be copied to the next rank.
     Spread { returned: Returned, own: Box<dyn Readback>, states: Option<Box<dyn Readback>> },
 }
@@ -47,6 +47,26 @@ pub struct Returned {
     pub copy: Arc<Vec<f32>>,
 }
 
+/// What the ring cost a rank in a step.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RingTimes {
+    /// That the step waited for the ring.
+    pub waited: Duration,
+    /// In the ring.
+    pub total: Duration,
+    /// What the step had to wait for at least: the last bucket's time in the ring, or what remains of all of them when they begin with the first bucket
+    /// and the backward pass hides as much as it can; the larger.
+    pub unavoidable: Duration,
+}
+
+impl std::ops::AddAssign for RingTimes {
+    fn add_assign(&mut self, other: Self) {
+        self.waited += other.waited;
+        self.total += other.total;
+        self.unavoidable += other.unavoidable;
+    }
+}
+
 /// A step's sums.
 pub struct Sums {
     pub buckets: Vec<Returned>,
@@ -54,8 +74,8 @@ pub struct Sums {
     pub norm: f64,
     /// What each rank told, in rank order.
     pub headers: Vec<Vec<u8>>,
-    /// Time in the ring.
-    pub ring_time: Duration,
+    /// But for what the rank waited, which it knows itself.
+    pub times: RingTimes,
     pub bytes_sent: u64,
 }
 
@@ -83,7 +103,17 @@ impl Ring {
         let (outbox, done) = bounded(n_buckets + 2);
         let name = format!("carrousel-ring-{}", comm.rank());
         let ctx = CpuContext::new(1)?;
-        let worker = RingThread { comm, update, ctx, deadline, sums: Vec::new(), squares: Vec::new(), time: Duration::ZERO };
+        let worker = RingThread {
+            comm,
+            update,
+            ctx,
+            deadline,
+            sums: Vec::new(),
+            squares: Vec::new(),
+            first: None,
+            last: Duration::ZERO,
+            time: Duration::ZERO,
+        };
         let thread = spans::spawn(name, move || worker.serve(&inbox, &outbox)).context("cannot start a ring thread")?;
         Ok(Self { jobs: Some(jobs), done, deadline, thread: RefCell::new(Some(thread)) })
     }
@@ -134,12 +164,12 @@ impl Ring {
         self.give(Job::Reduce { bucket, words, message })
     }
 
-    /// Exchanges headers and waits for all buckets of the step.
+    /// Exchanges headers and waits for all buckets of the step, whose gradients the device has computed by now.
     ///
     /// # Errors
     /// A readback's, the ring's, or the deadline.
     pub fn exchange(&self, header: Vec<u8>) -> Result<Sums> {
-        self.give(Job::Exchange { header })?;
+        self.give(Job::Exchange { header, computed: Instant::now() })?;
         match self.answer()? {
             Done::Sums(sums) => sums,
             Done::Spread(_) => anyhow::bail!("the ring thread answered out of order"),
@@ -184,6 +214,9 @@ struct RingThread {
     sums: Vec<Result<Returned>>,
     /// Sums of squares of blocks: (bucket, first block, sums).
     squares: Vec<(usize, usize, Vec<f32>)>,
+    /// When the step's first bucket was ready, how long its last one was in the ring, and all of them.
+    first: Option<Instant>,
+    last: Duration,
     time: Duration,
 }
 
@@ -197,7 +230,7 @@ impl RingThread {
                     self.sums.push(sum);
                     continue;
                 }
-                Job::Exchange { header } => Done::Sums(self.exchange(header)),
+                Job::Exchange { header, computed } => Done::Sums(self.exchange(header, computed)),
                 Job::Spread { returned, own, states } => Done::Spread(self.spread(returned, own, states)),
             };
             if outbox.send_timeout(done, self.deadline).is_err() {
@@ -241,6 +274,7 @@ impl RingThread {
         let _span = debug_span!("bucket", bucket).entered();
         let mut memory = debug_span!("readback").in_scope(|| words.wait(self.deadline))?;
         let start = Instant::now();
+        self.first.get_or_insert(start);
         let mut message = message.filter(|message| message.len() == memory.len()).unwrap_or_else(|| self.comm.shared(memory.len()));
         message.fill(&memory);
         match self.update {
@@ -253,12 +287,14 @@ impl RingThread {
             }
         }
         self.tell_squares(bucket, &message, &mut memory);
-        self.time += start.elapsed();
+        self.last = start.elapsed();
+        self.time += self.last;
         Ok(Returned { bucket, message, memory, copy: Arc::default() })
     }
 
-    fn exchange(&mut self, header: Vec<u8>) -> Result<Sums> {
+    fn exchange(&mut self, header: Vec<u8>, computed: Instant) -> Result<Sums> {
         let _span = debug_span!("exchange").entered();
+        let first = self.first.take();
         let buckets: Vec<Returned> = self.sums.drain(..).collect::<Result<_>>()?;
         let start = Instant::now();
         let mut told = (header.len() as u64).to_le_bytes().to_vec();
@@ -284,8 +320,12 @@ impl RingThread {
         // In the order of the address space, whoever summed them.
         blocks.sort_unstable_by_key(|&(bucket, block, _)| (bucket, block));
         let norm = norm_of(blocks.iter().map(|&(.., square)| square));
-        let ring_time = std::mem::take(&mut self.time) + start.elapsed();
-        Ok(Sums { buckets, norm, headers, ring_time, bytes_sent: self.comm.bytes_sent() })
+        let exchange = start.elapsed();
+        let total = std::mem::take(&mut self.time) + exchange;
+        let hideable = first.map_or(Duration::ZERO, |first| computed.saturating_duration_since(first));
+        let unavoidable = (self.last + exchange).max(total.saturating_sub(hideable));
+        let times = RingTimes { waited: Duration::ZERO, total, unavoidable };
+        Ok(Sums { buckets, norm, headers, times, bytes_sent: self.comm.bytes_sent() })
     }
 
     fn spread(&mut self, mut returned: Returned, own: Box<dyn Readback>, states: Option<Box<dyn Readback>>) -> Result<Returned> {

@@ -618,7 +618,6 @@ struct RankTotal {
     last: RankStep,
     compute: Duration,
     waited: Duration,
-    ring_time: Duration,
 }
 
 impl Trainer<'_> {
@@ -705,8 +704,7 @@ impl Trainer<'_> {
             total.tokens += rows.clone().map(|row| batch.length(row) as u64).sum::<u64>();
             total.last = *rank;
             total.compute += rank.compute;
-            total.waited += rank.waited;
-            total.ring_time += rank.ring_time;
+            total.waited += rank.ring.waited;
         }
         self.last = Some((Arc::clone(&batch), seats.into_iter().zip(shares.iter().cloned()).collect()));
         if position.balance.observe(&batch, &shares, &times) {

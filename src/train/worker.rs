@@ -13,7 +13,7 @@ use crossbeam::channel::{Receiver, Sender};
 use tracing::debug_span;
 
 use super::memory::Scale;
-use super::ring::{Returned, Ring, Sums, Update, norm_of};
+use super::ring::{Returned, Ring, RingTimes, Sums, Update, norm_of};
 use crate::backend::{Backend, BufferId, DeviceError, DeviceInfo, Limits, Span, read_now};
 use crate::comm::plan::owned_segment;
 use crate::comm::{CommError, Shared};
@@ -173,9 +173,7 @@ pub struct StepAnswer {
     pub gradients: Vec<Vec<f32>>,
     /// Time until the rank's own gradients were under way.
     pub compute: Duration,
-    /// Time that the rank waited for the ring, and that its ring took.
-    pub waited: Duration,
-    pub ring_time: Duration,
+    pub ring: RingTimes,
     /// Since the start.
     pub bytes_sent: u64,
 }
@@ -586,12 +584,12 @@ impl Worker {
         }
         let state = if work.wants_state { left.into_rows() } else { Vec::new() };
         self.tail = words;
-        let (mut waited, mut ring_time) = (Duration::ZERO, Duration::ZERO);
+        let mut times = RingTimes::default();
         self.whereabouts.set("waiting for the ring's sums");
         if let Some(ring) = &self.ring {
             let sums = debug_span!("wait for ring").in_scope(|| ring.exchange(vec![u8::from(non_finite)]))?;
-            waited = start.elapsed() - compute;
-            (norm, ring_time, self.bytes_sent[1]) = (sums.norm, sums.ring_time, sums.bytes_sent);
+            times = RingTimes { waited: start.elapsed() - compute, ..sums.times };
+            (norm, self.bytes_sent[1]) = (sums.norm, sums.bytes_sent);
             non_finite |= sums.headers.iter().any(|h| h.first() != Some(&0)) || !norm.is_finite();
             debug_span!("receive").in_scope(|| self.receive(sums, work, norm, non_finite))?;
         } else {
@@ -607,7 +605,7 @@ impl Worker {
             gradients = read_buckets(self.model.table(), self.backend.as_mut(), self.model.grads(), self.spec.deadline)?;
         }
         let (generation, bytes_sent) = (self.generation, self.bytes_sent.iter().sum());
-        Ok(StepAnswer { generation, loss, non_finite, norm, state, gradients, compute, waited, ring_time, bytes_sent })
+        Ok(StepAnswer { generation, loss, non_finite, norm, state, gradients, compute, ring: times, bytes_sent })
     }
 
     /// Puts what came from the ring where the update will find it.

@@ -15,6 +15,7 @@ use self::layer::{LayerAlone, LayerSizes};
 use super::balance::Balance;
 use super::devices::Resolved;
 use super::group::{Group, GroupSpec, StepNumbers, Wrap, open_device};
+use super::ring::RingTimes;
 use super::run::settle;
 use super::watched::{Notes, Watched, noted};
 use crate::backend::Backend;
@@ -186,6 +187,17 @@ impl Mode {
     }
 }
 
+/// Whose batch the work's is, where several workers share it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scaling {
+    /// That of all workers together: the same work, however many there are.
+    #[default]
+    Strong,
+    /// That of each worker: more work with more of them.
+    Weak,
+}
+
 /// What is measured, and on what.
 #[derive(Clone, Copy, Debug)]
 pub struct Measured<'a> {
@@ -197,6 +209,7 @@ pub struct Measured<'a> {
     /// Steps or calls that are timed.
     pub steps: usize,
     pub lengths: Lengths,
+    pub scaling: Scaling,
 }
 
 /// Measures steps of a workload as asked.
@@ -204,13 +217,16 @@ pub struct Measured<'a> {
 /// # Errors
 /// Devices that do not exist, or more than the work can use; a model that does not fit.
 pub fn profile_step(workload: &Workload, measured: Measured<'_>) -> Result<Map<String, Value>> {
-    let Measured { mode, devices, balance, accumulate, steps, lengths } = measured;
+    let Measured { mode, devices, balance, accumulate, steps, lengths, scaling } = measured;
     UsageError::unless(steps > 0, || "--steps 0 measures nothing: give a number from 1".to_owned())?;
     if mode == Mode::Train && !workload.layer_alone {
-        return profile_training(workload, devices, balance, accumulate, steps, lengths);
+        let settled = settle(devices, balance)?;
+        let n_rows = if scaling == Scaling::Weak { workload.n_rows * settled.0.len() } else { workload.n_rows };
+        return profile_training(&Workload { n_rows, ..workload.clone() }, settled, accumulate, steps, lengths);
     }
     let what = if mode == Mode::Train { "a layer alone" } else { "--mode infer-step or infer-seq" };
     UsageError::unless(lengths == Lengths::Full, || format!("--lengths uniform is for training a model, not for {what}: leave it out"))?;
+    UsageError::unless(scaling == Scaling::Strong, || format!("--scaling weak is for training a model, not for {what}: leave it out"))?;
     UsageError::unless(accumulate == 1, || format!("--accumulate is for training a model, not for {what}: leave it out"))?;
     let n_workers = super::devices::parse(devices)?.n_workers();
     UsageError::unless(n_workers.is_none_or(|n| n == 1), || {
@@ -279,13 +295,12 @@ fn profile_layer(workload: &Workload, device: &Resolved, steps: usize) -> Result
 /// at least [`POOL`] batches, of which `tokens_per_second` counts the valid tokens, beside `dense_tokens_per_second` and their `ratio`.
 fn profile_training(
     workload: &Workload,
-    devices: &str,
-    balance: &str,
+    (devices, mut balance, _): (Vec<Resolved>, Balance, Vec<String>),
     accumulate: usize,
     steps: usize,
     lengths: Lengths,
 ) -> Result<Map<String, Value>> {
-    let (devices, mut balance, _) = settle(devices, balance)?;
+    let n_workers = devices.len();
     let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate };
     let mut group = Group::start(spec, &devices, None)?;
     let params = initial(&workload.model, group.table(), Init::Uniform(0.1), None, 1);
@@ -295,7 +310,7 @@ fn profile_training(
     let model = &workload.model;
     let mut carried = workload.carries.then(|| Carried::new(model, batch.n_rows));
     let mut times = Vec::with_capacity(steps);
-    let (mut waited, mut ring, mut sent, mut loss) = (Duration::ZERO, Duration::ZERO, 0, 0.0);
+    let (mut ring, mut sent, mut loss) = (RingTimes::default(), 0, 0.0);
     let mut epoch = (lengths == Lengths::Uniform).then(|| Epoch::new(workload, steps.max(POOL)));
     for step in 0..steps + WARM_UP {
         let shares = balance.shares_of(&batch);
@@ -309,8 +324,7 @@ fn profile_training(
         let most: u64 = stepped.ranks.iter().map(|r| r.bytes_sent).max().unwrap_or(0);
         if step >= WARM_UP {
             times.push(time.as_secs_f64());
-            waited += stepped.ranks.iter().map(|r| r.waited).sum::<Duration>();
-            ring += stepped.ranks.iter().map(|r| r.ring_time).sum::<Duration>();
+            stepped.ranks.iter().for_each(|rank| ring += rank.ring);
             loss = stepped.loss / batch.weight;
         }
         if step + 1 == WARM_UP {
@@ -333,7 +347,7 @@ fn profile_training(
     }
     times.sort_by(f64::total_cmp);
     let median = median(&times);
-    let wait_share = if ring.is_zero() { 0.0 } else { waited.as_secs_f64() / ring.as_secs_f64() };
+    let of_waiting = |other: Duration| if other.is_zero() { 0.0 } else { ring.waited.as_secs_f64() / other.as_secs_f64() };
     let mut summary = Map::new();
     summary.insert("status".into(), json!("finished"));
     summary.insert("ms_per_step".into(), json!(median * 1e3));
@@ -341,7 +355,10 @@ fn profile_training(
     summary.insert("tokens_per_second".into(), json!(batch.n_tokens as f64 / median));
     summary.insert("peak_rss_bytes".into(), json!(peak_rss_bytes()));
     summary.insert("bytes_sent_per_step".into(), json!(sent));
-    summary.insert("ring_wait_share".into(), json!(wait_share));
+    summary.insert("ring_wait_share".into(), json!(of_waiting(ring.total)));
+    if n_workers > 1 {
+        summary.insert("ring_wait_over_unavoidable".into(), json!(of_waiting(ring.unavoidable)));
+    }
     let names: Vec<Value> =
         group.devices().map(|(name, info)| json!({ "device": name, "name": info.name, "driver": info.driver })).collect();
     summary.insert("devices".into(), json!(names));
