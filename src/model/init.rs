@@ -72,8 +72,15 @@ impl std::fmt::Display for Init {
 /// `bias_ih`, and `bias_hh` starts at zero.
 pub fn initial(config: &ModelConfig, table: &ParamTable, init: Init, gate_bias: Option<[f64; 4]>, seed: u64) -> Vec<Vec<f32>> {
     let key = StepKey::new(seed, 0);
-    let tensors = table.tensors().iter().enumerate();
-    tensors.map(|(idx, tensor)| values(config, tensor, init, gate_bias, &mut Stream::new(key, Purpose::Init, idx as u32, 0))).collect()
+    // A tensor's number is its place among PyTorch's, which has a layer's forward direction before the reverse; how the table lays them out is another matter.
+    let of_torch = |tensor: &Tensor| (tensor.layer, tensor.name.ends_with("_reverse"));
+    let mut order: Vec<usize> = (0..table.tensors().len()).collect();
+    order.sort_by_key(|&idx| of_torch(&table.tensors()[idx]));
+    let mut drawn = vec![Vec::new(); order.len()];
+    for (number, idx) in order.into_iter().enumerate() {
+        drawn[idx] = values(config, &table.tensors()[idx], init, gate_bias, &mut Stream::new(key, Purpose::Init, number as u32, 0));
+    }
+    drawn
 }
 
 fn values(config: &ModelConfig, tensor: &Tensor, init: Init, gate_bias: Option<[f64; 4]>, random: &mut Stream) -> Vec<f32> {
