@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use carrousel::backend::gpu::adapters;
+use carrousel::compress::Method;
 use carrousel::infer::session::Replica;
 use carrousel::kernels::{ALL, Sizes};
 use carrousel::model::Words;
@@ -144,7 +145,15 @@ fn inference_is_measured_by_the_time_step_beside_what_reading_the_weights_takes(
     assert_eq!((workload.n_steps, workload.n_rows, workload.layer_alone), (1024, 16, true));
     (workload.n_steps, workload.n_rows) = (6, 2);
     (workload.model.input, workload.model.hidden) = (Input::Values { n_features: 12 }, 24.into());
-    let measured = Measured { mode: Mode::Train, devices: "cpu:1", balance: "", accumulate: 1, steps: 3, lengths: Lengths::Full };
+    let measured = Measured {
+        mode: Mode::Train,
+        devices: "cpu:1",
+        balance: "",
+        accumulate: 1,
+        compress: Method::None,
+        steps: 3,
+        lengths: Lengths::Full,
+    };
     let number = |summary: &serde_json::Map<String, Value>, name: &str| summary[name].as_f64().unwrap_or_else(|| panic!("no {name}"));
     for (mode, steps_a_call) in [(Mode::Train, 6.0), (Mode::InferStep, 1.0), (Mode::InferSeq, 6.0)] {
         let summary = profile_step(&workload, Measured { mode, ..measured }).expect("a measurement");
@@ -214,7 +223,7 @@ fn trace_of(devices: &str) -> BTreeMap<String, Vec<Span>> {
     trace.watch(|| {
         let workload = Workload { model: characters(16), n_steps: 4, n_rows: 6, ..Workload::named("B").expect("characters") };
         let (resolved, balance, _) = settle(devices, "equal").expect("devices that exist");
-        let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1 };
+        let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1, compress: Method::None };
         let mut group = Group::start(spec, &resolved, None).expect("workers");
         let params = initial(&workload.model, group.table(), Init::Uniform(0.1), None, 1);
         let zeros: Vec<Vec<f32>> = params.iter().map(|p| vec![0.0; p.len()]).collect();

@@ -566,6 +566,7 @@ pub const PROFILED: &[&str] = &[
     "devices",
     "balance",
     "accumulate",
+    "compress",
     "seed",
 ];
 /// Of these the ones that say something about training alone.
@@ -584,6 +585,7 @@ pub const TRAINED: &[&str] = &[
     "clip_value",
     "balance",
     "accumulate",
+    "compress",
 ];
 /// Flags of `profile step` that are no keys.
 const OF_PROFILE: &[&str] = &["workload", "steps", "mode", "lengths", "trace", "json", "quiet", "verbose", "help"];
