@@ -310,6 +310,7 @@ impl RingThread {
         message: Option<Shared>,
         factor: f32,
     ) -> Result<Returned> {
+        let _span = debug_span!("compressed", bucket).entered();
         compressor.sum(&mut self.comm, bucket, &mut memory, factor)?;
         let mut squares = vec![0.0; memory.len().div_ceil(BLOCK)];
         block_squares(&self.ctx, &memory, &mut squares);
