@@ -697,7 +697,7 @@ fn replicas_stay_equal_to_the_bit_on_like_and_unlike_devices_and_learn() {
 #[test]
 fn fewer_bytes_are_sent_and_the_summary_and_the_table_tell_how_many() {
     let dir = tempfile::tempdir().unwrap();
-    let mut run = |method: Method| {
+    let run = |method: Method| {
         let mut config = small(dir.path(), method);
         config.devices = "cpu:1*2".into();
         let outcome = train(&config, &dir.path().join(method.to_string()), false).outcome.unwrap();
@@ -749,7 +749,7 @@ fn a_run_stopped_and_resumed_has_the_bits_of_an_undisturbed_one() {
 #[test]
 fn one_worker_sends_nothing_says_so_and_has_the_bits_of_a_run_without() {
     let dir = tempfile::tempdir().unwrap();
-    let mut run = |method: Method| {
+    let run = |method: Method| {
         let mut config = small(dir.path(), method);
         (config.optimizer.rule, config.optimizer.lr, config.optimizer.momentum) = (Rule::Sgd, 0.3, 0.9);
         config.devices = "cpu:1".into();
