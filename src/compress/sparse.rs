@@ -86,7 +86,8 @@ pub(super) fn sum(
     let told = sum_and_tell(comm, whole, |bytes| {
         for member in &bucket.made_small {
             let tensor = &mut values[member.values.clone()];
-            let momentum = next.momentum.get_mut(bucket.n_whole + member.values.start..);
+            let behind = bucket.n_whole + member.values.start..bucket.n_whole + member.values.end;
+            let momentum = next.momentum.get_mut(behind);
             let n = n_sent(tensor.len(), density);
             match momentum {
                 Some(momentum) => take_largest(tensor, n, bytes, |place| momentum[place] = 0.0),
