@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use carrousel::comm::Tap;
+use carrousel::compress::Method;
 use carrousel::data::Batch;
 use carrousel::model::config::Input;
 use carrousel::model::init::{Init, initial};
@@ -39,7 +40,7 @@ impl Training {
     /// With links that a tap makes slow.
     fn linked(workload: &Workload, devices: &str, tap: Option<Tap>) -> Self {
         let (devices, balance, _) = settle(devices, "equal").expect("devices that exist");
-        let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1 };
+        let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1, compress: Method::None };
         let safety = Safety { tap, ..Safety::default() };
         let mut group = Group::start_safe(spec, &devices, safety, None).expect("workers that start");
         let model = &workload.model;

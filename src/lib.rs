@@ -40,13 +40,14 @@
 //! | [`train`] | the training loop, where all parts meet |
 //! | [`infer`] | evaluate, generate, forecast |
 //! | [`store`], [`observe`] | checkpoints and exports; events, metrics, pictures |
-//! | [`data`], [`model`], [`optim`] | batches; layers and losses; update rules |
+//! | [`data`], [`model`], [`optim`], [`compress`] | batches; layers and losses; update rules; smaller gradients |
 //! | [`backend`] | where kernels run: the CPU, or one GPU |
 //! | [`kernels`], [`comm`] | what is computed; how ranks exchange gradients |
 
 pub mod backend;
 pub mod cli;
 pub mod comm;
+pub mod compress;
 pub mod data;
 pub mod infer;
 pub mod kernels;

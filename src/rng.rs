@@ -26,6 +26,8 @@ pub enum Purpose {
     RecurrentDropout = 9,
     /// Masks over recurrent weights.
     WeightDrop = 10,
+    /// Factors that low-rank sums of gradients begin with; the layer is the tensor's index in the table.
+    Factor = 11,
 }
 
 /// One block of Philox4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key.

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use carrousel::comm::plan::{
     Action, Algorithm, Plan, Transfer, all_reduce, broadcast, direct_all_gather, direct_all_gather_of, direct_all_reduce, direct_exchange,
-    direct_reduce_scatter, double_tree_all_reduce, grouped_all_reduce, owned_segment, ring_all_gather, ring_all_reduce,
-    ring_reduce_scatter, segments, tree_all_reduce,
+    direct_exchange_of_packets, direct_reduce_scatter, double_tree_all_reduce, grouped_all_reduce, owned_segment, ring_all_gather,
+    ring_all_reduce, ring_reduce_scatter, segments, tree_all_reduce,
 };
 use carrousel::comm::{CommError, Communicator, Operation, Options, group, measure};
 use carrousel::rng::{Purpose, StepKey, Stream};
@@ -235,6 +235,44 @@ fn segments_cover_the_message_in_rank_order_in_whole_blocks_with_the_remainder_f
             assert!(units.windows(2).all(|pair| pair[0] >= pair[1]) && units[0] - units[world - 1] <= 1, "{segments:?}");
             assert!((0..world).all(|rank| owned_segment(world, rank, len) == segments[rank]));
         }
+    }
+}
+
+#[test]
+fn every_packet_of_an_exchange_reaches_the_one_whom_it_is_for() {
+    for world in WORLDS {
+        let plans: Vec<Plan> = (0..world).map(|rank| direct_exchange_of_packets(world, rank)).collect();
+        let outcome = play(&plans, world * world).unwrap();
+        for (rank, plan) in plans.iter().enumerate() {
+            assert_eq!((plan.steps.len(), plan.n_sent()), (1.min(world - 1), world - 1));
+            for from in 0..world {
+                assert_eq!(outcome.held[rank][from * world + rank].formula, from.to_string(), "world {world}, from {from} to {rank}");
+            }
+        }
+    }
+}
+
+#[test]
+fn packets_of_any_length_are_handed_over_as_they_are() {
+    let packet = |from: usize, to: usize| -> Vec<u8> { (0..from * 7 + to * 3).map(|i| (i + from + 16 * to) as u8).collect() };
+    for world in WORLDS {
+        let packet = &packet;
+        std::thread::scope(|scope| {
+            for (rank, mut comm) in group(world, Options::default()).into_iter().enumerate() {
+                scope.spawn(move || {
+                    for call in 0..3 {
+                        let packets = (0..world).map(|to| std::sync::Arc::new(packet(rank + call, to))).collect();
+                        let before = comm.bytes_sent();
+                        let came = comm.exchange_bytes(packets).expect("an exchange");
+                        for (from, came) in came.iter().enumerate() {
+                            assert_eq!(**came, packet(from + call, rank), "world {world}: from {from} to {rank}");
+                        }
+                        let sent: usize = (0..world).filter(|to| *to != rank).map(|to| packet(rank + call, to).len()).sum();
+                        assert_eq!(comm.bytes_sent() - before, sent as u64);
+                    }
+                });
+            }
+        });
     }
 }
 

@@ -8,7 +8,7 @@ const FLOORS: [&[&str]; 8] = [
     &["shape", "params", "rng", "pool", "spans", "usage"],
     &["kernels", "comm"],
     &["backend"],
-    &["data", "model", "optim"],
+    &["data", "model", "optim", "compress"],
     &["store", "observe"],
     &["infer"],
     &["train"],

@@ -12,6 +12,7 @@ use carrousel::backend::around::Around;
 use carrousel::backend::gpu::GpuBackend;
 use carrousel::backend::{Backend, BufferId, DeviceInfo, Limits, Readback, Span};
 use carrousel::comm::{Operation, Tap};
+use carrousel::compress::Method;
 use carrousel::data::{Batch, Input};
 use carrousel::kernels::Kernel;
 use carrousel::model::config::{self, ModelConfig};
@@ -273,7 +274,7 @@ fn ask<T>(
 }
 
 fn started(workload: &Workload, world: usize, safety: Safety, wrap: Option<&Wrap>) -> Group {
-    let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1 };
+    let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1, compress: Method::None };
     let mut group = Group::start_safe(spec, &devices(world), safety, wrap).unwrap();
     let params = initial(&workload.model, group.table(), Init::Uniform(0.5), None, 3);
     let zeros: Tensors = params.iter().map(|values| vec![0.0; values.len()]).collect();
@@ -687,7 +688,13 @@ fn buckets_go_round_a_slow_link_while_lower_layers_are_still_computed() {
 #[test]
 fn a_share_beyond_a_devices_memory_becomes_smaller_and_the_step_is_repeated() {
     let workload = workload();
-    let spec = WorkerSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1, deadline: PATIENT };
+    let spec = WorkerSpec {
+        model: workload.model.clone(),
+        optimizer: workload.optimizer,
+        accumulate: 1,
+        compress: Method::None,
+        deadline: PATIENT,
+    };
     let limits = Limits { max_buffer_bytes: u64::MAX, max_binding_bytes: u64::MAX };
     let bytes = |n_rows: usize| carrousel::train::worker::weigh(&spec, [0, WORLD], Update::Everywhere, T, n_rows, limits).unwrap();
     let fits = |limit: u64| most_rows(&spec, [0, WORLD], Update::Everywhere, T, ROWS, limits, limit).unwrap();
@@ -730,7 +737,7 @@ fn small(dir: &std::path::Path) -> RunConfig {
 }
 
 /// Device `seat` fails at each of these calls of a backend's lifetime, in the order in which it is opened anew.
-fn fails_at(seat: usize, calls: Vec<u64>) -> Wrap {
+pub fn fails_at(seat: usize, calls: Vec<u64>) -> Wrap {
     let calls = Mutex::new(calls.into_iter());
     Arc::new(move |of, inner| {
         let at = if of == seat { calls.lock().unwrap().next().unwrap_or(u64::MAX) } else { u64::MAX };
@@ -844,7 +851,7 @@ fn a_memory_limit_bounds_the_shares_and_one_that_is_too_small_is_refused_with_bo
         let corpus = carrousel::infer::task::Corpus::load(&config, None).unwrap();
         carrousel::infer::task::model_config(&config, &corpus.spec())
     };
-    let spec = WorkerSpec { model, optimizer: config.optimizer, accumulate: 1, deadline: PATIENT };
+    let spec = WorkerSpec { model, optimizer: config.optimizer, accumulate: 1, compress: Method::None, deadline: PATIENT };
     let limits = Limits { max_buffer_bytes: u64::MAX, max_binding_bytes: u64::MAX };
     let bytes = |n_rows| carrousel::train::worker::weigh(&spec, [0, 3], Update::Everywhere, config.seq_len, n_rows, limits).unwrap();
     let gb = |bytes: u64| bytes as f64 / carrousel::train::memory::GB;

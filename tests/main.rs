@@ -5,6 +5,7 @@ mod alloc_count; // the counting allocator
 mod cli; // the program from outside: exit codes, streams, signals
 mod collectives; // plans of the ring as data, and the ring itself
 mod compare; // the comparer, with faults planted for it
+mod compress; // gradients made smaller on their way
 mod cpu_step; // a step on the CPU: no allocation, no row of zeros read
 mod data; // texts and series, as files and as batches
 mod frames; // classes of steps, frames of notes, weights of classes

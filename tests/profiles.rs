@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use carrousel::backend::gpu::adapters;
+use carrousel::compress::Method;
 use carrousel::infer::session::Replica;
 use carrousel::kernels::{ALL, Sizes};
 use carrousel::model::Words;
@@ -149,6 +150,7 @@ fn inference_is_measured_by_the_time_step_beside_what_reading_the_weights_takes(
         devices: "cpu:1",
         balance: "",
         accumulate: 1,
+        compress: Method::None,
         steps: 3,
         lengths: Lengths::Full,
         scaling: Scaling::Strong,
@@ -177,7 +179,16 @@ fn in_weak_scaling_each_worker_has_the_whole_batch_and_the_ring_says_what_could_
     (workload.n_steps, workload.n_rows, workload.model.hidden) = (4, 6, 16.into());
     let number = |summary: &serde_json::Map<String, Value>, name: &str| summary[name].as_f64().unwrap_or_else(|| panic!("no {name}"));
     for (devices, scaling, n_rows) in [("cpu:1", Scaling::Weak, 6.0), ("cpu:1*3", Scaling::Strong, 6.0), ("cpu:1*3", Scaling::Weak, 18.0)] {
-        let measured = Measured { mode: Mode::Train, devices, balance: "equal", accumulate: 1, steps: 5, lengths: Lengths::Full, scaling };
+        let measured = Measured {
+            mode: Mode::Train,
+            devices,
+            balance: "equal",
+            accumulate: 1,
+            compress: Method::None,
+            steps: 5,
+            lengths: Lengths::Full,
+            scaling,
+        };
         let summary = profile_step(&workload, measured).expect("a measurement");
         let n_tokens = number(&summary, "tokens_per_second") * number(&summary, "ms_per_step") * 1e-3;
         assert!((n_tokens - 4.0 * n_rows).abs() < 1e-6, "{devices}, {scaling:?}: {n_tokens} tokens a step");
@@ -237,7 +248,7 @@ fn trace_of(devices: &str) -> BTreeMap<String, Vec<Span>> {
     trace.watch(|| {
         let workload = Workload { model: characters(16), n_steps: 4, n_rows: 6, ..Workload::named("B").expect("characters") };
         let (resolved, balance, _) = settle(devices, "equal").expect("devices that exist");
-        let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1 };
+        let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1, compress: Method::None };
         let mut group = Group::start(spec, &resolved, None).expect("workers");
         let params = initial(&workload.model, group.table(), Init::Uniform(0.1), None, 1);
         let zeros: Vec<Vec<f32>> = params.iter().map(|p| vec![0.0; p.len()]).collect();

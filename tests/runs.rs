@@ -84,6 +84,7 @@ pub fn config(task: Task, data: &[&Path]) -> RunConfig {
         deadline: 300,
         memory_limit: Vec::new(),
         accumulate: 1,
+        compress: Default::default(),
         select: Select::Last,
         eval_every: 0,
         log_every: 1,

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Result;
 use carrousel::backend::around::Around;
 use carrousel::backend::{Backend, DeviceInfo, Span};
+use carrousel::compress::Method;
 use carrousel::kernels::Kernel;
 use carrousel::model::init::{Init, initial};
 use carrousel::observe::{Bus, Event, Exhibit, Sink};
@@ -76,7 +77,7 @@ impl Around for Changed {
     }
 }
 
-fn nothing(_: &mut dyn Backend, _: &'static str, _: &[Span]) -> Result<()> {
+pub fn nothing(_: &mut dyn Backend, _: &'static str, _: &[Span]) -> Result<()> {
     Ok(())
 }
 
@@ -91,7 +92,7 @@ fn shift_updates(backend: &mut dyn Backend, kernel: &'static str, operands: &[Sp
 }
 
 /// All ranks seem to be of different kinds; `after` is done on rank 1 alone.
-fn unlike(after: fn(&mut dyn Backend, &'static str, &[Span]) -> Result<()>) -> Wrap {
+pub fn unlike(after: fn(&mut dyn Backend, &'static str, &[Span]) -> Result<()>) -> Wrap {
     Arc::new(move |rank, inner: Box<dyn Backend>| {
         let mut info = inner.info().clone();
         info.kind = format!("kind {rank}");
@@ -206,7 +207,7 @@ fn the_gates_read_after_an_evaluation_give_its_outputs() {
     (workload.n_steps, workload.n_rows, workload.model.hidden) = (4, 5, 20.into());
     let devices = devices::parse("cpu:1").unwrap();
     let (devices, _) = devices::resolve(&devices, || Ok(Vec::new()), 1).unwrap();
-    let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1 };
+    let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1, compress: Method::None };
     let mut group = Group::start(spec, &devices, None).unwrap();
     let params = initial(&workload.model, group.table(), Init::Uniform(0.5), None, 3);
     let zeros: Vec<Vec<f32>> = params.iter().map(|values| vec![0.0; values.len()]).collect();

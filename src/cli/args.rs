@@ -569,6 +569,7 @@ pub const PROFILED: &[&str] = &[
     "devices",
     "balance",
     "accumulate",
+    "compress",
     "seed",
 ];
 /// Of these the ones that say something about training alone.
@@ -587,6 +588,7 @@ pub const TRAINED: &[&str] = &[
     "clip_value",
     "balance",
     "accumulate",
+    "compress",
 ];
 /// Flags of `profile step` that are no keys.
 const OF_PROFILE: &[&str] = &["workload", "steps", "mode", "lengths", "trace", "json", "quiet", "verbose", "help"];

@@ -10,6 +10,7 @@ use toml::{Table, Value};
 
 use super::recipes::{self, Recipe};
 use super::typed::{Size, Typed};
+use crate::compress::Method;
 use crate::data::remote::is_url;
 use crate::data::series::{Missing, Relative};
 use crate::data::source::unpacked_name;
@@ -458,6 +459,7 @@ fn fill(typed: &Typed) -> RunConfig {
         deadline: typed.deadline.unwrap_or(DEADLINE_SECONDS),
         memory_limit: typed.memory_limit.clone().unwrap_or_default(),
         accumulate: size(typed.accumulate, 1),
+        compress: typed.compress.unwrap_or_default(),
         select: typed.select.unwrap_or(defaults.select),
         eval_every: typed.eval_every.unwrap_or(0),
         log_every: typed.log_every.unwrap_or(defaults.log_every),
@@ -753,6 +755,12 @@ fn check_run(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
     }
     let max = config.batch_size;
     judge.hold("accumulate", config.accumulate, (1..=max).contains(&config.accumulate), &format!("from 1 to --batch-size, {max}"))?;
+    if let (Method::Topk { ratio }, Some(n)) = (config.compress, n_workers.filter(|&n| n > 1)) {
+        // Each value takes six bytes to each other worker, where a sum takes four twice (P-1)/P times.
+        let most = 4.0 / (3.0 * n as f64);
+        let allowed = format!("below topk:{most:.3} with {n} workers: from there on it sends more than whole gradients would");
+        judge.hold("compress", config.compress, ratio < most, &allowed)?;
+    }
     judge.positive("log_every", config.log_every)?;
     judge.positive("keep", config.keep as u64)
 }

@@ -228,6 +228,7 @@ fn options_that_do_not_go_together_are_refused() {
         (&["--data", "-", "--data", "-"], "--data names standard input twice"),
         (&["--rejoin", "--on-device-loss", "stop"], "--rejoin needs a run that goes on"),
         (&["--rejoin", "--devices", "cpu:2"], "--rejoin means nothing with one worker"),
+        (&["--compress", "topk:0.2", "--devices", "cpu:1*8"], "--compress is topk:0.2, but must be below topk:0.167 with 8 workers"),
         (&["--task", "forecast", "--tied"], "--tied means nothing for --task forecast"),
         (&["--task", "forecast", "--level", "word"], "--level means nothing for --task forecast"),
     ] {
@@ -270,6 +271,8 @@ fn a_resolved_configuration_given_as_a_file_resolves_to_itself() {
             "--on-device-loss",
             "continue",
             "--rejoin",
+            "--compress",
+            "topk:0.01",
             "--deadline",
             "20",
             "--memory-limit",

@@ -9,6 +9,7 @@ use serde::de::value::{Error as NameError, StrDeserializer};
 use serde::de::{self, DeserializeOwned, Deserializer, IntoDeserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
+use crate::compress::Method;
 use crate::data::sequences::ClassWeights;
 use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
@@ -343,6 +344,11 @@ pub struct Typed {
     #[arg(long, value_name = "N", help_heading = DEVICES)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accumulate: Option<Size>,
+    /// How gradients are made smaller on their way between devices: none, fp16, bf16, int8, onebit (for adam and the like), topk:RATIO or
+    /// powersgd:RANK (for sgd)
+    #[arg(long, value_name = "METHOD", help_heading = DEVICES)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compress: Option<Method>,
     /// Steps between comparisons of the replicas, 0 for none
     #[arg(long, value_name = "STEPS", help_heading = DEVICES, value_parser = whole())]
     #[serde(skip_serializing_if = "Option::is_none")]

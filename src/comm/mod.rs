@@ -153,13 +153,38 @@ impl Communicator {
     /// # Errors
     /// Any [`CommError`] but `UnknownRoot`.
     pub fn all_gather_bytes(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+        let all = self.share_bytes(Arc::new(mine.to_vec()))?;
+        Ok(all.into_iter().map(Arc::unwrap_or_clone).collect())
+    }
+
+    /// [`Self::all_gather_bytes`] without a copy: everyone reads the bytes where they are.
+    ///
+    /// # Errors
+    /// Any [`CommError`] but `UnknownRoot`.
+    pub fn share_bytes(&mut self, mine: Arc<Vec<u8>>) -> Result<Vec<Arc<Vec<u8>>>, CommError> {
         let Port { rank, world, .. } = self.engine.port;
         // A message of one element a rank, whatever the length of its bytes.
         let plan = plan::direct_all_gather_of(rank, (0..world).map(|rank| rank..rank + 1).collect());
         let mut all = vec![Arc::default(); world];
-        all[rank] = Arc::new(mine.to_vec());
+        all[rank] = mine;
         self.engine.run_bytes(Operation::GatherBytes, &plan, &mut all)?;
-        Ok(all.into_iter().map(Arc::unwrap_or_clone).collect())
+        Ok(all)
+    }
+
+    /// Hands each rank bytes of its own, `packets[rank]`, without a copy, and returns what each rank had for this one, in rank order, the own packet
+    /// at its place; lengths may differ. One step.
+    ///
+    /// # Errors
+    /// Any [`CommError`] but `UnknownRoot`.
+    ///
+    /// # Panics
+    /// If there is not one packet a rank.
+    pub fn exchange_bytes(&mut self, mut packets: Vec<Arc<Vec<u8>>>) -> Result<Vec<Arc<Vec<u8>>>, CommError> {
+        let Port { rank, world, .. } = self.engine.port;
+        assert_eq!(packets.len(), world, "there must be a packet for each rank");
+        let plan = plan::direct_exchange_of_packets(world, rank);
+        self.engine.run_packets(&plan, &mut packets)?;
+        Ok(packets)
     }
 
     /// Hands `mine` to the next rank and returns what the one before handed over, without a copy; lengths may differ. One step.
@@ -263,6 +288,27 @@ impl Engine {
             for recv in &step.recvs {
                 if let Payload::Bytes(bytes) = port.receive(recv.peer, of(recv))? {
                     elements[recv.segment.start] = bytes;
+                }
+            }
+            Ok(())
+        };
+        let outcome = plan.steps.iter().try_for_each(run_step);
+        outcome.inspect_err(|error| port.close(error))
+    }
+
+    /// Runs the one step of an exchange of packets; its error closes the port.
+    fn run_packets(&mut self, plan: &Plan, packets: &mut [Arc<Vec<u8>>]) -> Result<(), CommError> {
+        let port = &mut self.port;
+        let header = begin(port, &mut self.n_calls, Operation::ExchangeBytes, plan.parts.len())?;
+        let of = |transfer: &Transfer| Header { start: transfer.segment.start, n_elements: 1, ..header };
+        let run_step = |step: &Step| {
+            for send in &step.sends {
+                // What comes from there takes its place.
+                port.send(send.peer, of(send), Payload::Bytes(std::mem::take(&mut packets[send.peer])))?;
+            }
+            for recv in &step.recvs {
+                if let Payload::Bytes(bytes) = port.receive(recv.peer, of(recv))? {
+                    packets[recv.peer] = bytes;
                 }
             }
             Ok(())

@@ -15,6 +15,7 @@
 //! | [`direct_all_gather`] | 1 | S(P-1)/P | as the ring's | |
 //! | [`direct_all_reduce`] | 2 | 2S(P-1)/P | both | s+1, s+2, ..., s |
 //! | [`direct_exchange`] | 1 | S(P-1) | S(P-1) | s+1, s+2, ..., s |
+//! | [`direct_exchange_of_packets`] | 1 | P-1 packets | P-1 packets | |
 //! | [`tree_all_reduce`] | 2 ceil(log2 P) | at most S log2 P, to children and parent | at most S log2 P | by subtrees |
 //! | [`double_tree_all_reduce`] | about 2 log2 P | at most 3S | at most 2S | by subtrees |
 //! | [`grouped_all_reduce`] | 4 | at most 2S, of which 2S/g to other groups of g | as much | by groups |
@@ -277,6 +278,20 @@ pub fn direct_exchange(world: usize, rank: usize, len: usize) -> Plan {
     let mut plan = Plan { parts: whole(len), steps: Vec::new() };
     let to_all = || others(world, rank).map(|peer| Transfer { peer, segment: 0..len }).collect();
     plan.push(0, to_all(), to_all(), Action::SumAll);
+    plan
+}
+
+/// Everyone hands everyone a packet: element `from * world + to` of `world * world`. One step; a rank hands out P-1 elements.
+///
+/// # Panics
+/// If `rank` is not below `world`.
+pub fn direct_exchange_of_packets(world: usize, rank: usize) -> Plan {
+    assert!(rank < world, "rank {rank} must lie below the world of {world}");
+    let mut plan = Plan { parts: (0..world * world).map(|packet| packet..packet + 1).collect(), steps: Vec::new() };
+    let packet = |from: usize, to: usize| from * world + to..from * world + to + 1;
+    let sends = others(world, rank).map(|peer| Transfer { peer, segment: packet(rank, peer) }).collect();
+    let recvs = others(world, rank).map(|peer| Transfer { peer, segment: packet(peer, rank) }).collect();
+    plan.push(0, sends, recvs, Action::Take);
     plan
 }
 

@@ -129,6 +129,7 @@ pub enum Operation {
     AllGather,
     AllReduce,
     GatherBytes,
+    ExchangeBytes,
     PassOn,
     Broadcast { root: usize },
 }
@@ -140,6 +141,7 @@ impl std::fmt::Display for Operation {
             Self::AllGather => f.write_str("all-gather"),
             Self::AllReduce => f.write_str("all-reduce"),
             Self::GatherBytes => f.write_str("all-gather of bytes"),
+            Self::ExchangeBytes => f.write_str("exchange of bytes"),
             Self::PassOn => f.write_str("passing on to the next rank"),
             Self::Broadcast { root } => write!(f, "broadcast from rank {root}"),
         }

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::run_folder::Select;
+use crate::compress::Method;
 use crate::data::sequences::ClassWeights;
 use crate::data::series::{Missing, Relative};
 use crate::data::split::Split;
@@ -173,6 +174,9 @@ pub struct RunConfig {
     pub memory_limit: Vec<f64>,
     /// Parts that each share is cut into.
     pub accumulate: usize,
+    /// How gradients are made smaller on their way between devices.
+    #[serde(default)]
+    pub compress: Method,
     pub select: Select,
     /// Steps between evaluations; 0: once an epoch.
     pub eval_every: u64,

@@ -22,6 +22,7 @@ use super::worker::{
 use crate::backend::{Backend, DeviceInfo, open};
 use crate::comm::plan::owned_segment;
 use crate::comm::{self, CommError, Tap};
+use crate::compress::{Held, Method};
 use crate::data::Batch;
 use crate::infer::session::{DEADLINE, state_of};
 use crate::model;
@@ -39,6 +40,8 @@ pub struct GroupSpec {
     pub model: ModelConfig,
     pub optimizer: OptimizerConfig,
     pub accumulate: usize,
+    /// How gradients are made smaller on their way to other ranks.
+    pub compress: Method,
 }
 
 /// Replaces a device's backend, for tests of what happens when one goes wrong. Devices are numbered as in the list that the run began with.
@@ -233,7 +236,7 @@ impl Group {
         let (commands, inbox) = bounded::<Command>(4);
         let (outbox, answers) = bounded::<Result<Answer>>(4);
         let (kind, wrap, limit) = (device.kind, self.wrap.clone(), self.safety.memory_limits.get(seat).copied().flatten());
-        let GroupSpec { model, optimizer, accumulate } = self.spec.clone();
+        let GroupSpec { model, optimizer, accumulate, compress } = self.spec.clone();
         let whereabouts = Whereabouts::default();
         let of_worker = whereabouts.clone();
         let body = move || {
@@ -251,7 +254,7 @@ impl Group {
                 backend = wrap(seat, backend);
             }
             if outbox.send(Ok(Answer::Open(backend.info().clone()))).is_ok() {
-                serve(WorkerSpec { model, optimizer, accumulate, deadline }, backend, of_worker, &inbox, &outbox);
+                serve(WorkerSpec { model, optimizer, accumulate, compress, deadline }, backend, of_worker, &inbox, &outbox);
             }
         };
         let thread = spans::spawn(format!("carrousel-{seat}-{}", device.spec), body);
@@ -804,6 +807,28 @@ impl Group {
         }
         let n_states = of_ranks.first().map_or(0, Vec::len);
         (0..n_states).map(|state| self.joined(of_ranks.iter_mut().map(|states| std::mem::take(&mut states[state])).collect())).collect()
+    }
+
+    /// What each rank holds for gradients that are made smaller.
+    ///
+    /// # Errors
+    /// A worker's.
+    pub fn held(&mut self) -> Result<Vec<Vec<Held>>> {
+        let take = |answer| match answer {
+            Answer::Held(held) => Some(held),
+            _ => None,
+        };
+        (0..self.world()).map(|rank| self.ask(rank, Command::ReadHeld, take)).collect()
+    }
+
+    /// Lets each rank hold these pieces; a rank without any begins with nothing.
+    ///
+    /// # Errors
+    /// A worker's.
+    pub fn hold(&mut self, of_ranks: &[Vec<Held>]) -> Result<()> {
+        let told = self.tell_all(|rank| Command::Hold(of_ranks.get(rank).cloned().unwrap_or_default()));
+        let answers = self.collect(told, |answer| matches!(answer, Answer::Loaded).then_some(()));
+        self.all_of(answers).map(drop)
     }
 
     /// Compares the replicas' parameters.

@@ -6,6 +6,7 @@
 
 pub mod balance;
 pub mod commit;
+pub mod compression;
 pub mod devices;
 pub mod dry_run;
 pub mod group;

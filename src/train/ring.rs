@@ -3,7 +3,7 @@
 //! It owns the rank's [`Communicator`] and takes jobs in order; each bucket arrives as a readback that it waits for itself.
 
 use std::cell::RefCell;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use tracing::debug_span;
 
 use crate::backend::Readback;
 use crate::comm::{Communicator, Shared};
+use crate::compress::Compressor;
 use crate::kernels::reduce::block_squares;
 use crate::pool::CpuContext;
 use crate::shape::BLOCK;
@@ -27,7 +28,24 @@ pub enum Update {
     ByOwner,
 }
 
+/// What makes a rank's gradients smaller: its ring's while buckets are under way, its worker's between steps.
+#[derive(Clone)]
+pub struct SharedCompressor(Arc<Mutex<Compressor>>);
+
+impl SharedCompressor {
+    pub fn new(compressor: Compressor) -> Self {
+        Self(Arc::new(Mutex::new(compressor)))
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, Compressor> {
+        // What a step was at when its thread panicked counts only with its commit.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 enum Job {
+    /// Make gradients smaller from now on.
+    Compress(SharedCompressor),
     /// Sum a bucket's gradient over the ranks, in the memory of the step before if there was one.
     Reduce { bucket: usize, words: Box<dyn Readback>, message: Option<Shared> },
     /// All buckets of the step are under way: exchange what each rank tells the others.
@@ -108,7 +126,9 @@ impl Ring {
             update,
             ctx,
             deadline,
+            compressor: None,
             sums: Vec::new(),
+            waiting: Vec::new(),
             squares: Vec::new(),
             first: None,
             last: Duration::ZERO,
@@ -154,6 +174,14 @@ impl Ring {
             }
             _ => anyhow::anyhow!("the ring thread has ended"),
         }
+    }
+
+    /// Makes gradients smaller from now on; the compressor has this rank's place.
+    ///
+    /// # Errors
+    /// The ring thread is gone.
+    pub fn compress(&self, compressor: SharedCompressor) -> Result<()> {
+        self.give(Job::Compress(compressor))
     }
 
     /// Sends a bucket's gradient round; `message` is what the bucket came back in a step before.
@@ -211,7 +239,10 @@ struct RingThread {
     update: Update,
     ctx: CpuContext,
     deadline: Duration,
+    compressor: Option<SharedCompressor>,
     sums: Vec<Result<Returned>>,
+    /// Buckets that go round only when the last one is there.
+    waiting: Vec<(usize, Vec<f32>, Option<Shared>)>,
     /// Sums of squares of blocks: (bucket, first block, sums).
     squares: Vec<(usize, usize, Vec<f32>)>,
     /// When the step's first bucket was ready, how long its last one was in the ring, and all of them.
@@ -227,7 +258,11 @@ impl RingThread {
                 Job::Reduce { bucket, words, message } => {
                     // After an error the communicator repeats it, so the first is what `exchange` reports.
                     let sum = self.reduce(bucket, words, message);
-                    self.sums.push(sum);
+                    self.sums.extend(sum.transpose());
+                    continue;
+                }
+                Job::Compress(compressor) => {
+                    self.compressor = Some(compressor);
                     continue;
                 }
                 Job::Exchange { header, computed } => Done::Sums(self.exchange(header, computed)),
@@ -268,13 +303,23 @@ impl RingThread {
         }
     }
 
-    fn reduce(&mut self, bucket: usize, words: Box<dyn Readback>, message: Option<Shared>) -> Result<Returned> {
+    /// The sum of a bucket, unless it waits for the others.
+    fn reduce(&mut self, bucket: usize, words: Box<dyn Readback>, message: Option<Shared>) -> Result<Option<Returned>> {
         // Nothing is waited for where the step is not to be.
         anyhow::ensure!(self.sums.iter().all(Result::is_ok), "an earlier bucket failed");
         let _span = debug_span!("bucket", bucket).entered();
         let mut memory = debug_span!("readback").in_scope(|| words.wait(self.deadline))?;
         let start = Instant::now();
         self.first.get_or_insert(start);
+        if let Some(compressor) = self.compressor.clone() {
+            if compressor.lock().waits_for_all() {
+                self.waiting.push((bucket, memory, message));
+                return Ok(None);
+            }
+            let returned = self.compressed(&mut compressor.lock(), bucket, memory, message, 1.0);
+            self.has_taken(start);
+            return returned.map(Some);
+        }
         let mut message = message.filter(|message| message.len() == memory.len()).unwrap_or_else(|| self.comm.shared(memory.len()));
         message.fill(&memory);
         match self.update {
@@ -287,27 +332,73 @@ impl RingThread {
             }
         }
         self.tell_squares(bucket, &message, &mut memory);
+        self.has_taken(start);
+        Ok(Some(Returned { bucket, message, memory, copy: Arc::default() }))
+    }
+
+    /// A bucket is through the ring.
+    fn has_taken(&mut self, start: Instant) {
         self.last = start.elapsed();
         self.time += self.last;
+    }
+
+    /// The sum of a bucket that goes round in fewer bytes; all ranks have all of it, and so they tell no squares.
+    fn compressed(
+        &mut self,
+        compressor: &mut Compressor,
+        bucket: usize,
+        mut memory: Vec<f32>,
+        message: Option<Shared>,
+        factor: f32,
+    ) -> Result<Returned> {
+        let _span = debug_span!("compressed", bucket).entered();
+        compressor.sum(&mut self.comm, bucket, &mut memory, factor)?;
+        let mut squares = vec![0.0; memory.len().div_ceil(BLOCK)];
+        block_squares(&self.ctx, &memory, &mut squares);
+        self.squares.push((bucket, 0, squares));
+        let mut message = message.filter(|message| message.len() == memory.len()).unwrap_or_else(|| self.comm.shared(memory.len()));
+        message.fill(&memory);
         Ok(Returned { bucket, message, memory, copy: Arc::default() })
+    }
+
+    /// Sends the buckets round that have waited for each other, the whole gradient clipped.
+    fn send_waiting(&mut self) -> Result<()> {
+        let Some(compressor) = self.compressor.clone() else { return Ok(()) };
+        let waiting = std::mem::take(&mut self.waiting);
+        let mut compressor = compressor.lock();
+        let factor = compressor.clip_factor(waiting.iter().map(|(_, memory, _)| memory.as_slice()));
+        for (bucket, memory, message) in waiting {
+            let sum = self.compressed(&mut compressor, bucket, memory, message, factor)?;
+            self.sums.push(Ok(sum));
+        }
+        Ok(())
     }
 
     fn exchange(&mut self, header: Vec<u8>, computed: Instant) -> Result<Sums> {
         let _span = debug_span!("exchange").entered();
         let first = self.first.take();
-        let buckets: Vec<Returned> = self.sums.drain(..).collect::<Result<_>>()?;
         let start = Instant::now();
+        // One that failed has its error among the sums.
+        if self.sums.iter().all(Result::is_ok) {
+            self.send_waiting()?;
+        }
+        let buckets: Vec<Returned> = self.sums.drain(..).collect::<Result<_>>()?;
         let mut told = (header.len() as u64).to_le_bytes().to_vec();
         told.extend_from_slice(&header);
+        let mut headers = Vec::new();
+        let mut blocks = Vec::new();
         for (bucket, first, squares) in self.squares.drain(..) {
-            for (i, square) in squares.iter().enumerate() {
-                told.extend_from_slice(&(bucket as u32).to_le_bytes());
-                told.extend_from_slice(&((first + i) as u32).to_le_bytes());
+            let numbered = squares.iter().enumerate().map(|(i, &square)| (bucket as u32, (first + i) as u32, square));
+            if self.compressor.is_some() {
+                blocks.extend(numbered);
+                continue;
+            }
+            for (bucket, block, square) in numbered {
+                told.extend_from_slice(&bucket.to_le_bytes());
+                told.extend_from_slice(&block.to_le_bytes());
                 told.extend_from_slice(&square.to_le_bytes());
             }
         }
-        let mut headers = Vec::new();
-        let mut blocks = Vec::new();
         for told in self.comm.all_gather_bytes(&told)? {
             let word = |at: usize| told.get(at..at + 4).and_then(|b| b.try_into().ok()).unwrap_or([0; 4]);
             let header_len = u32::from_le_bytes(word(0)) as usize;
@@ -323,7 +414,7 @@ impl RingThread {
         let exchange = start.elapsed();
         let total = std::mem::take(&mut self.time) + exchange;
         let hideable = first.map_or(Duration::ZERO, |first| computed.saturating_duration_since(first));
-        let unavoidable = (self.last + exchange).max(total.saturating_sub(hideable));
+        let unavoidable = (std::mem::take(&mut self.last) + exchange).max(total.saturating_sub(hideable));
         let times = RingTimes { waited: Duration::ZERO, total, unavoidable };
         Ok(Sums { buckets, norm, headers, times, bytes_sent: self.comm.bytes_sent() })
     }

@@ -11,11 +11,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::balance::Balance;
+use super::compression;
 use super::devices::{self, Resolved};
 use super::group::{Group, GroupSpec, NonFinite, RankStep, Regrouped, Safety, StepNumbers, Tensors, Wrap};
 use super::memory;
 use super::ring::Update;
 use crate::backend::{DeviceInfo, open};
+use crate::compress::{Compressor, Held, Method};
 use crate::data::Batch;
 use crate::data::baselines::at_end;
 use crate::data::prefetch::Prefetch;
@@ -199,7 +201,9 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
 
     let (devices, mut balance, reasons) = settle(&config.devices, &config.balance)?;
     reasons.iter().for_each(|reason| bus.log(Level::Info, reason));
-    let group_spec = GroupSpec { model: model.clone(), optimizer: config.optimizer, accumulate: config.accumulate };
+    let (accumulate, compress) = (config.accumulate, config.compress);
+    let group_spec = GroupSpec { model: model.clone(), optimizer: config.optimizer, accumulate, compress };
+    told_of_compression(&config, &model.table(), devices.len(), bus)?;
     let (n_steps, n_rows) = batches.largest()?;
     let (memory_limits, bounds) = memory::bounds(&group_spec, &devices, &config.memory_limit, [n_steps, n_rows], &mut balance)?;
     bounds.iter().for_each(|bound| bus.log(Level::Info, bound));
@@ -255,15 +259,17 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
     }
     let folder = match found {
         Some((folder, checkpoint, _)) => {
+            let mut held = Vec::new();
             let (params, states) = if is_imported(&checkpoint) {
                 let mut checkpoint = checkpoint;
                 let params = checkpoint.take_model(group.table().tensors())?;
                 let zeros: Tensors = params.iter().map(|values| vec![0.0; values.len()]).collect();
                 (params, vec![zeros; config.optimizer.states().len()])
             } else {
-                restore(checkpoint, &mut position, state.as_mut(), &group, &config, bus)?
+                restore(checkpoint, &mut position, state.as_mut(), &group, &config, &mut held, bus)?
             };
             group.load(params, states)?;
+            group.hold(&held)?;
             folder.retain_lines(METRICS, up_to(position.step))?;
             folder
         }
@@ -326,6 +332,28 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
     trainer.tokens_before = trainer.position.tokens;
     let interrupted = trainer.train(batches, &corpus, stop).map_err(|e| trainer.explain(e))?;
     trainer.finish(&corpus, interrupted)
+}
+
+/// What there is to say of `--compress` before a run begins.
+///
+/// # Errors
+/// It would make nothing smaller.
+fn told_of_compression(config: &RunConfig, table: &ParamTable, world: usize, bus: &mut Bus) -> Result<(), UsageError> {
+    let method = config.compress;
+    if method == Method::None {
+        return Ok(());
+    }
+    UsageError::unless(Compressor::n_tensors(method, table) > 0, || {
+        format!(
+            "--compress {method} makes no tensor of this model smaller (vectors and small matrices go whole): leave it out, or lower its rank"
+        )
+    })?;
+    if world == 1 {
+        bus.warn(format!("--compress {method} does nothing with one worker, which sends nothing"));
+    } else if let Some(why) = compression::unsuited(method, &config.optimizer) {
+        bus.warn(why);
+    }
+    Ok(())
 }
 
 /// `9:3:1`: the rows of each rank.
@@ -501,9 +529,15 @@ fn restore(
     state: Option<&mut Carried>,
     group: &Group,
     config: &RunConfig,
+    held: &mut Vec<Vec<Held>>,
     bus: &mut Bus,
 ) -> Result<(Tensors, Vec<Tensors>)> {
     let fresh = std::mem::replace(position, position_of(&checkpoint)?);
+    let is_same = position.devices == fresh.devices;
+    *held = compression::taken(&mut checkpoint, group.table(), position.devices.len(), group.world(), is_same)?;
+    if !is_same && group.world() == 1 && held.iter().any(|held| !held.is_empty()) {
+        bus.warn(format!("what --compress {} had not sent yet is left out: there is one worker now, which sends nothing", config.compress));
+    }
     if position.devices == fresh.devices && position.kinds != fresh.kinds {
         bus.warn(
             "an adapter, a driver or an instruction set has changed since the checkpoint: the run goes on, but not with the same bits",
@@ -616,6 +650,8 @@ type SeatShares = Vec<(usize, Range<usize>)>;
 struct RankTotal {
     tokens: u64,
     last: RankStep,
+    /// Bytes that the last step sent.
+    sent_last: u64,
     compute: Duration,
     waited: Duration,
 }
@@ -702,6 +738,7 @@ impl Trainer<'_> {
         for ((&seat, rank), rows) in seats.iter().zip(&stepped.ranks).zip(&shares) {
             let total = &mut self.seats[seat];
             total.tokens += rows.clone().map(|row| batch.length(row) as u64).sum::<u64>();
+            total.sent_last = rank.bytes_sent.saturating_sub(total.last.bytes_sent);
             total.last = *rank;
             total.compute += rank.compute;
             total.waited += rank.ring.waited;
@@ -785,7 +822,7 @@ impl Trainer<'_> {
         if self.folder.last().is_some_and(|last| last.step == self.position.step) {
             return Ok(());
         }
-        let (params, states) = self.survive(|group| Ok((group.params_of(0)?, group.states()?)))?;
+        let (params, states, held) = self.survive(|group| Ok((group.params_of(0)?, group.states()?, group.held()?)))?;
         let returning = self.config.rejoin && kind != CheckpointKind::Final && !self.group.absent().is_empty();
         let of_peers = returning.then(|| (Arc::new(params.clone()), Arc::new(states.clone())));
         let table = self.group.table();
@@ -818,6 +855,7 @@ impl Trainer<'_> {
                 }
             }
         }
+        tensors.extend(compression::named(&held, table));
         if let Some(tensor) = tensors.iter().find(|t| t.data.iter().any(|value| !value.is_finite())) {
             let what = format!("tensor {} after step {}", tensor.name, self.position.step);
             let who = self.group.devices().map(|(name, _)| name).collect::<Vec<_>>().join(", ");
@@ -886,7 +924,15 @@ impl Trainer<'_> {
             1 => format!("{} goes on alone", self.position.devices.first().map_or("one device", String::as_str)),
             _ => format!("the {n_left} workers go on with shares of {shares}"),
         };
-        self.bus.warn(format!("step {step}: {regrouped}; {what}, and nothing is left out"));
+        let is_held = self.config.compress != Method::None && !regrouped.lost.is_empty();
+        let left_out = match (is_held, n_left) {
+            (false, _) => "nothing is left out",
+            // What feeds nothing back holds nothing.
+            (true, _) if !compression::settings(self.config.compress, &self.config.optimizer).feeds_back => "nothing is left out",
+            (true, 1) => "nothing is left out but what --compress had not sent yet",
+            (true, _) => "nothing is left out but what --compress had not sent yet of the lost",
+        };
+        self.bus.warn(format!("step {step}: {regrouped}; {what}, and {left_out}"));
     }
 
     /// Who is in the ring, as the checkpoint records it.
@@ -932,6 +978,10 @@ impl Trainer<'_> {
         summary.insert("test_loss".into(), json!(evaluation.as_ref().map(|e| e.loss)));
         summary.insert("devices".into(), json!(position.devices));
         summary.insert("parameters".into(), json!(self.group.table().n_parameters()));
+        let sent = |rank: fn(&RankTotal) -> u64| self.seats.iter().map(rank);
+        summary.insert("compress".into(), json!(self.config.compress));
+        summary.insert("bytes_sent".into(), json!(sent(|rank| rank.last.bytes_sent).sum::<u64>()));
+        summary.insert("bytes_sent_per_step".into(), json!(sent(|rank| rank.sent_last).max()));
         summary.insert("selected_step".into(), json!(selected.as_ref().map(|s| s.step)));
         summary.insert("run".into(), json!(self.folder.path()));
         if let Some(evaluation) = &evaluation {
@@ -1112,10 +1162,11 @@ impl Trainer<'_> {
                 format!("{}/s", format::rate(rate * share)),
                 format!("{:.1} %", 100.0 * total.waited.as_secs_f64() / seconds.max(1e-9)),
                 format::bytes(total.last.bytes_sent),
+                format::bytes(total.sent_last),
             ]
         });
         let rows = rows.collect();
-        table = table.columns("Devices", &["device", "name", "share", "tokens", "waiting", "sent"], rows);
+        table = table.columns("Devices", &["device", "name", "share", "tokens", "waiting", "sent", "a step"], rows);
         let wait = 100.0 * self.data_wait.as_secs_f64() / seconds.max(1e-9);
         let mut last = vec![
             ("time", format::duration(seconds)),
@@ -1123,6 +1174,9 @@ impl Trainer<'_> {
             ("waiting for data", format!("{wait:.1} %")),
             ("run folder", self.folder.path().display().to_string()),
         ];
+        if self.config.compress != Method::None && self.seats.len() > 1 {
+            last.push(("gradients sent as", self.config.compress.to_string()));
+        }
         if !plots.is_empty() {
             last.push(("pictures", plots.join(", ")));
         }

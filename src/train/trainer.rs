@@ -11,6 +11,7 @@ use anyhow::Result;
 use super::balance::Balance;
 use super::group::{Group, GroupSpec, StepNumbers, Tensors};
 use super::run::settle;
+use crate::compress::Method;
 use crate::data::{Batch, Batches};
 use crate::model::Loss;
 use crate::model::config::ModelConfig;
@@ -31,6 +32,8 @@ pub struct TrainerOptions {
     pub optimizer: OptimizerConfig,
     /// Parts that each device's share is cut into, to save memory.
     pub accumulate: usize,
+    /// How gradients are made smaller on their way between devices.
+    pub compress: Method,
     pub init: Init,
     /// Of the weights and of what is dropped.
     pub seed: u64,
@@ -39,7 +42,8 @@ pub struct TrainerOptions {
 impl Default for TrainerOptions {
     fn default() -> Self {
         let (devices, balance) = ("cpu".to_string(), String::new());
-        Self { devices, balance, optimizer: OptimizerConfig::default(), accumulate: 1, init: Init::Torch, seed: 1 }
+        let (optimizer, compress) = (OptimizerConfig::default(), Method::None);
+        Self { devices, balance, optimizer, accumulate: 1, compress, init: Init::Torch, seed: 1 }
     }
 }
 
@@ -75,7 +79,8 @@ impl Trainer {
         model.check()?;
         let (devices, balance, _) = settle(&options.devices, &options.balance)?;
         let accumulate = options.accumulate.max(1);
-        let mut group = Group::start(GroupSpec { model: model.clone(), optimizer: options.optimizer, accumulate }, &devices, None)?;
+        let (optimizer, compress) = (options.optimizer, options.compress);
+        let mut group = Group::start(GroupSpec { model: model.clone(), optimizer, accumulate, compress }, &devices, None)?;
         let params = initial(model, group.table(), options.init, None, options.seed);
         let zeros: Tensors = params.iter().map(|values| vec![0.0; values.len()]).collect();
         group.load(params, vec![zeros; options.optimizer.states().len()])?;

@@ -12,11 +12,13 @@ use anyhow::{Context, Result, ensure};
 use crossbeam::channel::{Receiver, Sender};
 use tracing::debug_span;
 
+use super::compression::{settings, update_rule};
 use super::memory::Scale;
-use super::ring::{Returned, Ring, RingTimes, Sums, Update, norm_of};
+use super::ring::{Returned, Ring, RingTimes, SharedCompressor, Sums, Update, norm_of};
 use crate::backend::{Backend, BufferId, DeviceError, DeviceInfo, Limits, Span, read_now};
 use crate::comm::plan::owned_segment;
 use crate::comm::{CommError, Shared};
+use crate::compress::{Compressor, Held, Method};
 use crate::data::Batch;
 use crate::infer::session::{pass_forward, share_of};
 use crate::kernels::reduce::{BlockSquares, RowSquares};
@@ -54,6 +56,10 @@ pub enum Command {
     ReadGates,
     /// Read optimizer state back, whole buckets; only the own segments count where owners update.
     ReadStates,
+    /// Read back what is held for gradients that are made smaller.
+    ReadHeld,
+    /// Hold these pieces.
+    Hold(Vec<Held>),
 }
 
 /// Activated gates by lane, by gate in the order i, f, g, o: `[T, B, H]`.
@@ -156,6 +162,8 @@ pub enum Answer {
     Gates(Gates),
     /// By state, by tensor of the table, in PyTorch's order, each with the ranges that this rank owns.
     States(Vec<Vec<Vec<f32>>>),
+    /// Nothing where gradients go whole, or nowhere.
+    Held(Vec<Held>),
 }
 
 /// A rank's view of a step that waits for its commit.
@@ -193,6 +201,8 @@ pub struct WorkerSpec {
     pub optimizer: OptimizerConfig,
     /// Parts that each share is cut into.
     pub accumulate: usize,
+    /// How gradients are made smaller on their way to other ranks.
+    pub compress: Method,
     pub deadline: Duration,
 }
 
@@ -223,6 +233,8 @@ struct Worker {
     keeps_copies: bool,
     /// None in a world of one, and after a step that failed here.
     ring: Option<Ring>,
+    /// None in a world of one, and where gradients go whole.
+    compressor: Option<SharedCompressor>,
     /// By state, by bucket.
     states: Vec<Vec<BufferId>>,
     /// By bucket; only where owners update.
@@ -336,6 +348,7 @@ impl Worker {
             update: Update::Everywhere,
             keeps_copies: false,
             ring: None,
+            compressor: None,
             states,
             segments: Vec::new(),
             squares: None,
@@ -407,7 +420,25 @@ impl Worker {
         if let Some(states) = states {
             self.write_states(&states)?;
         }
-        Ok(())
+        self.compress()
+    }
+
+    /// Makes gradients smaller from now on where that was asked for and there is somebody to send them to.
+    fn compress(&mut self) -> Result<()> {
+        let Some(ring) = self.ring.as_ref().filter(|_| self.spec.compress != Method::None) else {
+            self.compressor = None;
+            return Ok(());
+        };
+        let fresh = || Compressor::new(settings(self.spec.compress, &self.spec.optimizer), self.model.table());
+        let compressor = self.compressor.get_or_insert_with(|| SharedCompressor::new(fresh()));
+        compressor.lock().join(self.rank, self.world);
+        ring.compress(compressor.clone())
+    }
+
+    /// The rule as far as it acts on what came from the ring.
+    fn rule(&self) -> OptimizerConfig {
+        let method = if self.compressor.is_some() { self.spec.compress } else { Method::None };
+        update_rule(method, &self.spec.optimizer)
     }
 
     fn write_states(&mut self, states: &[Vec<Vec<f32>>]) -> Result<()> {
@@ -445,12 +476,12 @@ impl Worker {
         let deadline = self.spec.deadline;
         self.whereabouts.set(match command {
             Command::Join(_) => "taking its place in the ring",
-            Command::Load { .. } | Command::Freeze(_) | Command::SetLoss(_) => "loading parameters",
+            Command::Load { .. } | Command::Freeze(_) | Command::SetLoss(_) | Command::Hold(_) => "loading parameters",
             Command::Reserve { .. } | Command::Step(_) => "computing gradients",
             Command::Commit => "updating",
             Command::Abort => "idle",
             Command::Evaluate(_) => "evaluating",
-            Command::ReadParams | Command::ReadGates | Command::ReadStates => "reading back",
+            Command::ReadParams | Command::ReadGates | Command::ReadStates | Command::ReadHeld => "reading back",
         });
         Ok(match command {
             Command::Join(seat) => {
@@ -498,6 +529,13 @@ impl Worker {
                 let states = self.states.iter().map(|buckets| read_buckets(table, &mut *backend, buckets, deadline));
                 Some(Answer::States(states.collect::<Result<_>>()?))
             }
+            Command::ReadHeld => Some(Answer::Held(self.compressor.as_ref().map_or_else(Vec::new, |c| c.lock().held()))),
+            Command::Hold(pieces) => {
+                if let Some(compressor) = &self.compressor {
+                    compressor.lock().hold(&pieces)?;
+                }
+                Some(Answer::Loaded)
+            }
         })
     }
 
@@ -505,6 +543,9 @@ impl Worker {
         ensure!(self.pending.is_none(), "a step was begun before the one before was committed");
         ensure!(self.ring.is_some() || self.world == 1, "a step was begun before the ring was made anew");
         self.evaluated = None;
+        if let Some(compressor) = &self.compressor {
+            compressor.lock().begin(work.step);
+        }
         let _span = debug_span!("compute", step = work.step, rank = self.rank).entered();
         let start = Instant::now();
         let parts = split_even(work.rows.len(), self.spec.accumulate);
@@ -610,8 +651,9 @@ impl Worker {
 
     /// Puts what came from the ring where the update will find it.
     fn receive(&mut self, sums: Sums, work: &StepWork, norm: f64, non_finite: bool) -> Result<()> {
+        let rule = self.rule();
         let (ring, backend) = (self.ring.as_ref().context("sums come from a ring")?, self.backend.as_mut());
-        let factor = self.spec.optimizer.clip_factor(norm);
+        let factor = rule.clip_factor(norm);
         let (memory, messages) = (&mut self.memory, &mut self.messages);
         let mut keep = |returned: Returned| {
             memory.push(returned.memory);
@@ -656,7 +698,7 @@ impl Worker {
                 for range in live(&self.frozen[bucket], segment.range.clone()) {
                     let (at, len) = (range.start - segment.range.start, range.len());
                     let part = |span: Span| span.part(at, len);
-                    self.spec.optimizer.update(backend, part(new), part(grad), states.map(part), work.step, work.lr, factor)?;
+                    rule.update(backend, part(new), part(grad), states.map(part), work.step, work.lr, factor)?;
                 }
             }
             // A rule without state has none to copy.
@@ -680,7 +722,11 @@ impl Worker {
 
     fn commit(&mut self) -> Result<()> {
         let _span = debug_span!("update").entered();
+        let rule = self.rule();
         let backend = self.backend.as_mut();
+        if let Some(compressor) = &self.compressor {
+            compressor.lock().commit();
+        }
         match self.pending.take().context("a commit without a step")? {
             Pending::Sums { step, lr, factor } => {
                 let rows = self.model.embedding_rows();
@@ -688,7 +734,7 @@ impl Worker {
                     let whole = |buffer| Span { buffer, offset: 0, len: b.range.len() };
                     if let Some(r) = rows.as_ref().filter(|rows| rows.bucket == bucket) {
                         let spans = [r.index, whole(self.model.params()[bucket]), whole(self.model.grads()[bucket])];
-                        self.spec.optimizer.update_rows(backend, spans, [r.rows, r.width, r.n_distinct], lr, factor)?;
+                        rule.update_rows(backend, spans, [r.rows, r.width, r.n_distinct], lr, factor)?;
                         continue;
                     }
                     let states: Vec<Span> = self.states.iter().map(|s| whole(s[bucket])).collect();
@@ -696,7 +742,7 @@ impl Worker {
                     let (param, grad) = (whole(self.model.params()[bucket]), whole(self.model.grads()[bucket]));
                     for range in live(&self.frozen[bucket], 0..b.range.len()) {
                         let part = |span: Span| span.part(range.start, range.len());
-                        self.spec.optimizer.update(backend, part(param), part(grad), states.map(part), step, lr, factor)?;
+                        rule.update(backend, part(param), part(grad), states.map(part), step, lr, factor)?;
                     }
                 }
             }

@@ -19,6 +19,7 @@ use super::ring::RingTimes;
 use super::run::settle;
 use super::watched::{Notes, Watched, noted};
 use crate::backend::Backend;
+use crate::compress::{Compressor, Method};
 use crate::data::grouping::{Grouping, POOL};
 use crate::data::series::Order;
 use crate::data::{Batch, Input, Target};
@@ -206,6 +207,7 @@ pub struct Measured<'a> {
     pub devices: &'a str,
     pub balance: &'a str,
     pub accumulate: usize,
+    pub compress: Method,
     /// Steps or calls that are timed.
     pub steps: usize,
     pub lengths: Lengths,
@@ -217,22 +219,21 @@ pub struct Measured<'a> {
 /// # Errors
 /// Devices that do not exist, or more than the work can use; a model that does not fit.
 pub fn profile_step(workload: &Workload, measured: Measured<'_>) -> Result<Map<String, Value>> {
-    let Measured { mode, devices, balance, accumulate, steps, lengths, scaling } = measured;
+    let Measured { mode, devices, accumulate, steps, lengths, compress, scaling, .. } = measured;
     UsageError::unless(steps > 0, || "--steps 0 measures nothing: give a number from 1".to_owned())?;
     if mode == Mode::Train && !workload.layer_alone {
-        let settled = settle(devices, balance)?;
-        let n_rows = if scaling == Scaling::Weak { workload.n_rows * settled.0.len() } else { workload.n_rows };
-        return profile_training(&Workload { n_rows, ..workload.clone() }, settled, accumulate, steps, lengths);
+        return profile_training(workload, measured);
     }
     let what = if mode == Mode::Train { "a layer alone" } else { "--mode infer-step or infer-seq" };
     UsageError::unless(lengths == Lengths::Full, || format!("--lengths uniform is for training a model, not for {what}: leave it out"))?;
     UsageError::unless(scaling == Scaling::Strong, || format!("--scaling weak is for training a model, not for {what}: leave it out"))?;
+    UsageError::unless(compress == Method::None, || format!("--compress is for training a model, not for {what}: leave it out"))?;
     UsageError::unless(accumulate == 1, || format!("--accumulate is for training a model, not for {what}: leave it out"))?;
     let n_workers = super::devices::parse(devices)?.n_workers();
     UsageError::unless(n_workers.is_none_or(|n| n == 1), || {
         format!("--devices {devices} names {} workers, but {what} runs on one: name one", n_workers.unwrap_or(0))
     })?;
-    let (devices, ..) = settle(devices, balance)?;
+    let (devices, ..) = settle(devices, measured.balance)?;
     let device = devices.first().context("no device was found")?;
     match mode {
         Mode::Train => profile_layer(workload, device, steps),
@@ -293,15 +294,18 @@ fn profile_layer(workload: &Workload, device: &Resolved, steps: usize) -> Result
 
 /// Measures `steps` training steps. With [`Lengths::Uniform`] an epoch of unequal sequences, in batches of like length, is trained on between them:
 /// at least [`POOL`] batches, of which `tokens_per_second` counts the valid tokens, beside `dense_tokens_per_second` and their `ratio`.
-fn profile_training(
-    workload: &Workload,
-    (devices, mut balance, _): (Vec<Resolved>, Balance, Vec<String>),
-    accumulate: usize,
-    steps: usize,
-    lengths: Lengths,
-) -> Result<Map<String, Value>> {
+fn profile_training(workload: &Workload, measured: Measured<'_>) -> Result<Map<String, Value>> {
+    let Measured { devices, balance, accumulate, compress, steps, lengths, scaling, .. } = measured;
+    let (devices, mut balance, _) = settle(devices, balance)?;
     let n_workers = devices.len();
-    let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate };
+    let n_rows = if scaling == Scaling::Weak { workload.n_rows * n_workers } else { workload.n_rows };
+    let workload = &Workload { n_rows, ..workload.clone() };
+    let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate, compress };
+    UsageError::unless(compress == Method::None || Compressor::n_tensors(compress, &workload.model.table()) > 0, || {
+        format!("--compress {compress} makes no tensor of this model smaller: leave it out, or lower its rank")
+    })?;
+    // As after the method's warm-up.
+    let warmed_up = compress.warm_up_steps();
     let mut group = Group::start(spec, &devices, None)?;
     let params = initial(&workload.model, group.table(), Init::Uniform(0.1), None, 1);
     let zeros: Vec<Vec<f32>> = params.iter().map(|p| vec![0.0; p.len()]).collect();
@@ -314,8 +318,12 @@ fn profile_training(
     let mut epoch = (lengths == Lengths::Uniform).then(|| Epoch::new(workload, steps.max(POOL)));
     for step in 0..steps + WARM_UP {
         let shares = balance.shares_of(&batch);
-        let numbers =
-            StepNumbers { step: step as u64 + 1, lr: workload.optimizer.lr, key: StepKey::new(1, step as u64), divisor: batch.weight };
+        let numbers = StepNumbers {
+            step: warmed_up + step as u64 + 1,
+            lr: workload.optimizer.lr,
+            key: StepKey::new(1, step as u64),
+            divisor: batch.weight,
+        };
         let start = Instant::now();
         let stepped = group.step(&batch, &shares, carried.as_mut(), numbers)?;
         let time = start.elapsed();
@@ -378,7 +386,7 @@ fn profile_training(
         summary.insert("padding".into(), json!(1.0 - epoch.n_tokens as f64 / epoch.n_places as f64));
     }
     drop(group);
-    summary.insert("kernels".into(), tracing::debug_span!("time kernels").in_scope(|| kernels(workload, &devices, accumulate))?);
+    summary.insert("kernels".into(), tracing::debug_span!("time kernels").in_scope(|| kernels(workload, &devices, accumulate, compress))?);
     Ok(summary)
 }
 
@@ -461,12 +469,12 @@ fn time_of(backend: &mut dyn Backend, launch: &mut dyn FnMut(&mut dyn Backend) -
 
 /// By kernel: launches and milliseconds a step on rank 0, from steps in which the device is waited for after every launch (so that their sum is above
 /// the step's time, and short kernels carry the cost of the wait).
-fn kernels(workload: &Workload, devices: &[Resolved], accumulate: usize) -> Result<Value> {
+fn kernels(workload: &Workload, devices: &[Resolved], accumulate: usize, compress: Method) -> Result<Value> {
     const STEPS: u32 = 2;
     let notes = Notes::shared();
     let of_rank_0 = Arc::clone(&notes);
     let wrap: Wrap = Arc::new(move |rank, inner| if rank == 0 { Watched::timing(inner, &of_rank_0) } else { inner });
-    let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate };
+    let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate, compress };
     let mut group = Group::start(spec, devices, Some(&wrap))?;
     let params = initial(&workload.model, group.table(), Init::Uniform(0.1), None, 1);
     let zeros: Vec<Vec<f32>> = params.iter().map(|p| vec![0.0; p.len()]).collect();
