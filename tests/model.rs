@@ -631,10 +631,8 @@ fn solve(case: &Case, params: &Tensors, gradients: bool) -> Solution {
         }
         let mut past: Vec<Past> = Vec::new();
         let mut inputs: Vec<Vec<Vec<f64>>> = Vec::new();
-        let is_residual = |layer: usize, flow: &[Vec<f64>]| {
-            let groups = if layer == 0 { 1 } else { n };
-            case.config.lstm.residual && flow[0].len() == n * units[layer * n][0] && groups == n
-        };
+        let is_residual =
+            |layer: usize, flow: &[Vec<f64>]| case.config.lstm.residual && layer > 0 && flow[0].len() == n * units[layer * n][0];
         for layer in 0..n_layers {
             let [width, hidden] = units[layer * n];
             let mut above = vec![vec![0.0; n * width]; n_valid];

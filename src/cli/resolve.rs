@@ -326,7 +326,9 @@ pub fn settle(layers: &Layers) -> Result<RunConfig, UsageError> {
 fn is_of_numbers(typed: &Typed) -> bool {
     let data = typed.data.as_deref().unwrap_or_default();
     let is_ts = !data.is_empty() && data.iter().all(|given| holds(given, &[".ts"]));
-    is_ts || data.iter().any(|given| is_drawn(given)) || typed.sequence.is_some() || typed.features.is_some()
+    // The record of a run holds every key.
+    let has_features = typed.features.as_ref().is_some_and(|features| !features.is_empty());
+    is_ts || data.iter().any(|given| is_drawn(given)) || typed.sequence.is_some() || has_features
 }
 
 /// Puts defaults where nothing was given.

@@ -300,6 +300,29 @@ fn a_resolved_configuration_given_as_a_file_resolves_to_itself() {
 }
 
 #[test]
+fn what_a_run_of_any_kind_records_settles_to_the_same_again() {
+    for given in [
+        &["--data", "a.txt"][..],
+        &["--data", "a.txt", "--level", "word", "--vocab", "50", "--tied"],
+        &["--data", "a.csv", "--target", "x", "--features", "y,z", "--quantiles", "0.1,0.5,0.9"],
+        &["--data", "a.txt", "--task", "classify", "--embedding", "8"],
+        &["--data", "a.txt", "--task", "regress", "--level", "word", "--vocab", "9"],
+        &["--data", "a.jsonl", "--task", "classify"],
+        &["--data", "a.ts", "--class-weights", "balanced"],
+        &["--data", "a.csv", "--sequence", "id", "--label", "kind", "--features", "x"],
+        &["--data", "a.csv", "--task", "tag", "--sequence", "id", "--label", "kind"],
+        &["--data", "music", "--task", "frames"],
+        &["--data", "adding:100", "--task", "regress"],
+    ] {
+        let config = config(given);
+        let text = toml::to_string(&config).unwrap();
+        let settled = |layers: Layers| resolve::resolve(&layers).unwrap_or_else(|error| panic!("{given:?}: {error}"));
+        assert_eq!(settled(flags(&[]).recorded("config.toml", &text).unwrap()), config, "{given:?}");
+        assert_eq!(with_file(&text, &[]).unwrap_or_else(|error| panic!("{given:?}: {error}")), config, "{given:?}");
+    }
+}
+
+#[test]
 fn a_resumed_run_starts_from_its_record_and_a_new_limit_takes_the_place_of_the_old_one() {
     let recorded = config(&["--data", "a.txt", "--hidden", "32", "--epochs", "4", "--devices", "cpu:1"]);
     let folder = tempfile::tempdir().unwrap();

@@ -159,7 +159,7 @@ pub struct Typed {
     #[arg(long, help_heading = CELL, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layer_norm: Option<bool>,
-    /// Add a layer's input to its output where both have the same width
+    /// Add what the layer below hands up to a layer's output, where both have the same width
     #[arg(long, help_heading = CELL, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub residual: Option<bool>,

@@ -297,6 +297,13 @@ impl Sequences {
                 remedy: "raise the training fraction of --split, or give more data".to_string(),
             });
         }
+        let is_text = matches!(read.raws[0].cells, Cells::Text(_));
+        let level = (options.level != Level::Char).then(|| ("--level", format!("{:?}", options.level).to_lowercase()));
+        let of_tokens = options.vocab_limit.map(|limit| ("--vocab", limit.to_string())).or(level);
+        if let (false, Some((flag, value))) = (is_text, of_tokens) {
+            let problem = format!("means nothing for {name}, whose sequences consist of numbers");
+            return Err(DataError::Option { name: flag, value, problem, remedy: "leave it out".to_string() });
+        }
         let step = match &read.raws[0].cells {
             Cells::Text(_) => StepSpec::Tokens(vocabulary(&read.raws, &train, options)?),
             Cells::Values(_) => StepSpec::Features(scales(&read, &train)),

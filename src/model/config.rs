@@ -175,7 +175,7 @@ impl std::fmt::Display for Hidden {
 pub struct LstmConfig {
     /// Each layer reads its input in both directions; the outputs of both lie side by side.
     pub bidirectional: bool,
-    /// A layer's input is added to its output where both have the same width.
+    /// What the layer below hands up is added to a layer's output where both have the same width.
     pub residual: bool,
     /// The initial state is a parameter.
     pub learned_state: bool,
@@ -292,7 +292,7 @@ impl ModelConfig {
         }
         UsageError::unless(!l.residual || (0..self.n_layers).any(|layer| self.is_residual(layer)), || {
             format!(
-                "--residual adds nothing here, since no layer's input is as wide as its output: give another layer, or other --hidden than {}",
+                "--residual adds nothing here, since no layer is as wide as the one below it: give another layer, or other --hidden than {}",
                 self.hidden
             )
         })?;
@@ -418,9 +418,9 @@ impl ModelConfig {
         if layer + 1 < self.n_layers { self.dropout } else { self.lstm.output_dropout }
     }
 
-    /// Whether `layer` adds its input to its output.
+    /// Whether `layer` adds its input, which is what the layer below hands up, to its output.
     pub fn is_residual(&self, layer: usize) -> bool {
-        self.lstm.residual && self.layer_input(layer) == self.layer_output(layer)
+        self.lstm.residual && layer > 0 && self.layer_units(layer) == self.layer_units(layer - 1)
     }
 
     /// All parameters in order of first use: `embedding.weight`, `lstm.*_l0` ..., `head.weight` (unless tied), `head.bias`.

@@ -141,7 +141,7 @@ class Reference:
                     finals[layer][0][d, b], finals[layer][1][d, b] = h, c
                     parts.append(out)
                 below, x = x, np.concatenate(parts, axis=1)
-                if self.residual and below.shape == x.shape:
+                if self.residual and layer > 0 and below.shape == x.shape:
                     x = x + below
             tops.append(x)
         if per_step:

@@ -473,6 +473,9 @@ pub struct ModelFile {
 /// # Errors
 /// Not there, damaged, of a newer version; holds no LSTM, or one that is none of ours: with the tensor or the field.
 pub fn read(path: &Path) -> Result<ModelFile> {
+    if path.is_dir() {
+        return Err(foreign(path, "this is a folder; a run's model is written by `carrousel export`, and that file imported"));
+    }
     let bytes = Disk.read(path).map_err(|e| StoreError::io("read", path, e))?;
     from_bytes(&bytes, path, format_of(&bytes, path)?)
 }

@@ -129,6 +129,8 @@ mod proto {
         pub op_type: String,
         #[prost(message, repeated, tag = "5")]
         pub attribute: Vec<Attribute>,
+        #[prost(string, tag = "7")]
+        pub domain: String,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -256,7 +258,14 @@ impl Builder {
     fn node(&mut self, op: &str, inputs: &[&str], outputs: &[&str], attribute: Vec<Attribute>) {
         let strings = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
         let name = format!("{op}_{}", self.graph.node.len());
-        self.graph.node.push(Node { input: strings(inputs), output: strings(outputs), name, op_type: op.to_owned(), attribute });
+        self.graph.node.push(Node {
+            input: strings(inputs),
+            output: strings(outputs),
+            name,
+            op_type: op.to_owned(),
+            attribute,
+            domain: String::new(),
+        });
     }
 
     fn value(name: &str, elem_type: i32, axes: &[Axis]) -> ValueInfo {
@@ -380,12 +389,7 @@ fn graph(network: &Network, tensors: &[NamedTensor]) -> Graph {
         let is_last = l + 1 == layers.len();
         let out = if is_last && network.head.is_none() { "output".to_owned() } else { format!("lstm.l{l}.output") };
         if layer.residual {
-            if l == 0 {
-                // Behind a row's end an LSTM gives zeros, and what is added to them must be zero too.
-                let valid = steps_where(&mut b, "Less", "lengths.of_rows");
-                b.node("Mul", &[&x, &valid], &["input.valid"], vec![]);
-                x = "input.valid".to_owned();
-            }
+            // Behind a row's end both are zero.
             let plain = format!("lstm.l{l}.plain");
             lstm(&mut b, &params, l, layer, [&x, &plain]);
             b.node("Add", &[&plain, &x], &[&out], vec![]);
@@ -411,7 +415,7 @@ fn graph(network: &Network, tensors: &[NamedTensor]) -> Graph {
                 // More than the state comes out of a residual layer: what stands at each row's own end, in reverse at its first step.
                 Pooling::Last if layers[last].residual => {
                     b.node("Sub", &["lengths.of_rows", "const.int32.1"], &["lengths.last"], vec![]);
-                    let at_end = steps_where(&mut b, "Equal", "lengths.last");
+                    let at_end = last_steps(&mut b, "lengths.last");
                     b.node("Mul", &[&x, &at_end], &["ends"], vec![]);
                     b.node("ReduceSum", &["ends", &zero], &["at_end"], vec![int("keepdims", 0)]);
                     if layers[last].bidirectional {
@@ -452,25 +456,21 @@ fn graph(network: &Network, tensors: &[NamedTensor]) -> Graph {
     b.graph
 }
 
-/// 1 where the number of a step stands so to the row's number, else 0: `[T, B, 1]`.
-fn steps_where(b: &mut Builder, op: &str, of_rows: &str) -> String {
-    if !b.graph.node.iter().any(|node| node.output.iter().any(|output| output == "steps")) {
-        let scalar = b.ints("const.scalar", &[]);
-        for (name, value) in [("const.scalar.0", 0_i64), ("const.scalar.1", 1)] {
-            b.constant(name, &[], proto::INT64, value.to_le_bytes().to_vec());
-        }
-        b.constant("const.int32.1", &[1], proto::INT32, 1_i32.to_le_bytes().to_vec());
-        b.node("Reshape", &["n_steps.int64", &scalar], &["n_steps.scalar"], vec![]);
-        b.node("Range", &["const.scalar.0", "n_steps.scalar", "const.scalar.1"], &["steps.int64"], vec![]);
-        b.node("Cast", &["steps.int64"], &["steps.flat"], vec![int("to", proto::INT32 as usize)]);
-        b.node("Unsqueeze", &["steps.flat", "const.1"], &["steps"], vec![]);
+/// 1 where a step has the row's number, else 0: `[T, B, 1]`.
+fn last_steps(b: &mut Builder, of_rows: &str) -> String {
+    let (scalar, axis) = (b.ints("const.scalar", &[]), b.ints("const.2", &[2]));
+    for (name, value) in [("const.scalar.0", 0_i64), ("const.scalar.1", 1)] {
+        b.constant(name, &[], proto::INT64, value.to_le_bytes().to_vec());
     }
-    let [flags, floats, name] = ["flags", "floats", "mask"].map(|what| format!("steps.{op}.{what}"));
-    let axis = b.ints(&format!("steps.{op}.axis"), &[2]);
-    b.node(op, &["steps", of_rows], &[&flags], vec![]);
-    b.node("Cast", &[&flags], &[&floats], vec![int("to", proto::FLOAT as usize)]);
-    b.node("Unsqueeze", &[&floats, &axis], &[&name], vec![]);
-    name
+    b.constant("const.int32.1", &[1], proto::INT32, 1_i32.to_le_bytes().to_vec());
+    b.node("Reshape", &["n_steps.int64", &scalar], &["n_steps.scalar"], vec![]);
+    b.node("Range", &["const.scalar.0", "n_steps.scalar", "const.scalar.1"], &["steps.int64"], vec![]);
+    b.node("Cast", &["steps.int64"], &["steps.flat"], vec![int("to", proto::INT32 as usize)]);
+    b.node("Unsqueeze", &["steps.flat", "const.1"], &["steps"], vec![]);
+    b.node("Equal", &["steps", of_rows], &["steps.are_last"], vec![]);
+    b.node("Cast", &["steps.are_last"], &["steps.last"], vec![int("to", proto::FLOAT as usize)]);
+    b.node("Unsqueeze", &["steps.last", &axis], &["steps.mask"], vec![]);
+    "steps.mask".to_owned()
 }
 
 /// Declares the initial state and cuts it into the layers', each `lstm.l{l}.{which}_0` `[D, B, H]`.
@@ -638,10 +638,17 @@ pub(super) fn from_bytes(bytes: &[u8], path: &Path) -> Result<ModelFile> {
     if nodes.is_empty() {
         return Err(foreign(path, "the graph holds no `LSTM` node"));
     }
+    let is_own = model.producer_name == super::PRODUCER;
+    if !is_own {
+        check_stack(path, graph, &nodes)?;
+    }
     let mut tensors = Vec::new();
     let mut coupled = None;
     for (l, node) in nodes.into_iter().enumerate() {
         let is_coupled = read_lstm(&constants, l, node, &mut tensors)?;
+        if !is_own {
+            read_initial_state(&constants, l, node, &mut tensors)?;
+        }
         if *coupled.get_or_insert(is_coupled) != is_coupled {
             return Err(attribute(path, node, "input_forget", "differs from that of the first LSTM; all layers have the same"));
         }
@@ -654,7 +661,7 @@ pub(super) fn from_bytes(bytes: &[u8], path: &Path) -> Result<ModelFile> {
     read_learned_state(&constants, &strings, &mut tensors)?;
     tensors.sort_by(|a: &NamedTensor, b| a.name.cmp(&b.name));
     let about = About::read(path, strings, &tensors)?;
-    if about.is_none() && model.producer_name == super::PRODUCER {
+    if about.is_none() && is_own {
         let problem = "is missing or damaged, though carrousel wrote the file".to_owned();
         return Err(InterchangeError::Field { path: path.to_path_buf(), field: "`metadata_props`".to_owned(), problem });
     }
@@ -692,6 +699,70 @@ fn read_learned_state(constants: &Constants, strings: &BTreeMap<String, String>,
     Ok(())
 }
 
+/// Refuses a graph of other origin whose LSTM nodes are no stack: each must read what the one before hands up, and nothing may be done to it between.
+fn check_stack(path: &Path, graph: &Graph, nodes: &[&Node]) -> Result<()> {
+    /// What only moves numbers, or does so outside of training.
+    const MOVES: [&str; 8] = ["Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast", "Dropout", "Concat"];
+    if let Some(node) = nodes.iter().find(|node| !["", "ai.onnx"].contains(&node.domain.as_str())) {
+        return Err(foreign(path, format!("the LSTM node `{}` is of the domain `{}`, not of ONNX's own", node.name, node.domain)));
+    }
+    let maker: HashMap<&str, &Node> =
+        graph.node.iter().flat_map(|node| node.output.iter().map(move |name| (name.as_str(), node))).collect();
+    for pair in nodes.windows(2) {
+        let (below, above) = (pair[0], pair[1]);
+        let mut open: Vec<&str> = above.input.first().map(String::as_str).into_iter().collect();
+        let mut meets = false;
+        while let Some(name) = open.pop() {
+            // What is stored, or comes in from outside, has no maker.
+            let Some(node) = maker.get(name).filter(|node| node.op_type != "Constant") else { continue };
+            if node.output.first() == below.output.first() {
+                meets = true;
+            } else if MOVES.contains(&node.op_type.as_str()) {
+                let n_read = if node.op_type == "Concat" { node.input.len() } else { 1 };
+                open.extend(node.input.iter().take(n_read).map(String::as_str));
+            } else {
+                let what =
+                    format!("between the LSTM nodes `{}` and `{}` stands `{}` ({})", below.name, above.name, node.name, node.op_type);
+                return Err(foreign(path, format!("{what}, but here a layer reads what the one below hands up")));
+            }
+        }
+        if !meets {
+            return Err(foreign(
+                path,
+                format!("the LSTM node `{}` does not read what `{}` hands up: only a stack is read", above.name, below.name),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// An initial state that another program stored in a node's inputs is one that was learnt; zero is none.
+fn read_initial_state(constants: &Constants, l: usize, node: &Node, tensors: &mut Vec<NamedTensor>) -> Result<()> {
+    let stored = [5, 6].map(|idx| node.input.get(idx).map(String::as_str).filter(|name| constants.has(name)));
+    let read = |name: Option<&'_ str>| name.map(|name| constants.floats(name).map(|state| (name.to_owned(), state))).transpose();
+    let states = [("initial_h", read(stored[0])?), ("initial_c", read(stored[1])?)];
+    let is_zero = |values: &[f32]| values.iter().all(|&value| value == 0.0);
+    if states.iter().all(|(_, state)| state.as_ref().is_none_or(|(_, (_, values))| is_zero(values))) {
+        return Ok(());
+    }
+    let hidden = tensors.iter().find(|tensor| tensor.name == tensor_name("weight_hh", l, 0)).map_or(0, |tensor| tensor.shape[1]);
+    let n_directions = if tensors.iter().any(|tensor| tensor.name == tensor_name("weight_hh", l, 1)) { 2 } else { 1 };
+    for (what, state) in states {
+        let values = match state {
+            None => vec![0.0; n_directions * hidden],
+            Some((_, (shape, values))) if shape == [n_directions, 1, hidden] => values,
+            Some((name, (shape, _))) => {
+                let problem = format!("has shape {shape:?}, but an initial state that all rows share is [{n_directions}, 1, {hidden}]");
+                return Err(constants.wrong(&name, problem));
+            }
+        };
+        for (d, row) in values.chunks_exact(hidden.max(1)).enumerate() {
+            tensors.push(NamedTensor { name: tensor_name(what, l, d), shape: vec![hidden], data: row.to_vec() });
+        }
+    }
+    Ok(())
+}
+
 fn attribute(path: &Path, node: &Node, name: &str, problem: impl Into<String>) -> InterchangeError {
     InterchangeError::Field {
         path: path.to_path_buf(),
@@ -722,7 +793,8 @@ fn read_lstm(constants: &Constants, l: usize, node: &Node, tensors: &mut Vec<Nam
             "input_forget" => coupled = attribute.i != 0,
             "activations" => {
                 let usual: [&[u8]; 3] = [b"Sigmoid", b"Tanh", b"Tanh"];
-                if !attribute.strings.iter().zip(usual.iter().cycle()).all(|(name, usual)| name.eq_ignore_ascii_case(usual)) {
+                let as_usual = attribute.strings.iter().zip(usual.iter().cycle()).all(|(name, usual)| name.eq_ignore_ascii_case(usual));
+                if !as_usual || !attribute.strings.len().is_multiple_of(usual.len()) {
                     return Err(refuse("activations", "are not Sigmoid, Tanh, Tanh, the only ones here".to_owned()));
                 }
             }
@@ -833,6 +905,54 @@ mod tests {
             error(&changed(|node| node.input.swap(2, 3))).contains("tensor `lstm.l0.B` has shape [1, 24], but its node needs [1, 12, 3]")
         );
         assert!(error(&changed(|node| node.op_type.push('x'))).contains("no `LSTM` node"));
+        assert!(error(&changed(|node| node.domain = "com.other".to_owned())).contains("of the domain `com.other`"));
+    }
+
+    /// As another program could have written a network of these layers, its graph changed.
+    fn another(layers: Vec<Layer>, change: impl Fn(&mut Graph)) -> Vec<u8> {
+        let (network, tensors) = network(layers);
+        let bytes = to_bytes(&network, &About { part: Part::All, ..About::default() }, &tensors).unwrap();
+        let mut model =
+            Model { metadata_props: Vec::new(), producer_name: "another".to_owned(), ..Model::decode(bytes.as_slice()).unwrap() };
+        change(model.graph.as_mut().unwrap());
+        model.encode_to_vec()
+    }
+
+    #[test]
+    fn what_another_program_does_between_layers_is_refused_and_an_initial_state_that_it_stored_is_read() {
+        let stack = || vec![Layer::plain(2, 3), Layer::plain(3, 3)];
+        assert!(from_bytes(&another(stack(), |_| ()), Path::new("m.onnx")).is_ok());
+        let residual = vec![Layer::plain(2, 3), Layer { residual: true, ..Layer::plain(3, 3) }, Layer::plain(3, 3)];
+        let refused = error(&another(residual, |_| ()));
+        assert!(refused.contains("between the LSTM nodes") && refused.contains("(Add)"), "{refused}");
+        let apart = error(&another(stack(), |graph| {
+            graph.node.iter_mut().filter(|node| node.op_type == "LSTM").for_each(|node| node.input[0] = "input".to_owned());
+        }));
+        assert!(apart.contains("does not read what"), "{apart}");
+
+        let with_state = |shape: &[usize], values: &[f32]| {
+            another(vec![Layer { bidirectional: true, ..Layer::plain(2, 3) }], |graph| {
+                let dims = shape.iter().map(|&n| n as i64).collect();
+                let tensor = Tensor {
+                    dims,
+                    data_type: proto::FLOAT,
+                    name: "stored".to_owned(),
+                    raw_data: le_bytes(values).into_owned(),
+                    ..Tensor::default()
+                };
+                graph.initializer.push(tensor);
+                graph.node.iter_mut().filter(|node| node.op_type == "LSTM").for_each(|node| node.input[5] = "stored".to_owned());
+            })
+        };
+        let read = |bytes: &[u8]| from_bytes(bytes, Path::new("m.onnx")).unwrap();
+        let learned = read(&with_state(&[2, 1, 3], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]));
+        let of = |file: &ModelFile, name: &str| file.tensors.iter().find(|tensor| tensor.name == name).map(|tensor| tensor.data.clone());
+        assert_eq!(of(&learned, "lstm.initial_h_l0"), Some(vec![1.0, 2.0, 3.0]));
+        assert_eq!(of(&learned, "lstm.initial_h_l0_reverse"), Some(vec![4.0, 5.0, 6.0]));
+        assert_eq!(of(&learned, "lstm.initial_c_l0"), Some(vec![0.0; 3]));
+        assert!(learned.options().unwrap().contains("learned_state = true"));
+        assert_eq!(of(&read(&with_state(&[2, 1, 3], &[0.0; 6])), "lstm.initial_h_l0"), None);
+        assert!(error(&with_state(&[2, 2, 3], &[1.0; 12])).contains("tensor `stored` has shape [2, 2, 3]"));
         let usual = ["sigmoid", "tanh", "tanh"].map(|name| name.as_bytes().to_vec()).to_vec();
         let usual = Attribute { name: "activations".to_owned(), strings: usual, kind: 8, ..Attribute::default() };
         let read = from_bytes(&changed(|node| node.attribute.push(usual.clone())), Path::new("m.onnx")).unwrap();

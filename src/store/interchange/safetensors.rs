@@ -42,7 +42,7 @@ pub(super) fn from_bytes(bytes: &[u8], path: &Path) -> Result<ModelFile> {
     if strings.contains_key("carrousel") {
         return Err(foreign(
             path,
-            "this is a checkpoint, which is part of a run: write the run's model with `carrousel export`, and import that",
+            "this is a checkpoint, which is part of a run, or what `evaluate --output` wrote: write the run's model with `carrousel export`, and import that",
         ));
     }
     strings.remove("format");
