@@ -351,6 +351,78 @@ fn sequences_in_a_table_are_trained_on_judged_and_written_out() {
 }
 
 #[test]
+fn classes_are_told_of_data_without_labels_and_judged_where_there_are_some() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+    let call = |args: &[&str]| call_in(folder.path(), args);
+    let cpu = ["--devices", "cpu:1", "-q"];
+    // Rising or falling by the first number, in each form that labels may be missing from.
+    let values = |i: usize| (0..3 + i % 4).map(|t| if i % 2 == 0 { t } else { 9 - t }.to_string()).collect::<Vec<_>>();
+    let kind = |i: usize| if i % 2 == 0 { "up" } else { "down" };
+    let ts = |label: &dyn Fn(usize) -> String, n: usize| {
+        let lines: String = (0..n).map(|i| format!("{}:{}\n", values(i).join(","), label(i))).collect();
+        format!("@classLabel true up down\n@data\n{lines}")
+    };
+    write("kinds.ts", &ts(&|i| kind(i).to_owned(), 40));
+    write("new.ts", &ts(&|_| "?".to_owned(), 6));
+    write("some.ts", &ts(&|i| if i < 4 { kind(i).to_owned() } else { "?".to_owned() }, 6));
+    let rows = |i: usize| values(i).iter().map(|v| format!("s{i},{v},{}\n", kind(i))).collect::<String>();
+    write("kinds.csv", &format!("id,x,kind\n{}", (0..40).map(rows).collect::<String>()));
+    write("new.csv", "id,x\na,0\na,1\nb,9\na,2\nb,8\n");
+    write("kinds.txt", &(0..40).map(|i| format!("{}\t{}\n", kind(i), values(i).join(" "))).collect::<String>());
+    write("new.txt", "0 1 2\n9 8 7\n");
+    let forms: [(&str, &str, &[&str], &[&str]); 3] = [
+        ("kinds.ts", "new.ts", &[], &["1", "2", "3", "4", "5", "6"]),
+        ("kinds.csv", "new.csv", &["--sequence", "id", "--label", "kind"], &["a", "b"]),
+        ("kinds.txt", "new.txt", &["--task", "classify"], &["1", "2"]),
+    ];
+    for (data, new, own, names) in forms {
+        let run = format!("run-{data}");
+        let train = ["train", "--data", data, "--hidden", "8", "--epochs", "12", "--lr", "0.02", "--out", &run];
+        let trained = call(&[&train[..], own, &cpu[..]].concat());
+        assert_eq!(trained.code, 0, "{data}: {}", trained.err);
+        let classify = ["classify", "--run", &run, "--data", new, "--output", "said.csv"];
+        let told = call(&[&classify[..], &cpu[..], &["--json"]].concat());
+        assert_eq!(told.code, 0, "{new}: {}", told.err);
+        let event = told.last_event();
+        let labels = event["labels"].as_array().unwrap();
+        for (label, name) in labels.iter().zip(names) {
+            assert!(label["sequence"].as_str().is_some_and(|said| said.contains(name)), "{new}: {label}");
+            assert!((0.5..=1.0).contains(&label["probability"].as_f64().unwrap()), "{new}: {label}");
+        }
+        let said: Vec<&str> = labels.iter().map(|label| label["class"].as_str().unwrap()).collect();
+        assert_eq!(said, (0..names.len()).map(kind).collect::<Vec<_>>(), "{new}");
+        // Nothing can be right or wrong without a truth.
+        assert_eq!((event["scored"].as_u64(), event.get("accuracy")), (Some(0), None), "{new}: {event}");
+        let table = fs::read_to_string(folder.path().join("said.csv")).unwrap();
+        let header = table.lines().next().unwrap();
+        assert!(
+            header.starts_with("sequence,class,truth,") && header.contains("up") && table.lines().count() == 1 + names.len(),
+            "{table}"
+        );
+        let shown = call(&[&classify[..5], &cpu[..]].concat());
+        assert!(shown.code == 0 && shown.out.contains("up") && shown.out.contains("probability"), "{}", shown.out);
+    }
+    let half = call(&[&["classify", "--run", "run-kinds.ts", "--data", "some.ts", "--json"], &cpu[..]].concat()).last_event();
+    assert_eq!(
+        (half["scored"].as_u64(), half["accuracy"].as_f64(), half["labels"].as_array().map(Vec::len)),
+        (Some(4), Some(1.0), Some(6))
+    );
+    for (args, parts) in [
+        (&["--data", "none.ts"][..], &["none.ts", "no such file"][..]),
+        (&["--data", "new.csv"], &["new.csv", "another form", ".ts files"]),
+        (&["--data", "new.ts", "--output", "said.txt"], &["said.txt", ".csv"]),
+        (&["--data", "new.ts", "--checkpoint", "999"], &["999"]),
+        (&["--data", "new.ts", "--devices", "cpu:1*2"], &["2 workers"]),
+    ] {
+        let devices = if args.contains(&"--devices") { &[][..] } else { &cpu[..2] };
+        let refused = call(&[&["classify", "--run", "run-kinds.ts"], args, devices].concat());
+        assert_eq!((refused.code, refused.out.as_str()), (2, ""), "{args:?}: {}", refused.err);
+        assert!(parts.iter().all(|part| refused.err.contains(part)) && refused.err.lines().count() == 1, "{args:?}: {}", refused.err);
+    }
+}
+
+#[test]
 fn profile_ring_reports_times_beside_what_memory_allows() {
     for (world, algorithm, chosen) in [("2", "ring", "ring"), ("3", "tree", "tree"), ("3", "groups:2", "groups:2"), ("2", "auto", "direct")]
     {

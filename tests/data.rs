@@ -451,7 +451,7 @@ fn delimiters_and_headers_are_recognised() {
 fn the_time_column_is_recognised_and_goes_on_in_its_own_style() {
     // Name, times, times after them, rows of a season.
     type Case<'a> = (&'a str, &'a [&'a str], &'a [&'a str], Option<usize>);
-    let cases: [Case; 13] = [
+    let cases: [Case; 18] = [
         ("date", &["2001-12-15", "2001-12-22", "2001-12-29"], &["2002-01-05", "2002-01-12"], Some(52)),
         ("date", &["20011215", "20011222", "20011229"], &["20020105", "20020112"], Some(52)),
         ("m", &["2001-10", "2001-11", "2001-12"], &["2002-01", "2002-02"], Some(12)),
@@ -475,6 +475,11 @@ fn the_time_column_is_recognised_and_goes_on_in_its_own_style() {
             &["2001-01-10", "2001-01-11", "2001-01-12", "2001-01-15"],
             Some(5),
         ),
+        ("Datum", &["29.12.2001", "30.12.2001", "31.12.2001"], &["01.01.2002"], Some(7)),
+        ("date", &["12/29/2001", "12/30/2001", "12/31/2001"], &["01/01/2002"], Some(7)),
+        ("d", &["29-1-2001", "30-1-2001", "31-1-2001"], &["1-2-2001"], Some(7)),
+        ("t", &["1/9/2001 22:00", "1/9/2001 23:00", "1/10/2001 0:00"], &["1/10/2001 1:00"], Some(24)),
+        ("t", &["31.12.2001 23:30:00", "01.01.2002 00:00:00", "01.01.2002 00:30:00"], &["01.01.2002 01:00:00"], Some(48)),
     ];
     for (name, times, after, season) in cases {
         let csv = format!("{name},y\n") + &times.iter().enumerate().map(|(i, t)| format!("{t},{}\n", i * i)).collect::<String>();
@@ -501,6 +506,27 @@ fn a_column_that_numbers_the_rows_is_no_feature_and_words_are_left_out() {
     let names: Vec<&str> = series.spec().inputs.iter().map(|c| c.name.as_str()).collect();
     assert_eq!(names, ["value", "flag"]);
     assert_eq!(series.spec().target_columns().map(|c| c.name.as_str()).collect::<Vec<_>>(), ["value"]);
+    assert!(series.warnings()[0].contains("left out: note"), "{:?}", series.warnings());
+}
+
+#[test]
+fn dates_that_cannot_be_read_or_may_be_two_days_are_told() {
+    let csv =
+        |date: &dyn Fn(usize) -> String| "when,y\n".to_string() + &(1..=11).map(|i| format!("{},{}\n", date(i), i % 3)).collect::<String>();
+    let options = SeriesOptions { split: Split { train: 1.0, valid: 0.0, test: 0.0 }, ..SeriesOptions::new(2, 1) };
+    let short = series_of(&csv(&|i| format!("{:02}.12.01", i)), &options).expect("a series without dates");
+    assert_eq!(short.time_after(1), "12");
+    let said = &short.warnings()[0];
+    assert!(["'when'", "01.12.01", "no season", "2001-12-29"].iter().all(|part| said.contains(part)), "{said}");
+    // The first of eleven months, or eleven days of January.
+    let either = csv(&|i| format!("01/{i:02}/2001"));
+    let refused = series_of(&either, &options).expect_err("either");
+    assert_says(&refused, &["x.csv", "line 3", "'when'", "01/02/2001", "the day or with the month", "2001-12-29"]);
+    // A run knows what its own file told.
+    let days = series_of(&csv(&|i| format!("{:02}/05/2001", i + 4)), &options).expect("days");
+    assert_eq!(days.time_after(1), "16/05/2001");
+    let newer = Series::from_csv_with("x.csv", csv(&|i| format!("{i:02}/11/2001")).as_bytes(), days.spec()).expect("days");
+    assert_eq!(newer.time_after(1), "12/11/2001");
 }
 
 #[test]

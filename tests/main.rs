@@ -24,6 +24,7 @@ mod optim; // update rules against torch.optim in f64; schedules
 mod oracle; // every kernel in naive f64
 mod profiles; // what measurements measure, and the trace
 mod reading; // files as they come: packed, as records, larger than memory
+mod recipes; // the recipes on a little data, with one worker and with several
 mod runs; // what tests of whole runs share
 mod sequences; // labelled sequences from the file to the scores
 mod shaders; // every shader parses, validates, fits its Rust twin, and translates

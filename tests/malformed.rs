@@ -104,7 +104,19 @@ fn cases() -> Vec<Case> {
             "point.csv",
             days(30).replace(',', ";").replacen(";3\n", ";1.000,3\n", 1),
             series,
-            &["point.csv, line 5, column 'units'", "1.000,3"],
+            &["point.csv, line 5, column 'units'", "1.000,3", "between thousands"],
+        ),
+        case(
+            "wide.csv",
+            [b"\xFF\xFE".to_vec(), days(3).encode_utf16().flat_map(u16::to_le_bytes).collect()].concat(),
+            series,
+            &["wide.csv: line 1", "UTF-16"],
+        ),
+        case(
+            "either.csv",
+            "day,units\n".to_string() + &(1..=12).map(|i| format!("01/{i:02}/2024,{i}\n")).collect::<String>(),
+            series,
+            &["either.csv, line 3, column 'day'", "'01/02/2024' may begin with the day or with the month", "2001-12-29"],
         ),
         case("infinite.csv", days(30).replacen(",3\n", ",1e999\n", 1), series, &["infinite.csv, line 5, column 'units'", "1e999"]),
         case(
@@ -138,7 +150,7 @@ fn cases() -> Vec<Case> {
             "gap.csv",
             days(30).replacen("2024-01-05,4\n", "", 1),
             "--target units --seq-len 4 --horizon 2 --missing refuse",
-            &["gap.csv, line 6, column 'date'", "rows are missing, the first one 2024-01-05", "--missing fill"],
+            &["gap.csv, line 6, column 'date'", "4 rows are missing, the first one 2024-01-05", "--missing fill"],
         ),
         Case {
             files: vec![("a.csv", days(30).into()), ("b.csv", "day,pieces\n2025-01-01,3\n".into())],

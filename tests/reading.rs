@@ -1,5 +1,6 @@
 //! Files as they come: packed, as records, from a pipe, larger than memory. However a text or a table came, it is the same one.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
@@ -11,7 +12,7 @@ use carrousel::data::source::{Source, Sources};
 use carrousel::data::split::Split;
 use carrousel::data::text::{Encoding, Text, TextBatches, TextOptions};
 use carrousel::data::tokens::Tokens;
-use carrousel::data::vocab::Level;
+use carrousel::data::vocab::{Level, Vocab};
 use serde_json::Value;
 
 use crate::alloc_count::peak_of;
@@ -244,6 +245,13 @@ fn tokens_are_made_once_and_anew_when_the_source_has_changed() {
     let files = kept();
     assert_eq!(files.len(), 2, "tokens, and what is known of them: {files:?}");
     let of_first = parts(&first);
+    // A run that is resumed or evaluated brings the vocabulary along, and needs no second copy; another vocabulary is not mixed with it.
+    let with = |vocab: Vocab| Text::load(&data, &TextOptions { vocab: Some(vocab), ..on_disk(Level::Char, &cache) }).expect("text");
+    assert_eq!((parts(&with(first.vocab.clone())), kept()), (of_first.clone(), files.clone()));
+    let symbols: BTreeSet<char> = prose(50).replace("\r\n", "\n").chars().chain(['#']).collect();
+    let wider = Vocab::of_chars(symbols.into_iter().map(|c| (c, 1)), None).expect("a vocabulary");
+    assert_eq!(with(wider.clone()).vocab, wider);
+    kept().into_iter().filter(|file| !files.contains(file)).for_each(|file| fs::remove_file(file).expect("a file"));
     // Taken from there: what is planted there comes out.
     let tokens = files.iter().find(|file| file.extension().is_some_and(|e| e == "tokens")).expect("tokens");
     let mut planted = fs::read(tokens).expect("tokens");

@@ -21,7 +21,11 @@ pub fn scores(title: &str, summary: &Map<String, Value>) -> Table {
                     table = table.pairs(title, fields.iter().map(|(name, value)| (words(name), text(value))));
                 }
             }
-            Value::Object(fields) => table = table.pairs(words(name), fields.iter().map(|(name, value)| (words(name), text(value)))),
+            Value::Object(fields) => {
+                // What it is about stands before what it is compared with.
+                let (model, others): (Vec<_>, Vec<_>) = fields.iter().partition(|(name, _)| *name == "model");
+                table = table.pairs(words(name), model.into_iter().chain(others).map(|(name, value)| (words(name), text(value))));
+            }
             Value::Array(rows) if is_table(value) => {
                 let Some(Value::Object(first)) = rows.first() else { continue };
                 let names: Vec<&str> = first.keys().map(String::as_str).collect();

@@ -143,6 +143,20 @@ pub enum Form {
     },
 }
 
+impl Form {
+    /// What such files are called.
+    fn files(&self) -> String {
+        match self {
+            Self::Table { sequence, .. } => format!("tables with a column '{sequence}'"),
+            Self::Ts => ".ts files".to_string(),
+            Self::Lines => "lines of label, tab, text".to_string(),
+            Self::Frames => "a piece a line".to_string(),
+            Self::Drawn => "built-in ones".to_string(),
+            Self::Records { .. } => "JSON lines or Parquet with a sequence a record".to_string(),
+        }
+    }
+}
+
 /// What goes in at each step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -374,13 +388,27 @@ impl Sequences {
             split: Split::default(),
             seed: 0,
         };
+        let another_form = |given: String| DataError::Source {
+            given,
+            problem: "the run was trained on files of another form".to_string(),
+            remedy: format!("give files like those of the run, {}", spec.form.files()),
+        };
+        // By their names, before their first line is found to be wrong.
+        for source in &sources {
+            let (is_ts, is_table) = (ts::is_one(source)?, source.is_named(&[".csv", ".tsv"]));
+            let is_other = match &spec.form {
+                Form::Ts => !is_ts,
+                Form::Table { .. } => is_ts,
+                Form::Lines | Form::Frames => is_ts || is_table,
+                Form::Drawn | Form::Records { .. } => false,
+            };
+            if is_other {
+                return Err(another_form(source.name.clone()));
+            }
+        }
         let read = read(Sources::Whole(sources), &options, labelled)?;
         if read.form != spec.form {
-            return Err(DataError::Source {
-                given: name_of(&read.raws),
-                problem: "the run was trained on files of another form".to_string(),
-                remedy: "give files like those of the run".to_string(),
-            });
+            return Err(another_form(name_of(&read.raws)));
         }
         if let StepSpec::Features(features) = &spec.step
             && features.len() != read.features.len()

@@ -210,6 +210,7 @@ pub struct Series {
     // First row of validation, first row of the test.
     cuts: (usize, usize),
     warnings: Vec<String>,
+    notes: Vec<String>,
 }
 
 /// Columns and rows as read, before any scale.
@@ -224,6 +225,7 @@ struct Rows {
     // Rows of the files for training, with validation, where files name their parts.
     cuts: Option<(usize, usize)>,
     warnings: Vec<String>,
+    notes: Vec<String>,
 }
 
 impl Series {
@@ -251,9 +253,18 @@ impl Series {
         check_sizes(options.window, options.horizon)?;
         let (sources, files) = flatten(sources);
         let table = Table::read(&sources)?;
-        let times = table.times()?;
-        let (inputs, targets) = choose(&table, times.as_ref().map(|times| times.column), options)?;
-        let rows = Rows::take(&table, times, &inputs, targets, options.missing, files)?;
+        let times = table.times(None)?;
+        let time = times.as_ref().map(|times| times.column);
+        let (inputs, targets) = choose(&table, time, options)?;
+        let mut rows = Rows::take(&table, times, &inputs, targets, options.missing, files)?;
+        if options.features.is_empty() {
+            rows.warnings.extend(not_read(&table, time, &inputs));
+        }
+        let name = |&c: &usize| table.columns[c].as_str();
+        let targets: Vec<&str> = rows.targets.iter().map(|&place| name(&inputs[place])).collect();
+        let why = if options.target.is_empty() { " (the last column of numbers; --target names another)" } else { "" };
+        let from: Vec<&str> = inputs.iter().map(name).collect();
+        rows.notes.insert(0, format!("forecasts {}{why} from {}", targets.join(", "), from.join(", ")));
         Self::fit(rows, options)
     }
 
@@ -275,7 +286,7 @@ impl Series {
 
     fn from_held_out(sources: &[Source], spec: &SeriesSpec) -> Result<Self, DataError> {
         let table = Table::read(sources)?;
-        let times = table.times()?;
+        let times = table.times(spec.clock.style.date().map(|date| date.order))?;
         let inputs: Vec<usize> = spec.inputs.iter().map(|column| table.find("the run's column", &column.name)).collect::<Result<_, _>>()?;
         let time_column = times.as_ref().map_or("", |times| table.columns[times.column].as_str()).to_string();
         let rows = Rows::take(&table, times, &inputs, spec.targets.clone(), spec.missing, None)?;
@@ -302,6 +313,7 @@ impl Series {
             ticks: rows.ticks,
             cuts: (n, n),
             warnings: rows.warnings,
+            notes: rows.notes,
         })
     }
 
@@ -369,8 +381,8 @@ impl Series {
             climatology,
             target_rms: 1.0,
         };
-        let warnings = std::mem::take(&mut rows.warnings);
-        let mut series = Self { spec, name: rows.name, values: rows.values, known: rows.known, ticks: rows.ticks, cuts, warnings };
+        let (warnings, notes) = (std::mem::take(&mut rows.warnings), std::mem::take(&mut rows.notes));
+        let mut series = Self { spec, name: rows.name, values: rows.values, known: rows.known, ticks: rows.ticks, cuts, warnings, notes };
         if series.windows(Part::Train).is_empty() {
             return Err(DataError::Column {
                 file: series.name.clone(),
@@ -396,6 +408,11 @@ impl Series {
     /// What a person should know: rows left out or put in, steps that are not even.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    /// What is forecast from what, and what is filled.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// Rows, after leading ones without known inputs were left out and missing ones put in.
@@ -609,13 +626,23 @@ impl Rows {
         if n > table.n_rows() {
             let gap = places.windows(2).position(|w| w[1] > w[0] + 1).unwrap_or(0);
             let missing_time = clock.print(clock.after(ticks[gap], 1));
-            let problem = format!("{} rows are missing, the first one {missing_time}", n - table.n_rows());
+            let problem = match n - table.n_rows() {
+                1 => format!("a row is missing, {missing_time}"),
+                several => format!("{several} rows are missing, the first one {missing_time}"),
+            };
             if missing == Missing::Refuse {
                 let column = time_column.unwrap_or(0);
                 return Err(table.cell_error(gap + 1, column, problem, "put the rows in, or use --missing fill"));
             }
-            warnings.push(format!("{}: {problem}; they count as blanks", table.name));
+            warnings.push(format!("{}: {problem}; what is missing counts as blank", table.name));
         }
+        let blanks = columns.iter().zip(inputs).map(|(column, &c)| (c, column.iter().filter(|value| value.is_none()).count()));
+        let blanks: Vec<String> = blanks.filter(|&(_, n)| n > 0).map(|(c, n)| format!("{n} in {}", table.columns[c])).collect();
+        let notes = if blanks.is_empty() {
+            Vec::new()
+        } else {
+            vec![format!("{}: blank cells are filled from what lies before and are not scored: {}", table.name, blanks.join(", "))]
+        };
         let mut all_ticks = vec![0; n];
         let mut file_row = 0;
         for (place, tick) in all_ticks.iter_mut().enumerate() {
@@ -665,6 +692,7 @@ impl Rows {
             clock,
             cuts: files.map(|(train, valid)| (place_of(train), place_of(train + valid))),
             warnings,
+            notes,
         })
     }
 }
@@ -744,6 +772,31 @@ fn choose(table: &Table, time: Option<usize>, options: &SeriesOptions) -> Result
         }
     }
     Ok((inputs, places))
+}
+
+/// What a person should know of columns that nobody named and nobody reads: words, and what may be meant for dates.
+fn not_read(table: &Table, time: Option<usize>, inputs: &[usize]) -> Vec<String> {
+    let others = (0..table.columns.len()).filter(|c| Some(*c) != time && !inputs.contains(c));
+    let of_words = others.filter(|&c| table.kind(c) == Kind::Text);
+    let is_like_date = |c: usize| {
+        let cell = table.cells(c).find(|cell| !cell.is_empty()).unwrap_or_default();
+        cell.starts_with(|first: char| first.is_ascii_digit()) && cell.matches(['-', '/', '.', ':']).count() > 1
+    };
+    let is_time = |&c: &usize| time.is_none() && (table.is_named_after_time(c) || is_like_date(c));
+    let (dates, words): (Vec<usize>, Vec<usize>) = of_words.partition(is_time);
+    let mut warnings: Vec<String> = dates
+        .into_iter()
+        .map(|c| {
+            let cell = table.cells(c).find(|cell| !cell.is_empty()).unwrap_or_default();
+            let (file, column) = (&table.name, &table.columns[c]);
+            format!("{file}, column '{column}': '{cell}' is no date that is known here, so rows are only numbered and have no season; write dates as 2001-12-29 or 2001-12-29 13:30")
+        })
+        .collect();
+    if !words.is_empty() {
+        let names: Vec<&str> = words.iter().map(|&c| table.columns[c].as_str()).collect();
+        warnings.push(format!("{}: columns of words are left out: {}", table.name, names.join(", ")));
+    }
+    warnings
 }
 
 /// Mean and standard deviation; 0 and 1 for nothing, 1 for a constant.

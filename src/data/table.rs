@@ -1,10 +1,12 @@
 //! Tables as typed columns, from CSV and from records: delimiter, header and time column are recognised, every cell that is wrong is named. What is predicted from what
 //! is not known here.
 
+use std::cmp::Ordering;
+
 use super::error::DataError;
 use super::records;
 use super::source::Source;
-use super::time::{Style, parse_compact, parse_decimal, parse_iso};
+use super::time::{Clock, DateOrder, Style, parse_compact, parse_day_first, parse_decimal, parse_iso, parse_month_first};
 
 /// The columns of one file, or of several with the same columns, one after the other.
 pub struct Table {
@@ -48,6 +50,17 @@ pub struct Times {
     pub ticks: Vec<i64>,
 }
 
+/// Reads a cell as a time: how it is written, and its ticks.
+type Parse = fn(&str) -> Option<(Style, i64)>;
+
+const SAME_WAY: &str = "write every date in the same way, such as 2001-12-29";
+const SORTED: &str = "sort the rows by time and keep one row for each time (where clocks are put back, write UTC)";
+
+/// Whether a cell is a date in whatever order.
+fn is_date(cell: &str) -> bool {
+    [parse_iso, parse_day_first, parse_month_first].into_iter().any(|parse| parse(cell).is_some())
+}
+
 const DELIMITERS: [u8; 4] = [b';', b'\t', b'|', b','];
 
 impl Table {
@@ -82,7 +95,11 @@ impl Table {
                 file: file.clone(),
                 place: format!("line {line}, byte {}", at + stored.len() - bytes.len()),
                 value: bytes[at],
-                remedy: "save the file as UTF-8 (iconv -f latin1 -t UTF-8)".to_string(),
+                remedy: if bytes.starts_with(b"\xFF\xFE") || bytes.starts_with(b"\xFE\xFF") {
+                    "it looks like UTF-16: save the file as UTF-8 (iconv -f UTF-16 -t UTF-8)".to_string()
+                } else {
+                    "save the file as UTF-8 (iconv -f latin1 -t UTF-8)".to_string()
+                },
             }
         })?;
         let empty = || DataError::Empty { file: file.clone(), wanted: "a header and rows of numbers".to_string() };
@@ -142,7 +159,7 @@ impl Table {
                 return Err(DataError::Ragged { file, line: *line, has: record.len(), expected: width, hint: hint.to_string() });
             }
         }
-        let speaks = |cell: &str| !is_missing(cell) && number(cell).is_none() && parse_iso(cell).is_none();
+        let speaks = |cell: &str| !is_missing(cell) && number(cell).is_none() && !is_date(cell);
         let is_header = first.iter().any(speaks) && first.iter().all(|cell| cell.is_empty() || speaks(cell));
         let columns = (0..width)
             .map(|c| match first.get(c) {
@@ -216,17 +233,21 @@ impl Table {
         if let (Some((c, _)), None) = (same.next(), same.next()) {
             return Ok(c);
         }
+        // A part of the name is near, however much is left out.
+        let within = |column: &&String| lower.chars().count() > 2 && column.to_lowercase().contains(&lower);
         let nearest = self
             .columns
             .iter()
             .map(|column| (strsim::damerau_levenshtein(&column.to_lowercase(), &lower), column))
             .min_by_key(|(distance, _)| *distance)
-            .filter(|(distance, _)| *distance <= 2.max(lower.chars().count() / 2));
+            .filter(|(distance, _)| *distance <= 2.max(lower.chars().count() / 2))
+            .map(|(_, column)| column)
+            .or_else(|| self.columns.iter().find(within));
         Err(DataError::UnknownColumn {
             flag,
             name: name.to_string(),
             file: self.name.clone(),
-            nearest: nearest.map_or(String::new(), |(_, column)| format!(" (did you mean '{column}'?)")),
+            nearest: nearest.map_or(String::new(), |column| format!(" (did you mean '{column}'?)")),
             columns: self.columns.join(", "),
         })
     }
@@ -266,6 +287,8 @@ impl Table {
             } else {
                 let remedy = if number(&cell.replace(',', ".")).is_some() {
                     "write decimals with a point"
+                } else if number(&cell.replace([',', '.', ' ', '\''], "")).is_some() {
+                    "write numbers without signs between thousands, and decimals with a point"
                 } else {
                     "correct the cell, leave it blank, or leave the column out with --features"
                 };
@@ -296,21 +319,29 @@ impl Table {
         self.rows.len() > 1
     }
 
-    /// The column of times, if there is one: ISO dates, months or date-times in any column; YYYYMMDD and decimal years in a column that is
-    /// named after a time (or, without such a name, among the first two), increasing.
+    /// Whether column `c` has a name that times have.
+    pub fn is_named_after_time(&self, c: usize) -> bool {
+        let name = self.columns[c].to_lowercase();
+        ["date", "time", "year", "month", "week", "day", "period"].iter().any(|word| name.contains(word)) || name == "ds"
+    }
+
+    /// The column of times, if there is one: dates, months or date-times in any column; YYYYMMDD and decimal years in a column that is
+    /// named after a time (or, without such a name, among the first two), increasing. Where numbers below 13 leave open which is the day and which
+    /// the month, `order` says it, else all cells of the column together.
     ///
     /// # Errors
-    /// [`DataError::Cell`] where a cell of that column is not a time like the others, or does not come after the one before.
-    pub fn times(&self) -> Result<Option<Times>, DataError> {
-        type Parse = fn(&str) -> Option<(Style, i64)>;
-        let parsers: [Parse; 3] = [parse_iso, parse_compact, parse_decimal];
+    /// [`DataError::Cell`] where a cell of that column is not a time like the others, does not come after the one before, or may be two days.
+    pub fn times(&self, order: Option<DateOrder>) -> Result<Option<Times>, DataError> {
         let mut found = None;
-        for (at, parse) in parsers.into_iter().enumerate() {
+        for at in 0..3 {
             for c in 0..self.columns.len() {
+                let parse: Parse = match at {
+                    0 => self.date_order(c, order)?,
+                    1 => parse_compact,
+                    _ => parse_decimal,
+                };
                 let hits = self.cells(c).filter(|cell| parse(cell).is_some()).count();
-                let name = self.columns[c].to_lowercase();
-                let named =
-                    ["date", "time", "year", "month", "week", "day", "period"].iter().any(|word| name.contains(word)) || name == "ds";
+                let named = self.is_named_after_time(c);
                 let increasing = || {
                     hits == self.rows.len()
                         && self.cells(c).filter_map(parse).zip(self.cells(c).filter_map(parse).skip(1)).all(|(a, b)| a.1 < b.1)
@@ -343,7 +374,7 @@ impl Table {
         let Some((column, parse)) = found else { return Ok(None) };
         let mut ticks: Vec<i64> = Vec::with_capacity(self.rows.len());
         let mut style: Option<Style> = None;
-        let (mut most, mut unequal) = (0, false);
+        let (mut most, mut unequal, mut short) = (0, false, false);
         for (row, cell) in self.cells(column).enumerate() {
             let (this, tick) = match parse(cell) {
                 Some((this, tick)) if style.as_ref().is_none_or(|first| this.is_like(first)) => (this, tick),
@@ -354,7 +385,7 @@ impl Table {
                     } else {
                         format!("'{}' is not a date like '{first}'", shorten(cell))
                     };
-                    return Err(self.cell_error(row, column, problem, "write every date in the same way, such as 2001-12-29"));
+                    return Err(self.cell_error(row, column, problem, SAME_WAY));
                 }
             };
             if let Some(&before) = ticks.last().filter(|&&before| before >= tick) {
@@ -364,22 +395,72 @@ impl Table {
                     if before == tick { "repeats" } else { "comes before" },
                     self.rows[row - 1].cells.get(column).unwrap_or_default()
                 );
-                return Err(self.cell_error(row, column, problem, "sort the rows by time and keep one row for each time"));
+                return Err(self.cell_error(row, column, problem, SORTED));
             }
             if let Style::Decimal { digits, .. } = this {
                 unequal |= row > 0 && digits != most;
                 most = most.max(digits);
             }
+            short |= this.date().is_some_and(|date| date.short);
             ticks.push(tick);
             // The last row's way: its zone is the one in which the times go on.
             style = Some(this);
         }
         let style = match style {
             Some(Style::Decimal { .. }) => Style::Decimal { digits: most, trims: unequal },
-            Some(style) => style,
+            Some(mut style) => {
+                // A row after the ninth does not show it.
+                style.date_mut().into_iter().for_each(|date| date.short = short);
+                style
+            }
             None => return Ok(None),
         };
         Ok(Some(Times { column, style, ticks }))
+    }
+
+    /// How to read the dates of column `c`, if it holds some.
+    fn date_order(&self, c: usize, order: Option<DateOrder>) -> Result<Parse, DataError> {
+        let known = order.map(|order| -> Parse {
+            match order {
+                DateOrder::YearFirst => parse_iso,
+                DateOrder::DayFirst => parse_day_first,
+                DateOrder::MonthFirst => parse_month_first,
+            }
+        });
+        let hits = |parse: Parse| self.cells(c).filter(|cell| parse(cell).is_some()).count();
+        let (iso, day, month) = (hits(parse_iso), hits(parse_day_first), hits(parse_month_first));
+        if let Some(known) = known.filter(|&known| hits(known) > 0 && hits(known) == iso.max(day).max(month)) {
+            return Ok(known);
+        }
+        if iso >= day.max(month) || day.max(month) <= self.rows.len() / 2 {
+            return Ok(parse_iso);
+        }
+        if day != month {
+            return Ok(if day > month { parse_day_first } else { parse_month_first });
+        }
+        // Rows of the even grid that the times lie on, if they rise: read the wrong way, hours jump from month to month at midnight.
+        let grid = |parse: Parse| {
+            let times: Vec<(Style, i64)> = self.cells(c).filter_map(parse).collect();
+            let ticks: Vec<i64> = times.iter().map(|(_, tick)| *tick).collect();
+            let rises = ticks.windows(2).all(|w| w[0] < w[1]);
+            let style = times.into_iter().next().map_or(Style::Rows, |(style, _)| style);
+            if rises {
+                Clock::infer(style, &ticks).1.and_then(|offsets| offsets.last().copied()).unwrap_or(usize::MAX - 1)
+            } else {
+                usize::MAX
+            }
+        };
+        match grid(parse_day_first).cmp(&grid(parse_month_first)) {
+            Ordering::Less => Ok(parse_day_first),
+            Ordering::Greater => Ok(parse_month_first),
+            Ordering::Equal => {
+                let is_open = |cell: &str| parse_day_first(cell).map(|(_, tick)| tick) != parse_month_first(cell).map(|(_, tick)| tick);
+                let row = self.cells(c).position(is_open).unwrap_or(0);
+                let cell = self.cells(c).nth(row).unwrap_or_default();
+                let problem = format!("'{}' may begin with the day or with the month, and no row tells which", shorten(cell));
+                Err(self.cell_error(row, c, problem, "write dates as 2001-12-29"))
+            }
+        }
     }
 
     /// An error about the cell of `row` and column `c`.

@@ -232,13 +232,20 @@ impl Text {
             let _ = fs::remove_file(path);
             return Ok(text);
         };
-        let name = identity.file_name(options);
-        let (about, data) = (options.cache.join(format!("{name}.json")), options.cache.join(format!("{name}.tokens")));
-        if let Some(entry) = Entry::read(&about, &identity)
-            && let Ok(text) = entry.text(plan, itself.map_or_else(|| data.clone(), PathBuf::from))
-        {
-            return Ok(text);
+        // A run's own text, read again with the vocabulary that was made from it, is the one that is there.
+        let mut names = vec![identity.file_name(options, None)];
+        names.extend(options.vocab.as_ref().map(|vocab| identity.file_name(options, Some(vocab))));
+        let place = |name: &String| (options.cache.join(format!("{name}.json")), options.cache.join(format!("{name}.tokens")));
+        for (about, data) in names.iter().map(place) {
+            if let Some(entry) = Entry::read(&about, &identity)
+                && options.vocab.as_ref().is_none_or(|vocab| entry.vocab == *vocab)
+                && let Ok(text) = entry.text(plan, itself.map_or(data, PathBuf::from))
+            {
+                return Ok(text);
+            }
         }
+        // One with a vocabulary from elsewhere leaves the other alone.
+        let (about, data) = if options.level == Level::Byte { place(&names[0]) } else { place(&names[names.len() - 1]) };
         let mut text = match itself {
             Some(path) => {
                 let file = File::open(path).map_err(|source| DataError::Read { file: plan.name.clone(), source })?;
@@ -346,9 +353,9 @@ impl Identity {
     }
 
     /// The same for the same files read in the same way, so that what is out of date is written over.
-    fn file_name(&self, options: &TextOptions) -> String {
+    fn file_name(&self, options: &TextOptions, vocab: Option<&Vocab>) -> String {
         let paths: Vec<&PathBuf> = self.sources.iter().map(|source| &source.path).collect();
-        let vocab = options.vocab.as_ref().and_then(|vocab| serde_json::to_string(vocab).ok());
+        let vocab = vocab.and_then(|vocab| serde_json::to_string(vocab).ok());
         let how = (options.level, options.encoding, &options.column, options.split, options.vocab_limit, vocab);
         let mut hasher = Sha256::new();
         hasher.update(format!("{paths:?} {how:?}"));

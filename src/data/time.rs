@@ -18,20 +18,18 @@ const YEAR_TICKS: f64 = 1e12;
 pub enum Style {
     /// No times: rows are numbered.
     Rows,
-    /// `2001-12-29`, `2001/12/29` or `20011229`.
-    Date {
-        /// `-`, `/` or nothing.
-        separator: String,
-    },
+    /// `2001-12-29`, `29.12.2001`, `12/29/2001` or `20011229`.
+    Date(DateForm),
     /// `2001-12` or `2001/12`.
     Month {
         /// `-` or `/`.
         separator: String,
     },
-    /// `2001-12-29T13:30:00Z` and its relatives.
+    /// `2001-12-29T13:30:00Z` and its relatives, with any date.
     DateTime {
-        /// `-` or `/`, within the date.
-        separator: String,
+        /// The date before it.
+        #[serde(flatten)]
+        date: DateForm,
         /// `T` or a blank, before the time of day.
         between: char,
         /// Whether seconds are written.
@@ -50,7 +48,62 @@ pub enum Style {
     },
 }
 
+/// How a date is written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DateForm {
+    /// `-`, `/`, `.` or nothing.
+    pub separator: String,
+    /// What comes first.
+    #[serde(default)]
+    pub order: DateOrder,
+    /// Without zeros before numbers of one digit.
+    #[serde(default)]
+    pub short: bool,
+}
+
+/// In which order a date is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DateOrder {
+    /// `2001-12-29`.
+    #[default]
+    YearFirst,
+    /// `29.12.2001`.
+    DayFirst,
+    /// `12/29/2001`.
+    MonthFirst,
+}
+
+impl DateForm {
+    fn print(&self, day: Date) -> String {
+        let (y, s) = (day.year(), &self.separator);
+        let two = |n: i8| if self.short { n.to_string() } else { format!("{n:02}") };
+        let (m, d) = (two(day.month()), two(day.day()));
+        match self.order {
+            DateOrder::YearFirst => format!("{y:04}{s}{m}{s}{d}"),
+            DateOrder::DayFirst => format!("{d}{s}{m}{s}{y:04}"),
+            DateOrder::MonthFirst => format!("{m}{s}{d}{s}{y:04}"),
+        }
+    }
+}
+
 impl Style {
+    /// How its dates are written, if it has days.
+    pub fn date(&self) -> Option<&DateForm> {
+        match self {
+            Self::Date(date) | Self::DateTime { date, .. } => Some(date),
+            Self::Rows | Self::Month { .. } | Self::Decimal { .. } => None,
+        }
+    }
+
+    /// As [`Style::date`], to be changed.
+    pub(crate) fn date_mut(&mut self) -> Option<&mut DateForm> {
+        match self {
+            Self::Date(date) | Self::DateTime { date, .. } => Some(date),
+            Self::Rows | Self::Month { .. } | Self::Decimal { .. } => None,
+        }
+    }
+
     /// Whether two times are written in one way, but for the zone and digits.
     pub(crate) fn is_like(&self, other: &Self) -> bool {
         std::mem::discriminant(self) == std::mem::discriminant(other)
@@ -192,7 +245,7 @@ impl Clock {
         match self.style {
             Style::Rows => tick as f64,
             Style::Decimal { .. } => tick as f64 / YEAR_TICKS,
-            Style::Date { .. } | Style::Month { .. } | Style::DateTime { .. } => 1970.0 + tick as f64 / (YEAR_DAYS * DAY as f64),
+            Style::Date(_) | Style::Month { .. } | Style::DateTime { .. } => 1970.0 + tick as f64 / (YEAR_DAYS * DAY as f64),
         }
     }
 
@@ -200,18 +253,15 @@ impl Clock {
     pub fn print(&self, tick: i64) -> String {
         match &self.style {
             Style::Rows => tick.to_string(),
-            Style::Date { separator: s } => {
-                let d = moment(tick).date();
-                format!("{:04}{s}{:02}{s}{:02}", d.year(), d.month(), d.day())
-            }
+            Style::Date(form) => form.print(moment(tick).date()),
             Style::Month { separator: s } => {
                 let d = moment(tick).date();
                 format!("{:04}{s}{:02}", d.year(), d.month())
             }
-            Style::DateTime { separator: s, between, seconds, digits, zone } => {
+            Style::DateTime { date, between, seconds, digits, zone } => {
                 let at = moment(tick.saturating_add(zone_micros(zone).unwrap_or(0)));
-                let mut text =
-                    format!("{:04}{s}{:02}{s}{:02}{between}{:02}:{:02}", at.year(), at.month(), at.day(), at.hour(), at.minute());
+                let hour = if date.short { at.hour().to_string() } else { format!("{:02}", at.hour()) };
+                let mut text = format!("{}{between}{hour}:{:02}", date.print(at.date()), at.minute());
                 if *seconds {
                     text.push_str(&format!(":{:02}", at.second()));
                 }
@@ -309,7 +359,7 @@ fn infer_step(style: &Style, ticks: &[i64]) -> Step {
             }
         }
         Style::Month { .. } => Step::Months { n: most_common(ticks.windows(2).map(|w| month_of(w[1]) - month_of(w[0]))), ends: false },
-        Style::Date { .. } | Style::DateTime { .. } => {
+        Style::Date(_) | Style::DateTime { .. } => {
             let least = gaps().min().unwrap_or(DAY);
             let same_time = ticks.windows(2).all(|w| w[0].rem_euclid(DAY) == w[1].rem_euclid(DAY));
             if same_time && least >= 28 * DAY {
@@ -327,55 +377,69 @@ fn infer_step(style: &Style, ticks: &[i64]) -> Step {
     }
 }
 
-/// Reads a time that cannot be taken for a plain number: ISO dates, months and date-times.
+/// Reads a time that cannot be taken for a plain number: dates with the year first, months and date-times.
 pub fn parse_iso(cell: &str) -> Option<(Style, i64)> {
-    let digits =
-        |text: &str, n: usize| (text.len() == n && text.bytes().all(|b| b.is_ascii_digit())).then(|| text.parse::<i16>().ok()).flatten();
-    if !cell.is_ascii() || cell.len() < 7 {
+    let is_month = cell.is_ascii() && cell.len() == 7 && matches!(cell.as_bytes()[4], b'-' | b'/');
+    if is_month && cell.bytes().enumerate().all(|(i, byte)| i == 4 || byte.is_ascii_digit()) {
+        let day = Date::new(cell[..4].parse().ok()?, cell[5..].parse().ok()?, 1).ok()?;
+        return Some((Style::Month { separator: cell[4..5].to_string() }, ticks_of(day.at(0, 0, 0, 0))));
+    }
+    parse_dated(cell, DateOrder::YearFirst)
+}
+
+/// Reads `29.12.2001`, `29/12/2001` or `29-12-2001`, with a time of day or without.
+pub fn parse_day_first(cell: &str) -> Option<(Style, i64)> {
+    parse_dated(cell, DateOrder::DayFirst)
+}
+
+/// Reads `12/29/2001` or `12-29-2001`, with a time of day or without. Nobody puts points between them in this order.
+pub fn parse_month_first(cell: &str) -> Option<(Style, i64)> {
+    parse_dated(cell, DateOrder::MonthFirst).filter(|(style, _)| style.date().is_some_and(|date| date.separator != "."))
+}
+
+/// A number of one or two digits, and whether it lacks the zero that would make it two.
+fn one_or_two(digits: &str) -> Option<(i8, bool)> {
+    let is = matches!(digits.len(), 1 | 2) && digits.bytes().all(|byte| byte.is_ascii_digit());
+    if is { Some((digits.parse().ok()?, digits.len() == 1)) } else { None }
+}
+
+fn parse_dated(cell: &str, order: DateOrder) -> Option<(Style, i64)> {
+    if !cell.is_ascii() || !cell.as_bytes().first()?.is_ascii_digit() {
         return None;
     }
-    let separator = &cell[4..5];
-    if separator != "-" && separator != "/" {
-        return None;
-    }
-    let (year, month) = (digits(&cell[..4], 4)?, digits(&cell[5..7], 2)? as i8);
-    if cell.len() == 7 {
-        let day = Date::new(year, month, 1).ok()?;
-        return Some((Style::Month { separator: separator.to_string() }, ticks_of(day.at(0, 0, 0, 0))));
-    }
-    if cell.len() < 10 || &cell[7..8] != separator {
-        return None;
-    }
-    let day = Date::new(year, month, digits(&cell[8..10], 2)? as i8).ok()?;
-    if cell.len() == 10 {
-        return Some((Style::Date { separator: separator.to_string() }, ticks_of(day.at(0, 0, 0, 0))));
-    }
-    let between = char::from(cell.as_bytes()[10]);
-    if !matches!(between, 'T' | ' ') {
-        return None;
-    }
-    let rest = &cell[11..];
+    let date_end = cell.find(['T', ' ']).unwrap_or(cell.len());
+    let separator = cell[..date_end].find(['-', '/', '.']).map(|at| &cell[at..=at])?;
+    let mut parts = cell[..date_end].split(separator);
+    let (Some(first), Some(second), Some(third), None) = (parts.next(), parts.next(), parts.next(), parts.next()) else { return None };
+    let (year, month, day) = match order {
+        DateOrder::YearFirst => (first, second, third),
+        DateOrder::DayFirst => (third, second, first),
+        DateOrder::MonthFirst => (third, first, second),
+    };
+    let year = Some(year).filter(|year| year.len() == 4 && year.bytes().all(|byte| byte.is_ascii_digit()))?.parse().ok()?;
+    let ((month, short_month), (day, short_day)) = (one_or_two(month)?, one_or_two(day)?);
+    let day = Date::new(year, month, day).ok()?;
+    let mut form = DateForm { separator: separator.to_string(), order, short: short_month || short_day };
+    let Some(between) = cell[date_end..].chars().next() else { return Some((Style::Date(form), ticks_of(day.at(0, 0, 0, 0)))) };
+    let rest = &cell[date_end + 1..];
     let (clock, zone) = rest.split_at(rest.find(['Z', '+', '-']).unwrap_or(rest.len()));
     let zone_us = zone_micros(zone)?;
     let (clock, fraction) = clock.split_once('.').unwrap_or((clock, ""));
+    let two = |digits: &str| one_or_two(digits).filter(|(_, short)| !short).map(|(number, _)| number);
     let parts: Vec<&str> = clock.split(':').collect();
-    let (hour, minute, second) = match parts.as_slice() {
-        [h, m] => (digits(h, 2)?, digits(m, 2)?, 0),
-        [h, m, s] => (digits(h, 2)?, digits(m, 2)?, digits(s, 2)?),
+    let ((hour, short_hour), minute, second) = match parts.as_slice() {
+        [h, m] => (one_or_two(h)?, two(m)?, 0),
+        [h, m, s] => (one_or_two(h)?, two(m)?, two(s)?),
         _ => return None,
     };
+    form.short |= short_hour;
     if fraction.len() > 9 || !fraction.bytes().all(|b| b.is_ascii_digit()) {
         return None;
     }
-    let micros: i64 = format!("{fraction:0<6}")[..6].parse().ok()?;
-    let at = DateTime::new(year, month, day.day(), hour as i8, minute as i8, second as i8, (micros * 1000) as i32).ok()?;
-    let style = Style::DateTime {
-        separator: separator.to_string(),
-        between,
-        seconds: parts.len() == 3,
-        digits: fraction.len().min(6),
-        zone: zone.to_string(),
-    };
+    let micros: i32 = format!("{fraction:0<6}")[..6].parse().ok()?;
+    let at = DateTime::new(year, month, day.day(), hour, minute, second, micros * 1000).ok()?;
+    let digits = fraction.len().min(6);
+    let style = Style::DateTime { date: form, between, seconds: parts.len() == 3, digits, zone: zone.to_string() };
     Some((style, ticks_of(at) - zone_us))
 }
 
@@ -400,7 +464,8 @@ pub fn parse_compact(cell: &str) -> Option<(Style, i64)> {
         return None;
     }
     let day = Date::new(cell[..4].parse().ok()?, cell[4..6].parse().ok()?, cell[6..].parse().ok()?).ok()?;
-    Some((Style::Date { separator: String::new() }, ticks_of(day.at(0, 0, 0, 0))))
+    let form = DateForm { separator: String::new(), order: DateOrder::YearFirst, short: false };
+    Some((Style::Date(form), ticks_of(day.at(0, 0, 0, 0))))
 }
 
 /// Reads a year, whole or decimal, from 1000 to 3000; the digits after the point are in the style.

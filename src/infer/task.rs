@@ -234,7 +234,7 @@ impl Corpus {
             }
             Self::Series(series) => (
                 Arc::new(SeriesBatches::new(Arc::clone(series), Part::Train, config.batch_size, Order::Shuffled { seed: config.seed })?),
-                Vec::new(),
+                series.notes().to_vec(),
             ),
             Self::Sequences(sequences) => {
                 let order = Order::Shuffled { seed: config.seed };

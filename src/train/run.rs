@@ -973,6 +973,7 @@ impl Trainer<'_> {
         summary.insert("tokens".into(), json!(position.tokens));
         summary.insert("seconds".into(), json!(seconds));
         summary.insert("tokens_per_second".into(), json!(rate));
+        summary.insert("data_wait_share".into(), json!(self.data_share(seconds)));
         summary.insert("train_loss".into(), json!(train_loss));
         summary.insert("valid_loss".into(), json!(valid_loss));
         summary.insert("test_loss".into(), json!(evaluation.as_ref().map(|e| e.loss)));
@@ -1135,6 +1136,11 @@ impl Trainer<'_> {
         drawn
     }
 
+    /// Share of the time that steps waited for data.
+    fn data_share(&self, seconds: f64) -> f64 {
+        self.data_wait.as_secs_f64() / seconds.max(1e-9)
+    }
+
     fn table(&self, summary: &Map<String, Value>, evaluation: Option<&Evaluation>, seconds: f64, plots: &[String]) -> Table {
         let mut table = losses_table(self.config, summary);
         if let Some((evaluation, forecast)) = evaluation.and_then(|e| Some((e, e.forecast()?))) {
@@ -1144,7 +1150,7 @@ impl Trainer<'_> {
                 std::iter::once(name.clone()).chain(errors).collect()
             });
             let headings = match forecast.targets.as_slice() {
-                [_] => vec!["RMSE, the data's unit".to_owned()],
+                [name] => vec![format!("RMSE of {name}, the data's unit")],
                 several => several.iter().map(|name| format!("RMSE of {name}")).collect(),
             };
             let header: Vec<&str> = std::iter::once("forecast").chain(headings.iter().map(String::as_str)).collect();
@@ -1167,7 +1173,7 @@ impl Trainer<'_> {
         });
         let rows = rows.collect();
         table = table.columns("Devices", &["device", "name", "share", "tokens", "waiting", "sent", "a step"], rows);
-        let wait = 100.0 * self.data_wait.as_secs_f64() / seconds.max(1e-9);
+        let wait = 100.0 * self.data_share(seconds);
         let mut last = vec![
             ("time", format::duration(seconds)),
             ("tokens", format!("{} ({}/s)", format::count(self.position.tokens), format::rate(rate))),

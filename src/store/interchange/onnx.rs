@@ -495,7 +495,7 @@ fn initial_state(b: &mut Builder, params: &Params, which: &str, layers: &[Layer]
     let parts: Vec<String> = (0..layers.len()).map(|l| format!("lstm.l{l}.{which}_0")).collect();
     match layers.first() {
         Some(first) if alike => {
-            declare(&format!("{which}_0"), &(0..layers.len()).flat_map(|l| lanes(l)).collect::<Vec<_>>(), first.hidden, &parts)
+            declare(&format!("{which}_0"), &(0..layers.len()).flat_map(&lanes).collect::<Vec<_>>(), first.hidden, &parts)
         }
         _ => {
             for (l, (layer, part)) in layers.iter().zip(parts).enumerate() {
