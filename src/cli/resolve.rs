@@ -301,8 +301,10 @@ pub fn resolve(layers: &Layers) -> Result<RunConfig, UsageError> {
     if SEQUENTIAL.contains(&config.task) {
         let task = config.task.name();
         UsageError::unless(!config.data.is_empty(), || format!("--task {task} needs labelled sequences: give them with --data"))?;
-        // Made-up sequences have as many steps as it says, those of a file their own.
-        UsageError::unless(!layers.is_given("seq_len"), || {
+        // Made-up sequences have as many steps as it says, those of a file their own. The record of a run holds every key.
+        let usual = fill(&Typed { task: Some(config.task), data: Some(config.data.clone()), ..Typed::default() }).seq_len;
+        let is_told = layers.flags.contains_key("seq_len") || layers.is_given("seq_len") && config.seq_len != usual;
+        UsageError::unless(!is_told, || {
             format!("{} means nothing for --task {task}, whose sequences are read whole; leave it out", layers.name("seq_len"))
         })?;
     }
