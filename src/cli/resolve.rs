@@ -302,7 +302,7 @@ pub fn resolve(layers: &Layers) -> Result<RunConfig, UsageError> {
         let task = config.task.name();
         UsageError::unless(!config.data.is_empty(), || format!("--task {task} needs labelled sequences: give them with --data"))?;
         // Made-up sequences have as many steps as it says, those of a file their own. The record of a run holds every key.
-        let usual = fill(&Typed { task: Some(config.task), data: Some(config.data.clone()), ..Typed::default() }).seq_len;
+        let usual = usual(&layers.merged()?, config.task).seq_len;
         let is_told = layers.flags.contains_key("seq_len") || layers.is_given("seq_len") && config.seq_len != usual;
         UsageError::unless(!is_told, || {
             format!("{} means nothing for --task {task}, whose sequences are read whole; leave it out", layers.name("seq_len"))
@@ -331,6 +331,12 @@ fn is_of_numbers(typed: &Typed) -> bool {
     // The record of a run holds every key.
     let has_features = typed.features.as_ref().is_some_and(|features| !features.is_empty());
     is_ts || data.iter().any(|given| is_drawn(given)) || typed.sequence.is_some() || has_features
+}
+
+/// What holds for such data where nothing else is given.
+fn usual(typed: &Typed, task: Task) -> RunConfig {
+    let Typed { data, sequence, features, .. } = typed.clone();
+    fill(&Typed { task: Some(task), data, sequence, features, ..Typed::default() })
 }
 
 /// Puts defaults where nothing was given.
@@ -559,8 +565,7 @@ fn check(layers: &Layers, typed: &Typed, config: &RunConfig) -> Result<(), Usage
 /// Refuses what means nothing for the task, unless it only says what holds anyway: the record of a run holds every key.
 fn check_foreign(judge: &Judge, typed: &Typed, task: Task) -> Result<(), UsageError> {
     let given = table(typed)?;
-    let Typed { data, sequence, features, .. } = typed.clone();
-    let neutral = table(&fill(&Typed { task: Some(task), data, sequence, features, ..Typed::default() }))?;
+    let neutral = table(&usual(typed, task))?;
     let is_told = |key: &str| given.contains_key(key) && given.get(key) != neutral.get(key);
     if let Some((key, _)) = MEANT_FOR.iter().find(|(key, _)| !is_meant(key, task) && is_told(key)) {
         return judge.refuse(key, &format!("means nothing for --task {}; leave it out", task.name()));
