@@ -357,8 +357,8 @@ fn classes_are_told_of_data_without_labels_and_judged_where_there_are_some() {
     let call = |args: &[&str]| call_in(folder.path(), args);
     let cpu = ["--devices", "cpu:1", "-q"];
     // Rising or falling by the first number, in each form that labels may be missing from.
-    let values = |i: usize| (0..3 + i % 4).map(|t| if i % 2 == 0 { t } else { 9 - t }.to_string()).collect::<Vec<_>>();
-    let kind = |i: usize| if i % 2 == 0 { "up" } else { "down" };
+    let values = |i: usize| (0..3 + i % 4).map(|t| if i.is_multiple_of(2) { t } else { 9 - t }.to_string()).collect::<Vec<_>>();
+    let kind = |i: usize| if i.is_multiple_of(2) { "up" } else { "down" };
     let ts = |label: &dyn Fn(usize) -> String, n: usize| {
         let lines: String = (0..n).map(|i| format!("{}:{}\n", values(i).join(","), label(i))).collect();
         format!("@classLabel true up down\n@data\n{lines}")

@@ -420,6 +420,23 @@ fn the_report_is_one_page_that_needs_nothing_else_and_shows_what_was_told() {
 }
 
 #[test]
+fn a_score_stands_beside_others_of_its_kind_in_the_report() {
+    let row = |summary: Value| -> Vec<String> {
+        let Value::Object(summary) = summary else { unreachable!() };
+        let page = report_of(&run_of_four_steps(), &[], &Event::Summary(summary));
+        let scores = page.split_once("Scores on the test part").unwrap().1.split_once("</table>").unwrap().0.to_owned();
+        scores
+            .split("</tr>")
+            .map(|row| row.split('<').filter_map(|part| part.split_once('>')).map(|(_, text)| text.trim()).collect())
+            .collect()
+    };
+    let classes: Vec<String> = row(json!({"test_loss": 0.5, "accuracy": 0.875, "baselines": {"majority": 0.25}}));
+    assert_eq!(classes[..3], ["accuracy", "model0.8750", "majority0.2500"]);
+    let notes: Vec<String> = row(json!({"test_loss": 0.5, "accuracy": 0.875, "baselines": {"frequency": 0.75}}));
+    assert_eq!(notes[..3], ["nats a token", "model0.5000", "frequency0.7500"]);
+}
+
+#[test]
 fn the_report_of_a_run_that_failed_says_why_and_keeps_the_curves() {
     let page = report_of(&run_of_four_steps(), &[], &Event::Error { message: "the loss at step 5 is not finite".into() });
     assert!(page.contains("the loss at step 5 is not finite") && page.contains("state failed"), "{page}");

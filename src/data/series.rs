@@ -22,7 +22,7 @@ use super::error::DataError;
 use super::source::{Source, Sources};
 use super::split::Split;
 use super::table::{Kind, Table};
-use super::time::{Clock, Season, Style};
+use super::time::{Axis, Clock, Season, Style};
 use super::{Batch, Batches, Input, Target};
 use crate::rng::{Purpose, StepKey, Stream};
 
@@ -456,11 +456,11 @@ impl Series {
         self.spec.clock.position(self.ticks[row])
     }
 
-    /// The time of `row` as a number for an axis (see [`Clock::axis`]).
+    /// The time of `row` for an axis.
     ///
     /// # Panics
     /// If there is no such row.
-    pub fn axis(&self, row: usize) -> f64 {
+    pub fn axis(&self, row: usize) -> Axis {
         self.spec.clock.axis(self.ticks[row])
     }
 

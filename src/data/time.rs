@@ -159,6 +159,15 @@ impl Step {
     }
 }
 
+/// Where a time stands on an axis.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Axis {
+    /// `2001-12-29T13:30:00`.
+    Date(String),
+    /// Decimal years, or the number of the row.
+    Number(f64),
+}
+
 /// A season: whole steps for the naive forecasts, and its exact length for what spans many seasons.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Season {
@@ -240,12 +249,23 @@ impl Clock {
         }
     }
 
-    /// The time as a number for an axis: years for times of a calendar, else the number of the row.
-    pub fn axis(&self, tick: i64) -> f64 {
+    /// The time for an axis: a date as ISO 8601 writes it, else years or the number of the row.
+    pub fn axis(&self, tick: i64) -> Axis {
         match self.style {
-            Style::Rows => tick as f64,
-            Style::Decimal { .. } => tick as f64 / YEAR_TICKS,
-            Style::Date(_) | Style::Month { .. } | Style::DateTime { .. } => 1970.0 + tick as f64 / (YEAR_DAYS * DAY as f64),
+            Style::Rows => Axis::Number(tick as f64),
+            Style::Decimal { .. } => Axis::Number(tick as f64 / YEAR_TICKS),
+            Style::Date(_) | Style::Month { .. } | Style::DateTime { .. } => {
+                let at = moment(tick);
+                Axis::Date(format!(
+                    "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}",
+                    at.year(),
+                    at.month(),
+                    at.day(),
+                    at.hour(),
+                    at.minute(),
+                    at.second()
+                ))
+            }
         }
     }
 

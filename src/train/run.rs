@@ -22,6 +22,7 @@ use crate::data::Batch;
 use crate::data::baselines::at_end;
 use crate::data::prefetch::Prefetch;
 use crate::data::series::Part;
+use crate::data::time::Axis;
 use crate::infer::evaluate::{Evaluation, Forward, evaluate, truth_at_end};
 use crate::infer::generate::{GenerateOptions, generate};
 use crate::infer::session::{Session, read_config, read_data};
@@ -1112,14 +1113,19 @@ impl Trainer<'_> {
             let n_targets = series.spec().targets.len();
             let last = (horizon - 1) * n_targets;
             let name = series.spec().target_columns().next().map_or_else(String::new, |c| c.name.clone());
-            let times = forecast.origins.iter().map(|&o| series.axis(o as usize + horizon)).collect();
+            let times = forecast.origins.iter().map(|&o| series.axis(o as usize + horizon));
+            // All of a series are of one kind.
+            let (dates, numbers): (Vec<Axis>, Vec<Axis>) = times.partition(|at| matches!(at, Axis::Date(_)));
+            let dates: Vec<String> = dates.into_iter().filter_map(|at| if let Axis::Date(text) = at { Some(text) } else { None }).collect();
+            let numbers = numbers.into_iter().filter_map(|at| if let Axis::Number(at) = at { Some(at) } else { None }).collect();
+            let times = if dates.is_empty() { Times::Numbers(numbers) } else { Times::Text(dates) };
             let truth = forecast.origins.iter().map(|&o| truth_at_end(series, o).unwrap_or(f64::NAN)).collect();
             let errors = evaluation.map(|e| e.rmse(0)).unwrap_or_default();
             let best = errors.into_iter().skip(1).filter(|(_, rmse)| rmse.is_finite()).min_by(|a, b| a.1.total_cmp(&b.1));
             let plot = ForecastPlot {
                 title: format!("{name}: held-out values and forecasts {horizon} steps ahead"),
                 unit: format!("{name}, the data's unit"),
-                times: Times::Numbers(times),
+                times,
                 truth,
                 forecast: forecast.values.iter().map(|v| v[last]).collect(),
                 baseline: best.map(|(name, _)| {

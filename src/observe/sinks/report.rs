@@ -100,8 +100,8 @@ h1{font-size:26px;line-height:1.25;margin:0;font-weight:650;overflow-wrap:anywhe
 .state{font-size:13px;font-weight:600;border-radius:99px;padding:1px 11px;align-self:center}.finished{color:var(--good);background:var(--good-back)}\
 .failed{color:var(--bad);background:var(--bad-back)}.interrupted{color:var(--wait);background:var(--wait-back)}.error{white-space:pre-wrap;overflow-wrap:anywhere}\
 .grid{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:16px}.card{background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:16px 18px;min-width:0}\
-.wide{grid-column:1/-1}.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(136px,1fr));gap:12px;margin-bottom:16px}\
-.tile{background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:11px 14px}.tile b{display:block;font-size:21px;font-weight:650;font-variant-numeric:tabular-nums;line-height:1.3}\
+.wide{grid-column:1/-1}.tiles{display:flex;flex-wrap:wrap;gap:12px;margin-bottom:16px}\
+.tile{flex:1 1 auto;min-width:96px;white-space:nowrap;background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:11px 14px}.tile b{display:block;font-size:21px;font-weight:650;font-variant-numeric:tabular-nums;line-height:1.3}\
 .tile span{color:var(--label);font-size:13px}svg{display:block;width:100%;height:auto;font-family:inherit;font-variant-numeric:tabular-nums}\
 polyline{fill:none;stroke-linejoin:round;stroke-linecap:round}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:14px}\
 th{text-align:left;color:var(--label);font-weight:500;font-size:13px}th,td{padding:5px 14px 5px 0;border-bottom:1px solid var(--grid)}tr:last-child td{border-bottom:0}\
@@ -132,7 +132,16 @@ fn page(path: &Path, config: &str, history: &History, end: &End<'_>, shown: &Rep
     if let End::Error(message) = end {
         html += &card("wide", "What ended the run", &format!("<p class=\"error\">{}</p>", escaped(message)));
     }
-    let unit = if config.get("task").and_then(toml::Value::as_str) == Some("forecast") { "squared error, normalised" } else { "loss" };
+    let task = config.get("task").and_then(toml::Value::as_str).unwrap_or_default();
+    let unit = match task {
+        "lm" => "nats a token",
+        "classify" => "nats a sequence",
+        "tag" => "nats a step",
+        "frames" => "nats a frame",
+        "forecast" if config.contains_key("quantiles") => "quantile loss, normalised",
+        "forecast" | "regress" => "squared error, normalised",
+        _ => "loss",
+    };
     let losses = [named("training", &history.train), named("validation", &history.valid)];
     html += &card("wide", "Loss", &plot::curves_markup(WIDE, &losses, Trace::Loss, unit)?);
     if let Some(forecast) = &shown.forecast {
@@ -142,7 +151,7 @@ fn page(path: &Path, config: &str, history: &History, end: &End<'_>, shown: &Rep
         let heading = format!("What the model writes after step {}", format::count(*step));
         html += &card("wide", &heading, &format!("<pre>{}</pre>", escaped(text)));
     }
-    html += &scores(summary);
+    html += &scores(summary, unit);
     html += &confusion(summary);
     html += &card("", "Learning rate", &plot::curves_markup(HALF, &[named("of each step", &history.lr)], Trace::Exact, "")?);
     let norm = [named("before clipping", &history.grad_norm)];
@@ -174,6 +183,10 @@ fn subject(config: &toml::Table) -> String {
     let kind = match text("task").as_deref() {
         Some("lm") => "Language model".to_owned(),
         Some("forecast") => "Forecast".to_owned(),
+        Some("classify") => "Classes of sequences".to_owned(),
+        Some("regress") => "Numbers of sequences".to_owned(),
+        Some("tag") => "Classes of steps".to_owned(),
+        Some("frames") => "Frames of notes".to_owned(),
         Some(other) => other.to_owned(),
         None => String::new(),
     };
@@ -224,20 +237,24 @@ fn tiles(summary: &Map<String, Value>, history: &History) -> String {
 }
 
 /// The errors of the model beside those of simple rules: every object of numbers in the summary is a column.
-fn scores(summary: &Map<String, Value>) -> String {
+fn scores(summary: &Map<String, Value>, unit: &str) -> String {
     let mut columns: Vec<(String, Map<String, Value>)> = Vec::new();
     let is_numbers = |fields: &Map<String, Value>| !fields.is_empty() && fields.values().all(|value| value.is_number() || value.is_null());
     for (name, value) in summary {
         let Value::Object(fields) = value else { continue };
+        // Always saying the commonest class has an accuracy, the other simple rules have a loss.
+        let is_accuracy = name == "baselines" && fields.contains_key("majority");
         let words = match name.as_str() {
-            "baselines" => "squared error, normalised".to_owned(),
+            "baselines" if is_accuracy => "accuracy".to_owned(),
+            "baselines" => unit.to_owned(),
             "rmse" | "rmse_by_target" => "RMSE, last step, in the unit".to_owned(),
             other => other.replace('_', " "),
         };
         if is_numbers(fields) {
             let mut fields = fields.clone();
             if name == "baselines" {
-                fields.extend(summary.get("test_loss").map(|loss| ("model".to_owned(), loss.clone())));
+                let of_model = summary.get(if is_accuracy { "accuracy" } else { "test_loss" });
+                fields.extend(of_model.map(|score| ("model".to_owned(), score.clone())));
             }
             columns.push((words, fields));
         } else {
