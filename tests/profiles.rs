@@ -186,6 +186,7 @@ fn in_weak_scaling_each_worker_has_the_whole_batch_and_the_ring_says_what_could_
             balance: "equal",
             accumulate: 1,
             compress: Method::None,
+            autotunes: false,
             steps: 5,
             lengths: Lengths::Full,
             scaling,
