@@ -1,42 +1,13 @@
 //! Every kernel of the catalogue, every case, every device, judged by the oracle; and what the catalogue itself must keep to.
 
 use carrousel::backend::Backend;
-use carrousel::kernels::{
-    ALL, Access, AdapterClass, Binding, Case, Dispatch, Entry, Fill, Kernel, MAX_WORKGROUPS, Operand, ShapeError, Sizes,
-};
+use carrousel::kernels::{ALL, Access, AdapterClass, As, Case, Dispatch, Entry, Fill, Kernel, MAX_WORKGROUPS, Operand, Sizes};
 use carrousel::pool::{CpuContext, Isa};
 
 use crate::adapters::{Device, devices};
 use crate::compare::{Outcome, Source, What, compare, compare_words, is_kept, unchanged};
 use crate::memory::{Guarded, POISON_WORD, floats, words_of};
 use crate::oracle::{self, Want};
-
-/// A kernel as it runs on adapters of another class than the one at hand, so that a software driver judges the variants for hardware too.
-struct As<'k> {
-    kernel: &'k dyn Kernel,
-    dispatch: Dispatch,
-}
-
-impl Kernel for As<'_> {
-    fn name(&self) -> &'static str {
-        self.kernel.name()
-    }
-    fn bindings(&self) -> &'static [Binding] {
-        self.kernel.bindings()
-    }
-    fn params(&self) -> &[u8] {
-        self.kernel.params()
-    }
-    fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
-        self.kernel.check(lens)
-    }
-    fn dispatch(&self, _: AdapterClass) -> Dispatch {
-        self.dispatch
-    }
-    fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
-        self.kernel.run(ctx, operands);
-    }
-}
 
 /// The launches with which a device must run a kernel: on a GPU all that adapters of either class may choose; any one on a CPU.
 fn launches(device: Device, kernel: &dyn Kernel) -> Vec<Dispatch> {
@@ -142,6 +113,9 @@ fn judge(name: &str) {
             let runs = launches(*device, &*case.kernel);
             let judged = runs.into_iter().try_for_each(|dispatch| {
                 let kernel = As { kernel: &*case.kernel, dispatch };
+                if !backend.offers(&kernel) {
+                    return Ok(());
+                }
                 let shader = dispatch.shader.variant();
                 let label = format!("{} as {shader}", case.label);
                 let what = What { case: &label, ..what };
@@ -173,8 +147,8 @@ macro_rules! judged {
 }
 
 judged! {
-    embedding_gather dropout gemm weight_drop lstm_norm_input lstm_step_forward lstm_norm_forward lstm_project pool_steps softmax_cross_entropy binary_cross_entropy squared_error quantile_loss pool_steps_gradient lstm_state_gradient lstm_step_backward lstm_norm_backward column_sums
-    embedding_gradient sum block_squares non_finite scale sgd rmsprop adam multiply_add
+    embedding_gather dropout gemm weight_drop lstm_norm_input lstm_step_forward lstm_norm_forward lstm_project lstm_sweep_forward pool_steps softmax_cross_entropy binary_cross_entropy squared_error quantile_loss pool_steps_gradient lstm_state_gradient lstm_step_backward lstm_norm_backward lstm_sweep_backward column_sums
+    embedding_gradient sum block_squares non_finite scale sgd rmsprop adam multiply_add gemm_half
 }
 
 #[test]
@@ -199,7 +173,16 @@ fn run_with(isa: Isa, case: &Case, inputs: &[Vec<u32>]) -> Vec<Vec<u32>> {
 fn every_instruction_set_gives_the_same_bits_but_for_what_is_fused() {
     // Products and activations fuse multiplication and addition where the processor can; each set is judged against the oracle instead.
     let fuses = |name: &str| {
-        let products = ["gemm", "lstm_step_forward", "lstm_step_backward", "lstm_project", "lstm_state_gradient"];
+        let products = [
+            "gemm",
+            "gemm_half",
+            "lstm_step_forward",
+            "lstm_step_backward",
+            "lstm_project",
+            "lstm_state_gradient",
+            "lstm_sweep_forward",
+            "lstm_sweep_backward",
+        ];
         let activations = ["lstm_norm_forward", "lstm_norm_backward", "softmax_cross_entropy", "binary_cross_entropy"];
         products.contains(&name) || activations.contains(&name)
     };

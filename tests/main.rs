@@ -33,6 +33,7 @@ mod sweep; // a layer over time against an f64 layer
 mod tasks; // tiny tasks that must be learnt
 mod training; // whole runs
 mod tuning; // going on from another run, freezing, stopping early, quantiles, looking inside
+mod variants; // which variants of kernels are launched: measured, kept, recorded
 mod vectors; // cases computed by PyTorch
 
 /// The last test by name, so that what was skipped stands at the end.

@@ -9,7 +9,8 @@ use carrousel::kernels::embedding::{EmbeddingGather, EmbeddingGradient};
 use carrousel::kernels::gemm::{Gemm, Matrix};
 use carrousel::kernels::loss::{BinaryCrossEntropy, QuantileLoss, SoftmaxCrossEntropy, SquaredError};
 use carrousel::kernels::lstm::{
-    Cell, LstmNormBackward, LstmNormForward, LstmNormInput, LstmProject, LstmStateGradient, LstmStepBackward, LstmStepForward, NONE,
+    Cell, LstmNormBackward, LstmNormForward, LstmNormInput, LstmProject, LstmStateGradient, LstmStepBackward, LstmStepForward,
+    LstmSweepBackward, LstmSweepForward, NONE,
 };
 use carrousel::kernels::pooling::PoolSteps;
 use carrousel::kernels::probe::{CHAINS, MultiplyAdd};
@@ -65,6 +66,7 @@ const ORACLES: &[(&str, Oracle)] = &[
     ("lstm_step_forward", lstm_step_forward),
     ("lstm_norm_forward", lstm_norm_forward),
     ("lstm_project", lstm_project),
+    ("lstm_sweep_forward", lstm_sweep_forward),
     ("dropout", dropout),
     ("weight_drop", weight_drop),
     ("pool_steps", pool_steps),
@@ -76,6 +78,7 @@ const ORACLES: &[(&str, Oracle)] = &[
     ("lstm_state_gradient", lstm_state_gradient),
     ("lstm_step_backward", lstm_step_backward),
     ("lstm_norm_backward", lstm_norm_backward),
+    ("lstm_sweep_backward", lstm_sweep_backward),
     ("column_sums", column_sums),
     ("embedding_gradient", embedding_gradient),
     ("sum", sum),
@@ -86,6 +89,7 @@ const ORACLES: &[(&str, Oracle)] = &[
     ("rmsprop", rmsprop),
     ("adam", adam),
     ("multiply_add", multiply_add),
+    ("gemm_half", gemm_half),
 ];
 
 /// What the operands must hold after kernel `name` with these parameters; none where there is no such oracle.
@@ -789,6 +793,114 @@ fn lstm_step_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
     }
     let (gates, h, c) = (Want::Floats(gates), Want::Floats(h), Want::Floats(c));
     vec![Want::Unchanged, gates, h, c, Want::Unchanged, Want::Words(flags), Want::Unchanged, Want::Unchanged]
+}
+
+/// The nearest half float, of two as near the even one.
+fn nearest_half(x: f64) -> f64 {
+    if x.abs() >= 65_520.0 || x == 0.0 || x.is_nan() {
+        return if x.abs() >= 65_520.0 { f64::INFINITY.copysign(x) } else { x };
+    }
+    let spacing = (x.abs().log2().floor().max(-14.0) - 10.0).exp2();
+    (x / spacing).round_ties_even() * spacing
+}
+
+fn gemm_half(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
+    let half = |word: &u32| (nearest_half(f64::from(f32::from_bits(*word))) as f32).to_bits();
+    let mut operands = x.operands.to_vec();
+    operands[..2].iter_mut().for_each(|operand| *operand = operand.iter().map(half).collect());
+    gemm(params, &Inputs { operands: &operands })
+}
+
+/// All steps of the plain cell, row by row.
+fn lstm_sweep_forward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
+    let k: LstmSweepForward = parse(params);
+    let hidden = k.hidden as usize;
+    let place = |start: u32, next: u32, step: u32| start.wrapping_add(next.wrapping_mul(step)) as usize;
+    let (mut gates, mut h, mut c) = (x.target(1), x.target(2), x.target(3));
+    let mut flags = x.operands[5].clone();
+    for b in 0..k.n_rows as usize {
+        let mut state: Vec<f64> = (0..hidden).map(|u| x.f(2, k.h as usize + b * hidden + u)).collect();
+        let mut cell: Vec<f64> = (0..hidden).map(|u| x.f(3, k.c as usize + b * hidden + u)).collect();
+        for step in 0..k.n_steps {
+            let ended = k.use_lengths == 1 && place(k.t, k.t_next, step) >= x.u(4, b);
+            let before = state.clone();
+            for unit in 0..hidden {
+                let column = |gate: usize| place(k.gates, k.gates_next, step) + b * 4 * hidden + gate_column(unit, gate);
+                let z = [0, 1, 2, 3].map(|gate| {
+                    let product: f64 =
+                        (0..hidden).map(|j| before[j] * x.f(0, k.weight_hh as usize + weight_at(hidden, j, unit, gate))).sum();
+                    let biases = [k.bias_ih, k.bias_hh].into_iter().filter(|&bias| bias != NONE);
+                    x.f(1, column(gate)) + product + biases.map(|bias| x.f(6, bias as usize + gate_column(unit, gate))).sum::<f64>()
+                });
+                let values = if ended { [0.0; 4] } else { [sigmoid(z[0]), sigmoid(z[1]), z[2].tanh(), sigmoid(z[3])] };
+                if !ended {
+                    flags[0] |= u32::from(z.iter().any(|z| !z.is_finite()));
+                    cell[unit] = values[1] * cell[unit] + values[0] * values[2];
+                    state[unit] = values[3] * cell[unit].tanh();
+                }
+                (0..4).for_each(|gate| gates[column(gate)] = values[gate]);
+                h[place(k.h, k.h_next, step + 1) + b * hidden + unit] = state[unit];
+                c[place(k.c, k.c_next, step + 1) + b * hidden + unit] = cell[unit];
+            }
+        }
+    }
+    let (gates, h, c) = (Want::Floats(gates), Want::Floats(h), Want::Floats(c));
+    vec![Want::Unchanged, gates, h, c, Want::Unchanged, Want::Words(flags), Want::Unchanged]
+}
+
+/// All steps of the plain cell backward, row by row.
+fn lstm_sweep_backward(params: &[u8], x: &Inputs<'_>) -> Vec<Want> {
+    let k: LstmSweepBackward = parse(params);
+    let (rows, hidden) = (k.n_rows as usize, k.hidden as usize);
+    let place = |start: u32, next: u32, step: u32| start.wrapping_add(next.wrapping_mul(step)) as usize;
+    let (mut gates, mut carry) = (x.target(1), x.target(4));
+    for b in 0..rows {
+        let length = if k.use_lengths == 1 { x.u(5, b) } else { usize::MAX };
+        let of_carry = |at: usize, u: usize| k.carry as usize + (at * rows + b) * hidden + u;
+        let mut carried: Vec<f64> = (0..hidden).map(|u| x.f(4, of_carry(0, u))).collect();
+        let mut dc: Vec<f64> = (0..hidden).map(|u| x.f(4, of_carry(1, u))).collect();
+        // By unit and gate; nothing before the sweep's first step.
+        let of_after = |u: usize, gate: usize| x.f(1, k.dz_after as usize + b * 4 * hidden + gate_column(u, gate));
+        let mut dz: Option<Vec<[f64; 4]>> =
+            (k.dz_after != NONE).then(|| (0..hidden).map(|u| [0, 1, 2, 3].map(|gate| of_after(u, gate))).collect());
+        let handed = |dz: &Option<Vec<[f64; 4]>>, unit: usize| -> f64 {
+            let terms = dz.iter().flatten().enumerate().flat_map(|(v, dz)| [0, 1, 2, 3].map(|gate| (v, gate, dz[gate])));
+            terms.map(|(v, gate, dz)| dz * x.f(0, k.weight_hh as usize + weight_at(hidden, unit, v, gate))).sum()
+        };
+        for step in 0..k.n_steps {
+            let t = place(k.t, k.t_next, step);
+            let mut now = vec![[0.0; 4]; hidden];
+            for unit in 0..hidden {
+                let column = |gate: usize| place(k.gates, k.gates_next, step) + b * 4 * hidden + gate_column(unit, gate);
+                let mut dh = handed(&dz, unit);
+                if t >= length {
+                    carried[unit] += dh;
+                } else {
+                    if dz.is_none() || t + 1 == length {
+                        dh += std::mem::take(&mut carried[unit]);
+                    }
+                    if k.dh_out != NONE {
+                        dh += x.f(3, place(k.dh_out, k.dh_out_next, step) + b * hidden + unit);
+                    }
+                    let [i, f, g, o] = [0, 1, 2, 3].map(|gate| x.f(1, column(gate)));
+                    let before = x.f(2, place(k.c_prev, k.c_next, step) + b * hidden + unit);
+                    let tanh = (f * before + i * g).tanh();
+                    let d = dc[unit] + dh * o * (1.0 - tanh * tanh);
+                    now[unit] = [d * g * i * (1.0 - i), d * before * f * (1.0 - f), d * i * (1.0 - g * g), dh * tanh * o * (1.0 - o)];
+                    dc[unit] = d * f;
+                }
+                (0..4).for_each(|gate| gates[column(gate)] = now[unit][gate]);
+            }
+            dz = Some(now);
+        }
+        for u in 0..hidden {
+            let initial = if k.initial == 1 { handed(&dz, u) } else { 0.0 };
+            carry[of_carry(0, u)] = carried[u] + initial;
+            carry[of_carry(1, u)] = dc[u];
+        }
+    }
+    let (gates, carry) = (Want::Floats(gates), Want::Floats(carry));
+    vec![Want::Unchanged, gates, Want::Unchanged, Want::Unchanged, carry, Want::Unchanged]
 }
 
 fn peepholes(x: &Inputs<'_>, operand: usize, offset: u32, hidden: usize, unit: usize) -> [f64; 3] {

@@ -95,12 +95,12 @@ fn rows<'a>(summary: &'a serde_json::Map<String, Value>, name: &str) -> &'a Vec<
 fn every_kernel_is_measured_and_its_shares_are_its_speed_over_the_ceilings() {
     let sizes = Sizes { n_steps: 3, n_rows: 5, inputs: 16, hidden: 32, n_classes: 7 };
     let gpus = distinct_gpus().into_iter().map(|index| Resolved { spec: format!("gpu:{index}"), kind: DeviceKind::Gpu { index } });
-    let on_cpu = profile_kernels(&Asked { kernels: Vec::new(), sizes: Some(sizes) }, &[cpu(1)]).expect("a measurement");
+    let on_cpu = profile_kernels(&Asked { kernels: Vec::new(), sizes: Some(sizes), autotunes: false }, &[cpu(1)]).expect("a measurement");
     let measured: Vec<&str> = rows(&on_cpu, "kernels").iter().map(|row| row["kernel"].as_str().expect("a name")).collect();
     for entry in ALL {
         assert!(measured.contains(&entry.name), "{} is not measured", entry.name);
     }
-    let few = Asked { kernels: vec!["gemm".to_owned(), "scale".to_owned()], sizes: Some(sizes) };
+    let few = Asked { kernels: vec!["gemm".to_owned(), "scale".to_owned()], sizes: Some(sizes), autotunes: false };
     let gpus: Vec<Resolved> = gpus.collect();
     let on_gpus = profile_kernels(&few, &gpus).expect("a measurement");
     assert_eq!(rows(&on_gpus, "ceilings").len(), gpus.len());
@@ -131,7 +131,7 @@ fn a_layer_beyond_an_adapters_limits_is_told_and_the_others_are_measured() {
     for index in distinct_gpus().into_iter().filter(|&index| adapters[index].limits.max_binding_bytes < 2 << 30) {
         let gpu = Resolved { spec: format!("gpu:{index}"), kind: DeviceKind::Gpu { index } };
         let sizes = Sizes { n_steps: 1, n_rows: 1, inputs: 16, hidden: 12_000, n_classes: 3 };
-        let asked = Asked { kernels: vec!["dropout".to_owned(), "scale".to_owned()], sizes: Some(sizes) };
+        let asked = Asked { kernels: vec!["dropout".to_owned(), "scale".to_owned()], sizes: Some(sizes), autotunes: false };
         let summary = profile_kernels(&asked, &[gpu]).expect("a measurement");
         let [dropout, scale] = [0, 1].map(|i| &rows(&summary, "kernels")[i]);
         assert!(dropout["us"].as_f64() > Some(0.0), "{dropout}");
@@ -151,6 +151,7 @@ fn inference_is_measured_by_the_time_step_beside_what_reading_the_weights_takes(
         balance: "",
         accumulate: 1,
         compress: Method::None,
+        autotunes: true,
         steps: 3,
         lengths: Lengths::Full,
         scaling: Scaling::Strong,
@@ -185,6 +186,7 @@ fn in_weak_scaling_each_worker_has_the_whole_batch_and_the_ring_says_what_could_
             balance: "equal",
             accumulate: 1,
             compress: Method::None,
+            autotunes: false,
             steps: 5,
             lengths: Lengths::Full,
             scaling,

@@ -47,6 +47,7 @@ pub fn config(task: Task, data: &[&Path]) -> RunConfig {
         tied: false,
         dropout: 0.0,
         no_bias: false,
+        no_autotune: false,
         init: Init::Torch,
         gate_bias: None,
         lstm: Default::default(),

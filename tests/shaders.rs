@@ -7,16 +7,18 @@ use carrousel::kernels::dropout::{DROPOUT_VECTORS, Dropout};
 use carrousel::kernels::elementwise::{ELEMENTS, Scale};
 use carrousel::kernels::embedding::{EMBEDDING_VECTORS, EmbeddingGather, EmbeddingGradient};
 use carrousel::kernels::gemm::{DIRECT_BLOCK, Gemm, TILED_BLOCK, TILES};
+use carrousel::kernels::gemm_half::{COOPERATIVE_BLOCK, HALF_BLOCK, MAX_COOPERATIVE_K};
 use carrousel::kernels::loss::{BinaryCrossEntropy, QuantileLoss, SOFTMAX_WORKGROUP, SQUARED_ROWS, SoftmaxCrossEntropy, SquaredError};
 use carrousel::kernels::lstm::{
-    LstmNormBackward, LstmNormForward, LstmNormInput, LstmProject, LstmStateGradient, LstmStepBackward, LstmStepForward, NONE, STEP_ROWS,
+    LstmNormBackward, LstmNormForward, LstmNormInput, LstmProject, LstmStateGradient, LstmStepBackward, LstmStepForward, LstmSweepBackward,
+    LstmSweepForward, NONE, STEP_ROWS,
 };
 use carrousel::kernels::pooling::{POOL_VECTORS, PoolSteps};
 use carrousel::kernels::probe::{MULTIPLY_ADD_WORKGROUP, MultiplyAdd};
 use carrousel::kernels::reduce::{BlockSquares, ColumnSums, NON_FINITE_BLOCK, NonFinite, REDUCE_WORKGROUP, SUM_COLUMNS, Sum};
 use carrousel::kernels::update::{Adam, Rmsprop, Sgd};
 use carrousel::kernels::weight_drop::{DROP_VECTORS, WeightDrop};
-use carrousel::kernels::{ALL, Access, AdapterClass, Entry, Fragment, Shader};
+use carrousel::kernels::{ALL, Access, AdapterClass, Entry, Extension, Fragment, MAX_LOOP_TRIPS, Shader};
 use carrousel::shape::{BLOCK, PANEL, PANEL_UNITS};
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 use naga::{AddressSpace, ArraySize, Expression, Handle, Literal, Module, ShaderStage, StorageAccess, Type, TypeInner};
@@ -35,7 +37,7 @@ macro_rules! layout {
 fn rust_layout(kernel: &str) -> (usize, Vec<Field>) {
     match kernel {
         "embedding_gather" => layout!(EmbeddingGather: n_tokens, width, n_classes, table, out),
-        "gemm" => layout!(
+        "gemm" | "gemm_half" => layout!(
             Gemm: m, n, k, trans_a, trans_b, accumulate, use_bias, bias_offset,
             a.offset, a.row_stride, a.panel, a.panel_stride, b.offset, b.row_stride, b.panel, b.panel_stride,
             c.offset, c.row_stride, c.panel, c.panel_stride
@@ -44,6 +46,12 @@ fn rust_layout(kernel: &str) -> (usize, Vec<Field>) {
         "lstm_step_forward" => layout!(
             LstmStepForward: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.drop_threshold, cell.drop_scale, cell.drop_tag,
             n_rows, hidden, width, weight_hh, bias_ih, bias_hh, gates, h_prev, h, masked_prev, masked, output, input, c_prev, c, m, t, use_lengths, initial
+        ),
+        "lstm_sweep_forward" => layout!(
+            LstmSweepForward: n_rows, hidden, weight_hh, bias_ih, bias_hh, gates, gates_next, h, h_next, c, c_next, t, t_next, n_steps, use_lengths, tile_rows
+        ),
+        "lstm_sweep_backward" => layout!(
+            LstmSweepBackward: n_rows, hidden, weight_hh, gates, gates_next, dz_after, c_prev, c_next, dh_out, dh_out_next, carry, t, t_next, n_steps, use_lengths, initial, tile_rows
         ),
         "lstm_norm_forward" => layout!(
             LstmNormForward: cell.peephole, cell.coupled, cell.cell_clip, cell.grad_clip, cell.zoneout_h, cell.zoneout_c, cell.draws, cell.mask_threshold, cell.mask_scale, cell.key0, cell.key1, cell.lane, cell.streams, cell.drop_threshold, cell.drop_scale, cell.drop_tag,
@@ -105,9 +113,14 @@ fn parse(name: &str, text: &str) -> Module {
     naga::front::wgsl::parse_str(text).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string_with_path(text, name)))
 }
 
-/// Validates for WebGPU without any extension.
-fn validate(name: &str, module: &Module) -> ModuleInfo {
-    Validator::new(ValidationFlags::all(), Capabilities::empty()).validate(module).unwrap_or_else(|e| panic!("{name}: {}", e.into_inner()))
+/// Validates for WebGPU without any extension but the one that the shader enables.
+fn validate(name: &str, extension: Option<Extension>, module: &Module) -> ModuleInfo {
+    let capabilities = match extension {
+        None => Capabilities::empty(),
+        Some(Extension::Half) => Capabilities::SHADER_FLOAT16,
+        Some(Extension::Cooperative) => Capabilities::SHADER_FLOAT16 | Capabilities::COOPERATIVE_MATRIX,
+    };
+    Validator::new(ValidationFlags::all(), capabilities).validate(module).unwrap_or_else(|e| panic!("{name}: {}", e.into_inner()))
 }
 
 /// The leaves of a type in WGSL, with paths and offsets.
@@ -129,7 +142,7 @@ fn flatten(module: &Module, ty: Handle<Type>, path: &str, offset: usize, fields:
 fn every_shader_parses_validates_and_is_entered_by_its_name() {
     each_shader(|_, shader| {
         let module = parse(shader.name, &shader.text());
-        validate(shader.name, &module);
+        validate(shader.name, shader.extension(), &module);
         let entries: Vec<_> = module.entry_points.iter().map(|e| (e.stage, e.name.as_str())).collect();
         assert_eq!(entries, [(ShaderStage::Compute, shader.name)]);
     });
@@ -137,16 +150,17 @@ fn every_shader_parses_validates_and_is_entered_by_its_name() {
 
 #[test]
 fn every_fragment_is_valid_with_those_before_it_and_listed_once_by_who_lists_it() {
-    let mut fragments: Vec<(&Fragment, String)> = Vec::new();
+    let mut fragments: Vec<(&Fragment, Option<Extension>, String)> = Vec::new();
     each_shader(|_, shader| {
         for (i, fragment) in shader.fragments.iter().enumerate() {
             assert!(!shader.fragments[..i].contains(fragment), "{} lists {} twice", shader.name, fragment.name);
-            fragments.push((fragment, shader.fragments[..=i].iter().map(|fragment| fragment.source).collect()));
+            let text = shader.fragments[..=i].iter().map(|fragment| fragment.source).collect();
+            fragments.push((fragment, shader.extension(), text));
         }
     });
-    for (fragment, text) in fragments {
+    for (fragment, extension, text) in fragments {
         let module = parse(fragment.name, &text);
-        validate(fragment.name, &module);
+        validate(fragment.name, extension, &module);
         assert!(module.entry_points.is_empty(), "{} has an entry point", fragment.name);
     }
 }
@@ -269,6 +283,11 @@ fn numbers_that_stand_in_wgsl_and_in_rust_are_the_same() {
                 same("units of its invocations", 4 * x, PANEL_UNITS as u32);
                 same("floats of a panel's row", 4 * get("PANEL_VECTORS"), PANEL as u32);
             }
+            // The size of its workgroup is set by overrides.
+            "lstm_sweep_forward" | "lstm_sweep_backward" => {
+                same("units of a panel", get("PANEL_UNITS"), PANEL_UNITS as u32);
+                same("floats of a panel's row", 4 * get("PANEL_VECTORS"), PANEL as u32);
+            }
             "gemm_tiled" => {
                 same("sides of a block", get("BLOCK"), TILED_BLOCK[0]);
                 same("rows and columns", TILED_BLOCK[0], TILED_BLOCK[1]);
@@ -285,6 +304,19 @@ fn numbers_that_stand_in_wgsl_and_in_rust_are_the_same() {
                 assert!(rows + cols <= invocations, "{}: a slice has more blocks than carriers", shader.variant());
                 assert!((rows / 4).is_multiple_of(8) && (cols / 4).is_multiple_of(8), "{}: fours leave their k", shader.variant());
                 assert_eq!(shader.variant(), format!("gemm_blocked tile_{rows}x{cols}"));
+            }
+            "gemm_half" => {
+                same("sides of a block", get("BLOCK"), HALF_BLOCK[0]);
+                same("rows and columns", HALF_BLOCK[0], HALF_BLOCK[1]);
+                same("sides of its invocations' tiles", 4 * get("SIDE"), get("BLOCK"));
+                same("invocations", invocations, get("SIDE") * get("SIDE"));
+            }
+            "gemm_cooperative" => {
+                same("sides of a block", get("BLOCK"), COOPERATIVE_BLOCK[0]);
+                same("rows and columns", COOPERATIVE_BLOCK[0], COOPERATIVE_BLOCK[1]);
+                same("invocations", invocations, get("SUBGROUP"));
+                let trips = (MAX_COOPERATIVE_K.div_ceil(16)) * (2 + 512 / get("SUBGROUP")) + 1024 / get("SUBGROUP") + 2;
+                assert!(trips <= MAX_LOOP_TRIPS, "{trips} loop trips");
             }
             "gemm_direct" => {
                 same("rows a workgroup", get("TILE_ROWS"), DIRECT_BLOCK[0]);
@@ -318,7 +350,7 @@ fn overrides_that_kernels_set_exist_and_have_defaults() {
 fn every_shader_is_written_for_vulkan_metal_and_direct3d() {
     each_shader(|entry, shader| {
         let module = parse(shader.name, &shader.text());
-        let info = validate(shader.name, &module);
+        let info = validate(shader.name, shader.extension(), &module);
         let mut variants = vec![vec![]];
         for case in (entry.cases)() {
             for class in [AdapterClass::Software, AdapterClass::Hardware] {
@@ -336,7 +368,10 @@ fn every_shader_is_written_for_vulkan_metal_and_direct3d() {
                 .unwrap_or_else(|e| panic!("{} with {overrides:?}: {e}", shader.name));
             write_spirv(shader.name, &module, &info);
             write_metal(shader.name, &module, &info);
-            write_direct3d(shader.name, &module, &info);
+            // Direct3D has no matrices of subgroups.
+            if shader.extension() != Some(Extension::Cooperative) {
+                write_direct3d(shader.name, &module, &info);
+            }
         }
     });
 }
@@ -358,7 +393,7 @@ fn write_metal(name: &str, module: &Module, info: &ModuleInfo) {
 }
 
 fn write_direct3d(name: &str, module: &Module, info: &ModuleInfo) {
-    let options = naga::back::hlsl::Options { shader_model: naga::back::hlsl::ShaderModel::V6_0, ..Default::default() };
+    let options = naga::back::hlsl::Options { shader_model: naga::back::hlsl::ShaderModel::V6_2, ..Default::default() };
     let (entry, mut text) = (naga::back::hlsl::PipelineOptions::default(), String::new());
     let written = naga::back::hlsl::Writer::new(&mut text, &options, &entry)
         .write(module, info, None)

@@ -5,15 +5,17 @@
 
 use std::ops::Range;
 
-use carrousel::backend::{Backend, Span};
+use carrousel::backend::around::Around;
+use carrousel::backend::{Backend, Span, SweepPlan, read_now};
 use carrousel::kernels::Tolerance;
 use carrousel::kernels::lstm::{
-    Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneStarts, LaneTensors, LaneVectors, NONE, SweepArgs, sweep_plan,
+    Cell, FLAG_NON_FINITE, Lane, LaneGradients, LanePart, LaneShape, LaneStarts, LaneTensors, LaneVectors, NONE, SWEEP_ROWS, SweepArgs,
+    SweepTrial, SweepWay, carries, fits, most_steps, sweep_plan, whole_sweep_plan,
 };
 use carrousel::rng::{Purpose, StepKey, Stream};
 use carrousel::shape::{ALIGN, pad_inner, pad_units, round_up};
 
-use crate::adapters::{Device, devices};
+use crate::adapters::{DEADLINE, Device, devices, gpus};
 use crate::compare::{Outcome, Source, What, compare};
 use crate::memory::{Guarded, POISON_WORD, floats};
 use crate::oracle::{RowCell, RowStep, cell_mask, gate_column, weight_at};
@@ -1339,5 +1341,170 @@ fn a_non_finite_input_behind_the_end_of_its_row_raises_no_flag() {
     p.x[2 * 2 + 1] = f32::NAN;
     for device in devices() {
         assert_eq!(raised_at(&mut *device.open(), device, &p), None, "on {device}");
+    }
+}
+
+/// A backend that sweeps by a plan of the test's, and counts launches.
+struct Planned {
+    inner: Box<dyn Backend>,
+    plan: SweepPlan,
+    n_launches: usize,
+}
+
+impl Around for Planned {
+    fn inner(&self) -> &dyn Backend {
+        self.inner.as_ref()
+    }
+    fn inner_mut(&mut self) -> &mut dyn Backend {
+        self.inner.as_mut()
+    }
+    fn launch(&mut self, kernel: &dyn carrousel::kernels::Kernel, operands: &[Span]) -> anyhow::Result<()> {
+        self.n_launches += 1;
+        self.inner.launch(kernel, operands)
+    }
+    fn plan(&self) -> SweepPlan {
+        self.plan
+    }
+}
+
+/// The plan of whole sweeps by workgroups of so many rows.
+fn whole(tile_rows: u32) -> SweepPlan {
+    match tile_rows {
+        2 => whole_sweep_plan::<2>,
+        4 => whole_sweep_plan::<4>,
+        _ => whole_sweep_plan::<8>,
+    }
+}
+
+#[test]
+fn whole_sweeps_leave_what_step_by_step_leaves_in_fewer_launches() {
+    let lengths = [7, 1, 4, 0, 6];
+    let chunks = vec![0..2, 2..5, 5..7];
+    let problems = [
+        (Problem::new(200, [7, 5, 3, 17]), None),
+        (Problem::new(201, [7, 5, 3, 40]).with_lengths(&lengths), Some(chunks.clone())),
+        (Problem::new(202, [7, 5, 3, 64]).reversed().with_lengths(&lengths), Some(chunks)),
+        (Problem { dh_out: None, bias_ih: None, ..Problem::new(203, [5, 17, 5, 128]) }, None),
+        // More steps than a launch takes, forward and backward.
+        (Problem::new(204, [14_000, 1, 1, 1]).reversed(), None),
+    ];
+    for device in devices() {
+        for (i, (p, chunks)) in problems.iter().enumerate() {
+            let manner = Manner { chunks: chunks.clone().unwrap_or(Manner::whole(p).chunks), ..Manner::whole(p) };
+            let padded = pad_units(p.hidden) as u32;
+            let fitting: Vec<u32> = SWEEP_ROWS.into_iter().filter(|&rows| fits(padded, rows)).collect();
+            // All tiles at one size, the others in turn.
+            let tiles = if i == 1 { &fitting[..] } else { &fitting[i % fitting.len()..][..1] };
+            let with = |plan: SweepPlan| {
+                let mut backend = Planned { inner: device.open(), plan, n_launches: 0 };
+                (run(&mut backend, device, p, &manner), backend.n_launches)
+            };
+            let (steps, n_launches) = with(sweep_plan);
+            for &rows in tiles {
+                let (whole, n_whole) = with(whole(rows));
+                let n_chunks = manner.chunks.len();
+                let (mut saved, n) = (0, manner.chunks.iter().map(Range::len));
+                for n in n {
+                    let launches = |gradients| n.div_ceil(most_steps(padded, gradients) as usize);
+                    saved += n - launches(false) + n + 1 - launches(true);
+                }
+                assert_eq!(n_launches - n_whole, saved, "{n_chunks} chunks of problem {i} on {device}");
+                for ((name, a), (_, b)) in steps.parts().into_iter().zip(whole.parts()) {
+                    // Drivers of real GPUs may fuse the one and not the other.
+                    let is_same = a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+                    let may_differ = matches!(device, Device::Gpu(_)) && !device.open().info().is_software;
+                    assert!(is_same || may_differ, "{name} of problem {i} with {rows} rows on {device}");
+                    if may_differ {
+                        near(name, a, b);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn trials_of_sweeps_leave_the_same_whichever_way_they_run_and_with_lanes_together() {
+    for index in gpus() {
+        let device = Device::Gpu(index);
+        let p = Problem::new(205, [9, 3, 5, 17]);
+        let mut backend = device.open();
+        let placed = Placed::new(&mut *backend, device, &p, &Manner::whole(&p));
+        for gradients in [false, true] {
+            let forward = placed.lane(0..9, false, gradients);
+            for n_lanes in [1, 2] {
+                let lanes = vec![forward.clone(); n_lanes];
+                let args = SweepArgs { n_rows: 3, lanes: &lanes, flags: placed.flags.span, gradients };
+                let (class, trial) = SweepTrial::of(&args).expect("a lane");
+                assert!(class.to_string().starts_with("lstm_sweep 16x32x16 "), "{class}");
+                assert_eq!(trial.ways(), SweepWay::all(&args));
+                let mut results: Vec<Vec<f32>> = Vec::new();
+                let mut n_launches = Vec::new();
+                for way in trial.ways() {
+                    let spans = trial.lens().map(|len| {
+                        let buffer = backend.alloc("a trial", len).expect("memory");
+                        let words: Vec<f32> = (0..len).map(|i| (i * 29 % 113) as f32 / 113.0 - 0.4).collect();
+                        backend.write(backend.whole(buffer), &words).expect("a write");
+                        backend.whole(buffer)
+                    });
+                    let mut n = 0;
+                    let launch = &mut |kernel: &dyn carrousel::kernels::Kernel, operands: &[Span]| {
+                        n += 1;
+                        backend.launch(kernel, operands)
+                    };
+                    trial.run(way, &spans, launch).expect("a sweep");
+                    n_launches.push(n);
+                    let read = |span: &Span| read_now(&mut *backend, *span, DEADLINE).expect("a readback");
+                    results.push(spans[..4].iter().flat_map(read).collect());
+                    spans.iter().for_each(|span| backend.free(span.buffer));
+                }
+                // Both lanes in one launch, and one more for the initial state's gradient.
+                let steps = if gradients { 10 } else { 9 };
+                assert_eq!(n_launches, [steps, 1, 1, 1], "{class}");
+                let is_software = backend.info().is_software;
+                for other in &results[1..] {
+                    assert!(results[0].iter().any(|v| v.abs() > 0.5) && results[0].iter().all(|v| v.is_finite()), "{class}");
+                    if is_software {
+                        assert_eq!(*other, results[0], "{class}");
+                    } else {
+                        near(&class.to_string(), &results[0], other);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn whole_sweeps_are_for_plain_lanes_of_few_units_only() {
+    let device = Device::Cpu(1);
+    let mut backend = device.open();
+    let mut ways = |p: &Problem, edit: &dyn Fn(&mut Lane)| {
+        let placed = Placed::new(&mut *backend, device, p, &Manner::whole(p));
+        let mut lane = placed.lane(0..p.n_steps as u32, false, true);
+        edit(&mut lane);
+        let ways = SweepWay::all(&SweepArgs { n_rows: p.n_rows as u32, lanes: &[lane.clone()], flags: placed.flags.span, gradients: true });
+        assert_eq!(carries(&lane), ways.len() > 1, "{ways:?}");
+        ways.into_iter().map(SweepWay::name).collect::<Vec<_>>()
+    };
+    let problem = |hidden: usize| Problem::new(206, [2, 3, 3, hidden]);
+    let all = ["steps", "whole 2 rows", "whole 4 rows", "whole 8 rows"];
+    for (hidden, expected) in [(1, &all[..]), (64, &all[..]), (65, &all[..3]), (128, &all[..3]), (129, &all[..1])] {
+        assert_eq!(ways(&problem(hidden), &|_| {}), expected, "{hidden} units");
+        assert_eq!(ways(&problem(hidden).with_lengths(&[2, 1, 0]), &|_| {}), expected, "{hidden} units with lengths");
+    }
+    assert_eq!(ways(&problem(16).projected(5), &|_| {}), ["steps"]);
+    assert_eq!(ways(&problem(16).normed(), &|_| {}), ["steps"]);
+    assert_eq!(ways(&problem(16).with_peepholes(), &|_| {}), ["steps"]);
+    for (name, cell) in cells() {
+        assert_eq!(ways(&problem(16).with_cell(cell), &|_| {}), ["steps"], "{name}");
+    }
+    assert_eq!(ways(&problem(16), &|lane| lane.residual = Some(0)), ["steps"], "residual");
+    assert_eq!(ways(&problem(16), &|lane| lane.shape.outputs = true), ["steps"], "dropout on the way up");
+    // No loop is longer than what every driver runs, in chunks of these steps.
+    for hidden in (16..=128).step_by(16) {
+        let (forward, backward) = (most_steps(hidden, false), most_steps(hidden, true));
+        assert!(forward * (hidden / 4 + 2) < 65_535 && (backward + 1) * (hidden + hidden / 8 + 2) + 6 <= 65_535);
+        assert!(forward > 1800 && backward > 400, "{hidden}: {forward}, {backward}");
     }
 }

@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use anyhow::Result;
 
+use super::tuning::{Choice, Choices};
 use super::{Backend, BufferId, DeviceInfo, Limits, Readback, Span, SweepPlan};
 use crate::kernels::Kernel;
+use crate::kernels::lstm::SweepArgs;
 
 /// The methods of [`Backend`], each of which asks the inner one unless it is written anew.
 pub trait Around {
@@ -81,8 +83,25 @@ impl<A: Around> Backend for A {
     fn variant(&self, kernel: &dyn Kernel) -> String {
         self.inner().variant(kernel)
     }
+    fn offers(&self, kernel: &dyn Kernel) -> bool {
+        self.inner().offers(kernel)
+    }
+    fn wants_tuning(&self) -> bool {
+        self.inner().wants_tuning()
+    }
+    fn tune(&mut self, budget: Duration) -> Result<Vec<Choice>> {
+        self.inner_mut().tune(budget)
+    }
+    fn choose(&mut self, choices: &Choices) {
+        self.inner_mut().choose(choices);
+    }
     fn plan(&self) -> SweepPlan {
         Around::plan(self)
+    }
+    fn plan_for(&mut self, args: &SweepArgs<'_>) -> SweepPlan {
+        // A plan of its own goes before the inner one's.
+        let own = Around::plan(self);
+        if std::ptr::fn_addr_eq(own, self.inner().plan()) { self.inner_mut().plan_for(args) } else { own }
     }
     fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>> {
         Around::read(self, spans, memory)

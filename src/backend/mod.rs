@@ -7,11 +7,13 @@ pub mod around;
 pub mod cpu;
 pub mod gpu;
 pub mod open;
+pub mod tuning;
 
 use std::time::Duration;
 
 use anyhow::Result;
 
+use self::tuning::{Choice, Choices};
 use crate::kernels::Kernel;
 use crate::kernels::lstm::{Launch, SweepArgs, sweep_plan};
 
@@ -92,13 +94,33 @@ pub trait Backend {
     fn variant(&self, _kernel: &dyn Kernel) -> String {
         self.info().driver.clone()
     }
+    /// Whether this device can run a kernel; some need what not every adapter has.
+    fn offers(&self, _kernel: &dyn Kernel) -> bool {
+        true
+    }
+    /// Whether launches have come that several variants could do, and that none was chosen for.
+    fn wants_tuning(&self) -> bool {
+        false
+    }
+    /// Measures the variants of such launches on memory of its own, for about `budget` in all, and launches the fastest from now on; those that there is no
+    /// time for stay as they are. To be called between steps, when nothing else is under way.
+    fn tune(&mut self, _budget: Duration) -> Result<Vec<Choice>> {
+        Ok(Vec::new())
+    }
+    /// Launches these variants from now on, as far as they exist.
+    fn choose(&mut self, _choices: &Choices) {}
     /// How this backend sweeps; the default is the plan of launches in `kernels::lstm`.
     fn plan(&self) -> SweepPlan {
         sweep_plan
     }
-    /// Runs the recurrent sweep of some lanes as [`Self::plan`] says.
+    /// The plan for these lanes, where it depends on them.
+    fn plan_for(&mut self, _args: &SweepArgs<'_>) -> SweepPlan {
+        self.plan()
+    }
+    /// Runs the recurrent sweep of some lanes as [`Self::plan_for`] says.
     fn sweep(&mut self, args: &SweepArgs<'_>) -> Result<()> {
-        (self.plan())(args, &mut |kernel, operands| self.launch(kernel, operands))
+        let plan = self.plan_for(args);
+        plan(args, &mut |kernel, operands| self.launch(kernel, operands))
     }
     /// Begins to read spans, one behind another, into `memory` (which is resized); everything launched before is done first.
     fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>>;

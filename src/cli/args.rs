@@ -308,6 +308,9 @@ pub struct ProfileKernelsArgs {
     /// auto, or a comma list of cpu, cpu:THREADS, gpu:INDEX; each is measured in its turn
     #[arg(long, value_name = "LIST", default_value = "auto")]
     pub devices: String,
+    /// Mark as chosen what is fixed for the size, not what an earlier measurement found fastest
+    #[arg(long)]
+    pub no_autotune: bool,
     /// Kernels to measure, with commas; all by default
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub kernel: Vec<String>,
@@ -568,6 +571,7 @@ pub const PROFILED: &[&str] = &[
     "clip_value",
     "devices",
     "balance",
+    "no_autotune",
     "accumulate",
     "compress",
     "seed",
@@ -587,6 +591,7 @@ pub const TRAINED: &[&str] = &[
     "clip_norm",
     "clip_value",
     "balance",
+    "no_autotune",
     "accumulate",
     "compress",
 ];

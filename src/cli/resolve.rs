@@ -468,6 +468,7 @@ fn fill(typed: &Typed) -> RunConfig {
         rejoin: typed.rejoin.unwrap_or(false),
         deadline: typed.deadline.unwrap_or(DEADLINE_SECONDS),
         memory_limit: typed.memory_limit.clone().unwrap_or_default(),
+        no_autotune: typed.no_autotune.unwrap_or(false),
         accumulate: size(typed.accumulate, 1),
         compress: typed.compress.unwrap_or_default(),
         select: typed.select.unwrap_or(defaults.select),

@@ -340,6 +340,10 @@ pub struct Typed {
     #[arg(long, value_name = "GB,...", help_heading = DEVICES, value_delimiter = ',', allow_negative_numbers = true)]
     #[serde(deserialize_with = "number_list", skip_serializing_if = "Option::is_none")]
     pub memory_limit: Option<Vec<f64>>,
+    /// Launch every kernel on a GPU as fixed for its size, instead of measuring its variants where a size is new (at most 2 s) and keeping the fastest
+    #[arg(long, help_heading = DEVICES, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub no_autotune: Option<bool>,
     /// Cut each share into so many parts, to save memory; the result stays
     #[arg(long, value_name = "N", help_heading = DEVICES)]
     #[serde(skip_serializing_if = "Option::is_none")]

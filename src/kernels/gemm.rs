@@ -9,8 +9,8 @@ use bytemuck::{Pod, Zeroable};
 
 use super::microkernel::{self, Ends, Factors, Left, MatrixMut, Stored};
 use super::{
-    AdapterClass, Binding, Case, Dispatch, Entry, Fill, Fragment, Kernel, MAX_WORKGROUPS, ODD, Operand, Shader, ShapeError, Sizes,
-    Tolerance, at_least, kernel_basics, operand, read, read_write,
+    AdapterClass, Binding, Case, CaseOperand, Dispatch, Entry, Fill, Fragment, Kernel, MAX_WORKGROUPS, ODD, Operand, Shader, ShapeError,
+    SizeClass, Sizes, Tolerance, Trial, at_least, kernel_basics, operand, read, read_write,
 };
 use crate::pool::{CpuContext, Divide, Rows};
 use crate::shape::{PANEL, round_up};
@@ -126,7 +126,7 @@ pub const TILED_BLOCK: [u32; 2] = [64, 64];
 /// Rows and columns of C that one workgroup of [`GEMM_DIRECT`] computes.
 pub const DIRECT_BLOCK: [u32; 2] = [8, 128];
 
-const BINDINGS: &[Binding] = &[read("a"), read("b"), read("bias"), read_write("c")];
+pub(super) const BINDINGS: &[Binding] = &[read("a"), read("b"), read("bias"), read_write("c")];
 
 impl Gemm {
     fn stored_a(&self) -> (u32, u32) {
@@ -137,6 +137,11 @@ impl Gemm {
         if self.trans_b == 1 { (self.n, self.k) } else { (self.k, self.n) }
     }
 
+    /// Floating-point operations.
+    pub fn flop(&self) -> u64 {
+        2 * u64::from(self.m) * u64::from(self.n) * u64::from(self.k)
+    }
+
     /// Whether rows of all operands consist of whole vectors of four.
     fn is_aligned(&self) -> bool {
         let lies = |m: Matrix| [m.offset, m.row_stride, m.panel_stride].iter().all(|n| n.is_multiple_of(4));
@@ -144,7 +149,7 @@ impl Gemm {
     }
 
     /// A launch of workgroups that compute so many rows and columns of C each.
-    fn in_blocks(&self, shader: &'static Shader, [rows, cols]: [u32; 2]) -> Dispatch {
+    pub(super) fn in_blocks(&self, shader: &'static Shader, [rows, cols]: [u32; 2]) -> Dispatch {
         let overrides: &'static [(&'static str, f64)] = match (self.trans_a, self.trans_b) {
             (0, 0) => &[("TRANS_A", 0.0), ("TRANS_B", 0.0)],
             (0, _) => &[("TRANS_A", 0.0), ("TRANS_B", 1.0)],
@@ -207,6 +212,21 @@ impl Kernel for Gemm {
         }
         let tiles = TILES.iter().filter(|_| self.is_aligned()).map(|tile| self.in_blocks(tile.shader, tile.block));
         tiles.chain([self.in_blocks(&GEMM_TILED, TILED_BLOCK)]).collect()
+    }
+
+    fn size_class(&self) -> Option<SizeClass> {
+        const FORMS: [[&str; 4]; 2] = [["NN unaligned", "NT unaligned", "TN unaligned", "TT unaligned"], ["NN", "NT", "TN", "TT"]];
+        let form = FORMS[usize::from(self.is_aligned())][(2 * self.trans_a + self.trans_b) as usize % 4];
+        Some(SizeClass { kernel: "gemm", size: [self.m, self.n, self.k].map(SizeClass::rounded), form })
+    }
+
+    fn trial(&self) -> Option<Trial> {
+        let at_start = |matrix: Matrix| Matrix { offset: 0, ..matrix };
+        let (a, b, c) = (at_start(self.a), at_start(self.b), at_start(self.c));
+        let kernel = Self { accumulate: 0, use_bias: 0, bias_offset: 0, a, b, c, ..*self };
+        let ((ar, ac), (br, bc)) = (self.stored_a(), self.stored_b());
+        let lens = vec![a.end(ar, ac), b.end(br, bc), 1, c.end(self.m, self.n)];
+        Some(Trial { kernel: Box::new(kernel), lens, flop: self.flop() })
     }
 
     fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
@@ -360,6 +380,19 @@ pub const ENTRY: Entry = Entry {
 };
 
 fn case(m: u32, n: u32, k: u32, trans: (u32, u32), accumulate: u32, use_bias: u32, panels: (bool, bool, bool)) -> Case {
+    let (label, kernel, operands) = problem(m, n, k, trans, (accumulate, use_bias), panels);
+    Case { label, operands, flop: kernel.flop(), kernel: Box::new(kernel) }
+}
+
+/// A product with its operands.
+pub(super) fn problem(
+    m: u32,
+    n: u32,
+    k: u32,
+    trans: (u32, u32),
+    (accumulate, use_bias): (u32, u32),
+    panels: (bool, bool, bool),
+) -> (String, Gemm, Vec<CaseOperand>) {
     let ((ar, ac), (br, bc)) = (if trans.0 == 1 { (k, m) } else { (m, k) }, if trans.1 == 1 { (n, k) } else { (k, n) });
     // Leading dimensions and offsets that differ from the sizes, so that mistaking one for the other shows.
     let place = |panels: bool, offset: usize, rows: u32, cols: u32| {
@@ -373,22 +406,19 @@ fn case(m: u32, n: u32, k: u32, trans: (u32, u32), accumulate: u32, use_bias: u3
     let kernel = Gemm { m, n, k, trans_a: trans.0, trans_b: trans.1, accumulate, use_bias, bias_offset: 4, a, b, c };
     let random = Fill::Uniform { low: -1.0, high: 1.0 };
     let c_fill = if accumulate == 1 { random.clone() } else { Fill::Poison };
-    Case {
-        label: format!(
-            "{m}x{n}x{k} {}{} {} panels {panels:?}",
-            ["N", "T"][trans.0 as usize],
-            ["N", "T"][trans.1 as usize],
-            ["set", "add"][accumulate as usize]
-        ),
-        operands: vec![
-            operand(a.end(ar, ac), random.clone()),
-            operand(b.end(br, bc), random.clone()),
-            operand(4 + n as usize, random),
-            operand(c.end(m, n), c_fill),
-        ],
-        flop: 2 * u64::from(m) * u64::from(n) * u64::from(k),
-        kernel: Box::new(kernel),
-    }
+    let label = format!(
+        "{m}x{n}x{k} {}{} {} panels {panels:?}",
+        ["N", "T"][trans.0 as usize],
+        ["N", "T"][trans.1 as usize],
+        ["set", "add"][accumulate as usize]
+    );
+    let operands = vec![
+        operand(a.end(ar, ac), random.clone()),
+        operand(b.end(br, bc), random.clone()),
+        operand(4 + n as usize, random),
+        operand(c.end(m, n), c_fill),
+    ];
+    (label, kernel, operands)
 }
 
 fn cases() -> Vec<Case> {

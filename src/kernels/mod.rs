@@ -8,6 +8,7 @@ pub mod dropout;
 pub mod elementwise;
 pub mod embedding;
 pub mod gemm;
+pub mod gemm_half;
 pub mod loss;
 pub mod lstm;
 pub mod microkernel;
@@ -16,6 +17,8 @@ pub mod probe;
 pub mod reduce;
 pub mod update;
 pub mod weight_drop;
+
+use std::fmt;
 
 use crate::pool::CpuContext;
 use crate::rng::{Purpose, StepKey, Stream};
@@ -77,6 +80,14 @@ pub enum Operand<'a> {
 }
 
 impl<'a> Operand<'a> {
+    /// The same operand, for as long as this one is lent.
+    pub fn again(&mut self) -> Operand<'_> {
+        match self {
+            Self::Read(words) => Operand::Read(words),
+            Self::ReadWrite(words) => Operand::ReadWrite(words),
+        }
+    }
+
     /// The words, for reading.
     pub fn as_slice(&self) -> &[f32] {
         match self {
@@ -119,7 +130,29 @@ pub struct Shader {
     pub fragments: &'static [&'static Fragment],
 }
 
+/// What a shader needs that not every adapter has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Extension {
+    /// Half floats.
+    Half,
+    /// Matrices of 16 x 16 halves that a subgroup multiplies into sums in f32; half floats too.
+    Cooperative,
+}
+
+/// The fragments that enable extensions, which stand before all others.
+pub static HALF: Fragment = Fragment { name: "half", source: include_str!("../../shaders/shared/half.wgsl") };
+pub static COOPERATIVE: Fragment = Fragment { name: "cooperative", source: include_str!("../../shaders/shared/cooperative.wgsl") };
+
 impl Shader {
+    /// The extension that it enables.
+    pub fn extension(&self) -> Option<Extension> {
+        match self.fragments.first().map(|fragment| fragment.name) {
+            Some("half") => Some(Extension::Half),
+            Some("cooperative") => Some(Extension::Cooperative),
+            _ => None,
+        }
+    }
+
     /// What tells it from other shaders: its name, and the tile that it is made with, if any.
     pub fn variant(&self) -> String {
         let tile = self.fragments.iter().find(|fragment| fragment.name.starts_with("tile_"));
@@ -148,6 +181,41 @@ pub struct Dispatch {
     pub overrides: &'static [(&'static str, f64)],
     /// Workgroups, each dimension at most [`MAX_WORKGROUPS`].
     pub grid: [u32; 3],
+}
+
+/// Launches of about one size and form, which share what is chosen among their candidates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SizeClass {
+    pub kernel: &'static str,
+    /// Each rounded up by [`SizeClass::rounded`].
+    pub size: [u32; 3],
+    /// What else tells launches apart.
+    pub form: &'static str,
+}
+
+impl SizeClass {
+    /// Rounds up to four sizes an octave, so that batches of about one length fall together; 16 at least.
+    pub fn rounded(n: u32) -> u32 {
+        let step = (n.max(16) - 1).ilog2().saturating_sub(2);
+        n.max(16).checked_next_multiple_of(1 << step).unwrap_or(u32::MAX)
+    }
+}
+
+/// `gemm 5120x1024x256 NN`.
+impl fmt::Display for SizeClass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [x, y, z] = self.size;
+        write!(f, "{} {x}x{y}x{z} {}", self.kernel, self.form)
+    }
+}
+
+/// A launch that the candidates of a size class are measured with, on zeroed operands of its own.
+pub struct Trial {
+    pub kernel: Box<dyn Kernel>,
+    /// Words of each operand.
+    pub lens: Vec<usize>,
+    /// Floating-point operations: what takes longest is measured first.
+    pub flop: u64,
 }
 
 /// A grid of `n` workgroups in a row, folded into two dimensions where there are too many for one.
@@ -189,8 +257,43 @@ pub trait Kernel: Send + Sync {
     fn candidates(&self, class: AdapterClass) -> Vec<Dispatch> {
         vec![self.dispatch(class)]
     }
+    /// The class of sizes that this launch falls into, in which the same candidates are there in the same order; none where nothing is chosen.
+    fn size_class(&self) -> Option<SizeClass> {
+        None
+    }
+    /// A launch of this size to measure candidates with.
+    fn trial(&self) -> Option<Trial> {
+        None
+    }
     /// Computes on the CPU. The backend has called [`Self::check`].
     fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]);
+}
+
+/// A kernel launched in one of its ways, whatever it would choose itself.
+pub struct As<'k> {
+    pub kernel: &'k dyn Kernel,
+    pub dispatch: Dispatch,
+}
+
+impl Kernel for As<'_> {
+    fn name(&self) -> &'static str {
+        self.kernel.name()
+    }
+    fn bindings(&self) -> &'static [Binding] {
+        self.kernel.bindings()
+    }
+    fn params(&self) -> &[u8] {
+        self.kernel.params()
+    }
+    fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
+        self.kernel.check(lens)
+    }
+    fn dispatch(&self, _: AdapterClass) -> Dispatch {
+        self.dispatch
+    }
+    fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
+        self.kernel.run(ctx, operands);
+    }
 }
 
 /// Fails unless `got >= needed`.
@@ -360,7 +463,7 @@ pub struct Entry {
     pub shaders: &'static [&'static Shader],
 }
 
-/// All kernels, in order of first use in a training step; the last is used by measurements only.
+/// All kernels, in order of first use in a training step; the last two are used by measurements only.
 pub const ALL: &[Entry] = &[
     embedding::GATHER_ENTRY,
     dropout::ENTRY,
@@ -370,6 +473,7 @@ pub const ALL: &[Entry] = &[
     lstm::FORWARD_ENTRY,
     lstm::NORM_FORWARD_ENTRY,
     lstm::PROJECT_ENTRY,
+    lstm::SWEEP_FORWARD_ENTRY,
     pooling::ENTRY,
     loss::SOFTMAX_ENTRY,
     loss::BINARY_ENTRY,
@@ -379,6 +483,7 @@ pub const ALL: &[Entry] = &[
     lstm::STATE_GRADIENT_ENTRY,
     lstm::BACKWARD_ENTRY,
     lstm::NORM_BACKWARD_ENTRY,
+    lstm::SWEEP_BACKWARD_ENTRY,
     reduce::COLUMNS_ENTRY,
     embedding::GRADIENT_ENTRY,
     reduce::SUM_ENTRY,
@@ -389,6 +494,7 @@ pub const ALL: &[Entry] = &[
     update::RMSPROP_ENTRY,
     update::ADAM_ENTRY,
     probe::MULTIPLY_ADD_ENTRY,
+    gemm_half::ENTRY,
 ];
 
 /// The sizes at which every kernel is tested: below, at and above the tile sizes.

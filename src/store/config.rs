@@ -74,7 +74,7 @@ fn deadline_seconds() -> u64 {
     DEADLINE_SECONDS
 }
 
-/// Everything a run depends on. Only devices, balance, on_device_loss, rejoin, memory_limit, deadline, epochs, max_steps, log_every, eval_every,
+/// Everything a run depends on. Only devices, balance, on_device_loss, rejoin, memory_limit, no_autotune, deadline, epochs, max_steps, log_every, eval_every,
 /// checkpoint_every and tensorboard may differ on resume.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -172,6 +172,9 @@ pub struct RunConfig {
     /// Memory of each device, or of every device, in GB of 2^30 bytes; empty: what there is.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub memory_limit: Vec<f64>,
+    /// Variants of kernels are not measured: every one is launched as it says itself.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub no_autotune: bool,
     /// Parts that each share is cut into.
     pub accumulate: usize,
     /// How gradients are made smaller on their way between devices.

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 
-use super::group::{Group, GroupSpec, Safety, StepNumbers, Wrap};
+use super::group::{Group, GroupSpec, KindChoices, Safety, StepNumbers, Wrap};
 use super::memory;
 use super::profile::peak_rss_bytes;
 use super::run::{End, settle};
+use super::tuning::Autotune;
 use super::watched::{Notes, SharedNotes, Watched, noted};
 use crate::data::series::Part;
 use crate::infer::task::{Corpus, model_config};
@@ -64,6 +65,9 @@ pub fn dry_run(config: &RunConfig, out: Option<&Path>, bus: &mut Bus) -> Result<
     let n_streams = corpus.n_streams(config);
     let carried = |n: usize| (n > 0).then(|| Carried::new(&model, n));
 
+    // What is known serves; nothing is written.
+    let mut autotune = Autotune::of_user(!config.no_autotune).without_keeping();
+    autotune.begin(&mut group, &KindChoices::new())?;
     let mut state = carried(n_streams);
     let (mut spent, mut n_tokens, mut n_measured) = (Duration::ZERO, 0, 0);
     for step in 0..WARM_UP + MOST_STEPS {
@@ -74,7 +78,9 @@ pub fn dry_run(config: &RunConfig, out: Option<&Path>, bus: &mut Bus) -> Result<
         let numbers = StepNumbers { step: step + 1, lr: config.optimizer.lr, key, divisor: batch.weight.max(1.0) };
         let start = Instant::now();
         let stepped = group.step(&batch, &shares, state.as_mut(), numbers)?;
-        if step >= WARM_UP {
+        if step < WARM_UP {
+            autotune.after_step(&mut group)?;
+        } else {
             spent += start.elapsed();
             n_tokens += batch.n_tokens;
             n_measured += 1;

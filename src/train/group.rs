@@ -3,6 +3,7 @@
 //! Where losses are survived ([`Safety`]), whatever finds a worker gone, stuck or out of memory first forms the ring anew without it (or with less for it)
 //! and then says so as [`Regrouped`]: the replicas stand as before the call, ranks have moved up, and the caller asks again with other shares.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -19,6 +20,7 @@ use super::ring::{Ring, RingTimes, Update};
 use super::worker::{
     Answer, Command, EvaluateAnswer, EvaluateWork, Gates, NoRoom, Seat, StepAnswer, StepWork, Whereabouts, WorkerSpec, peer_error, serve,
 };
+use crate::backend::tuning::{Choice, Choices};
 use crate::backend::{Backend, DeviceInfo, open};
 use crate::comm::plan::owned_segment;
 use crate::comm::{self, CommError, Tap};
@@ -140,6 +142,21 @@ pub struct Group {
     frozen: Arc<Vec<usize>>,
     /// In place of the model's.
     own_loss: Option<Arc<dyn model::Loss>>,
+    choices: KindChoices,
+    /// By rank, as of the last step: launches wait for a measurement of their variants.
+    wanting: Vec<bool>,
+}
+
+/// Variants of kernels by the kind of device that they were chosen for.
+pub type KindChoices = BTreeMap<String, Choices>;
+
+/// What the measurements on one device came to.
+#[derive(Clone, Debug)]
+pub struct Tuned {
+    /// As it was asked for.
+    pub device: String,
+    pub info: DeviceInfo,
+    pub choices: Vec<Choice>,
 }
 
 /// One committed step.
@@ -218,6 +235,8 @@ impl Group {
             wants_gradients: false,
             frozen: Arc::default(),
             own_loss: None,
+            choices: KindChoices::new(),
+            wanting: Vec::new(),
         };
         for seat in 0..group.devices.len() {
             let member = group.open(seat, group.patience())?;
@@ -272,7 +291,9 @@ impl Group {
         (member.info, member.patience) = (info, self.patience());
         // One that comes later trains what the others do.
         let frozen = (!self.frozen.is_empty()).then(|| Command::Freeze(Arc::clone(&self.frozen)));
-        for command in frozen.into_iter().chain(self.own_loss.iter().map(|loss| Command::SetLoss(Arc::clone(loss)))) {
+        let chosen = self.choices.get(&member.info.kind).map(|choices| Command::Choose(Arc::new(choices.clone())));
+        let loss = self.own_loss.iter().map(|loss| Command::SetLoss(Arc::clone(loss)));
+        for command in frozen.into_iter().chain(loss).chain(chosen) {
             member.tell(command)?;
             let Answer::Loaded = member.answer()? else { bail!("{} answered out of order", member.name) };
         }
@@ -364,6 +385,65 @@ impl Group {
         self.all_of(answers).map(drop)
     }
 
+    /// Has devices of these kinds launch these variants from now on.
+    ///
+    /// # Errors
+    /// A worker's.
+    pub fn choose(&mut self, choices: &KindChoices) -> Result<()> {
+        for (kind, of_kind) in choices {
+            self.choices.entry(kind.clone()).or_default().extend(of_kind.clone());
+            self.choose_on(kind, of_kind)?;
+        }
+        Ok(())
+    }
+
+    /// What was chosen so far, here or elsewhere.
+    pub fn choices(&self) -> &KindChoices {
+        &self.choices
+    }
+
+    fn choose_on(&mut self, kind: &str, choices: &Choices) -> Result<()> {
+        let choices = Arc::new(choices.clone());
+        for rank in 0..self.world() {
+            if self.members[rank].info.kind == kind {
+                self.ask(rank, Command::Choose(Arc::clone(&choices)), |answer| matches!(answer, Answer::Loaded).then_some(()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a rank has launched in the last step what several variants could do, and none was chosen for.
+    pub fn wants_tuning(&self) -> bool {
+        self.wanting.contains(&true)
+    }
+
+    /// Has the ranks that want it measure variants, for about `budget` in all, one after another; devices of one kind launch the same from then on.
+    ///
+    /// # Errors
+    /// A worker's.
+    pub fn tune(&mut self, budget: Duration) -> Result<Vec<Tuned>> {
+        let (start, mut told) = (Instant::now(), Vec::new());
+        let wanting = std::mem::take(&mut self.wanting);
+        // Nobody is taken for stuck meanwhile.
+        let budget = budget.min(self.safety.deadline / 2);
+        for rank in 0..self.world() {
+            if !wanting.get(rank).copied().unwrap_or(false) {
+                continue;
+            }
+            let left = budget.saturating_sub(start.elapsed());
+            let choices = self.ask(rank, Command::Tune(left), |answer| match answer {
+                Answer::Tuned(choices) => Some(choices),
+                _ => None,
+            })?;
+            let Member { name, info, .. } = &self.members[rank];
+            let tuned = Tuned { device: name.clone(), info: info.clone(), choices };
+            let chosen = tuned.choices.iter().map(|choice| (choice.class.clone(), choice.variant.clone())).collect();
+            told.push(tuned.clone());
+            self.choose(&KindChoices::from([(tuned.info.kind, chosen)]))?;
+        }
+        Ok(told)
+    }
+
     /// Lets every rank take the memory that training on `n_steps` of its share needs, so that what does not fit is found before anything begins.
     ///
     /// # Errors
@@ -435,6 +515,7 @@ impl Group {
         }
         let ranks: Vec<RankStep> =
             answers.iter().map(|a| RankStep { loss: a.loss, compute: a.compute, ring: a.ring, bytes_sent: a.bytes_sent }).collect();
+        self.wanting = answers.iter().map(|a| a.wants_tuning).collect();
         let gradients = answers[..n_askable].iter_mut().map(|a| std::mem::take(&mut a.gradients)).collect();
         let gradients = if wants_gradients { self.joined(gradients)? } else { Tensors::new() };
         Ok(Stepped { loss: ranks.iter().map(|r| r.loss).sum(), norm: answers[0].norm, ranks, gradients })

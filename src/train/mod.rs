@@ -15,8 +15,9 @@ pub mod profile;
 pub mod ring;
 pub mod run;
 pub mod trainer;
+pub mod tuning;
 pub mod watched;
 pub mod worker;
 
-pub use run::{Outcome, RunOptions, run};
+pub use run::{Outcome, RunOptions, run, run_tuned};
 pub use trainer::{Stepped, Trainer, TrainerOptions};

@@ -13,9 +13,10 @@ use serde_json::{Map, Value, json};
 use super::balance::Balance;
 use super::compression;
 use super::devices::{self, Resolved};
-use super::group::{Group, GroupSpec, NonFinite, RankStep, Regrouped, Safety, StepNumbers, Tensors, Wrap};
+use super::group::{Group, GroupSpec, KindChoices, NonFinite, RankStep, Regrouped, Safety, StepNumbers, Tensors, Wrap};
 use super::memory;
 use super::ring::Update;
+use super::tuning::{Autotune, Told};
 use crate::backend::{DeviceInfo, open};
 use crate::compress::{Compressor, Held, Method};
 use crate::data::Batch;
@@ -45,6 +46,8 @@ use crate::usage::UsageError;
 pub const REPORT: &str = "report.html";
 /// The folder within the run folder that TensorBoard's files go to.
 pub const TENSORBOARD: &str = "tensorboard";
+/// The file within the run folder that tells which variants of kernels were chosen, by kind of device.
+pub const VARIANTS: &str = "variants.json";
 /// A sample of text: its tokens, and what it may cost in all, in parameters times tokens.
 const SAMPLE_TOKENS: usize = 300;
 const SAMPLE_WORK: usize = 10_000_000_000;
@@ -97,6 +100,9 @@ struct Position {
     n_worse: u64,
     /// Nothing is left to do.
     finished: bool,
+    /// Variants of kernels that were chosen by measuring, by kind of device.
+    #[serde(default)]
+    variants: KindChoices,
 }
 
 /// The workers as evaluation sees them.
@@ -165,6 +171,20 @@ pub fn settle(devices: &str, balance: &str) -> Result<(Vec<Resolved>, Balance, V
 /// # Errors
 /// What is wrong with configuration, data, devices or the run folder; a run that turned non-finite (the last good checkpoint stays).
 pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicBool) -> Result<Outcome> {
+    run_tuned(config, options, &|is_on| Autotune::of_user(is_on), bus, stop)
+}
+
+/// [`run()`] with another cache of variants than the user's; `autotune` is told whether the run measures any.
+///
+/// # Errors
+/// As [`run()`].
+pub fn run_tuned(
+    config: RunConfig,
+    options: RunOptions,
+    autotune: &dyn Fn(bool) -> Autotune,
+    bus: &mut Bus,
+    stop: &AtomicBool,
+) -> Result<Outcome> {
     // What can be wrong with data and devices is looked at before a folder is made: a start that fails leaves nothing behind.
     let begun = options.resume && RunFolder::is_begun(&options.out)?;
     let mut config = config;
@@ -244,6 +264,7 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
         lowest: None,
         n_worse: 0,
         finished: false,
+        variants: KindChoices::new(),
     };
     let mut state = (corpus.n_streams(&config) > 0).then(|| Carried::new(&model, corpus.n_streams(&config)));
     let valid = corpus.eval_set(&config, Part::Valid)?;
@@ -295,6 +316,11 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
             folder
         }
     };
+    let mut autotune = autotune(!config.no_autotune);
+    let told = autotune.begin(&mut group, &position.variants)?;
+    told.warnings.into_iter().for_each(|warning| bus.warn(warning));
+    position.variants = group.choices().clone();
+    keep_variants(&folder, &position.variants, bus);
     folder.write_file(CONFIG, toml::to_string_pretty(&config).context("the configuration cannot be written as TOML")?.as_bytes())?;
     if begun && let Some(warning) = rate_is_gone(&position, total) {
         bus.warn(warning);
@@ -329,6 +355,7 @@ pub fn run(config: RunConfig, options: RunOptions, bus: &mut Bus, stop: &AtomicB
         seats: vec![RankTotal::default(); n_seats],
         last: None,
         data_wait: Duration::ZERO,
+        autotune,
     };
     trainer.tokens_before = trainer.position.tokens;
     let interrupted = trainer.train(batches, &corpus, stop).map_err(|e| trainer.explain(e))?;
@@ -355,6 +382,17 @@ fn told_of_compression(config: &RunConfig, table: &ParamTable, world: usize, bus
         bus.warn(why);
     }
     Ok(())
+}
+
+/// Writes down which variants were chosen, if any were; the checkpoints hold them too.
+fn keep_variants(folder: &RunFolder, variants: &KindChoices, bus: &mut Bus) {
+    if variants.is_empty() {
+        return;
+    }
+    let written = serde_json::to_vec_pretty(variants).context("no JSON").and_then(|bytes| Ok(folder.write_file(VARIANTS, &bytes)?));
+    if let Err(error) = written {
+        bus.warn(format!("{VARIANTS} was not written: {error:#}"));
+    }
 }
 
 /// `9:3:1`: the rows of each rank.
@@ -392,6 +430,7 @@ fn continued(asked: RunConfig, recorded: RunConfig) -> Result<RunConfig> {
     (kept.log_every, kept.eval_every, kept.checkpoint_every) = (asked.log_every, asked.eval_every, asked.checkpoint_every);
     (kept.on_device_loss, kept.rejoin, kept.deadline) = (asked.on_device_loss, asked.rejoin, asked.deadline);
     (kept.tensorboard, kept.memory_limit) = (asked.tensorboard, asked.memory_limit.clone());
+    kept.no_autotune = asked.no_autotune;
     let (typed, recorded) = (serde_json::to_value(&asked)?, serde_json::to_value(&kept)?);
     let differing: Vec<String> = typed
         .as_object()
@@ -642,6 +681,7 @@ struct Trainer<'a> {
     /// The last batch and what each seat had of it.
     last: Option<(Arc<Batch>, SeatShares)>,
     data_wait: Duration,
+    autotune: Autotune,
 }
 
 /// Rows of a batch by seat, of those who had any part in it.
@@ -764,6 +804,7 @@ impl Trainer<'_> {
             (position.epoch_loss, position.epoch_weight) = (0.0, 0.0);
             (position.epoch, position.batch) = (epoch + 1, 0);
         }
+        self.tune()?;
         let mut done = self.end.reached(&self.position);
         let every = |n: u64| if n == 0 { over } else { step % n == 0 };
         if self.config.hash_every > 0 && self.group.world() > 1 && (step % self.config.hash_every == 0 || done) {
@@ -790,6 +831,24 @@ impl Trainer<'_> {
         } else if every(self.config.checkpoint_every) || evaluated.is_some_and(|loss| self.is_best(loss)) {
             self.checkpoint(CheckpointKind::Periodic, evaluated)?;
         }
+        Ok(())
+    }
+
+    /// Chooses variants for what the step has launched for the first time.
+    fn tune(&mut self) -> Result<()> {
+        let began = Instant::now();
+        let told = loop {
+            match self.autotune.after_step(&mut self.group) {
+                Ok(told) => break told,
+                Err(error) => self.follow(error)?,
+            }
+        };
+        let Some(Told { lines, warnings }) = told else { return Ok(()) };
+        lines.iter().for_each(|line| self.bus.log(Level::Detail, line));
+        warnings.into_iter().for_each(|warning| self.bus.warn(warning));
+        self.position.variants = self.group.choices().clone();
+        keep_variants(&self.folder, &self.position.variants, self.bus);
+        self.meter.paused += began.elapsed();
         Ok(())
     }
 

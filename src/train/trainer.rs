@@ -9,8 +9,9 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use super::balance::Balance;
-use super::group::{Group, GroupSpec, StepNumbers, Tensors};
+use super::group::{Group, GroupSpec, KindChoices, StepNumbers, Tensors};
 use super::run::settle;
+use super::tuning::Autotune;
 use crate::compress::Method;
 use crate::data::{Batch, Batches};
 use crate::model::Loss;
@@ -37,13 +38,15 @@ pub struct TrainerOptions {
     pub init: Init,
     /// Of the weights and of what is dropped.
     pub seed: u64,
+    /// Variants of kernels on GPUs are measured where a size is new, and the fastest kept in the user's cache folder; no bit of a result depends on it.
+    pub autotune: bool,
 }
 
 impl Default for TrainerOptions {
     fn default() -> Self {
         let (devices, balance) = ("cpu".to_string(), String::new());
         let (optimizer, compress) = (OptimizerConfig::default(), Method::None);
-        Self { devices, balance, optimizer, accumulate: 1, compress, init: Init::Torch, seed: 1 }
+        Self { devices, balance, optimizer, accumulate: 1, compress, init: Init::Torch, seed: 1, autotune: true }
     }
 }
 
@@ -66,6 +69,7 @@ pub struct Trainer {
     group: Group,
     balance: Balance,
     options: TrainerOptions,
+    autotune: Autotune,
     step: u64,
     epoch: u64,
 }
@@ -84,7 +88,9 @@ impl Trainer {
         let params = initial(model, group.table(), options.init, None, options.seed);
         let zeros: Tensors = params.iter().map(|values| vec![0.0; values.len()]).collect();
         group.load(params, vec![zeros; options.optimizer.states().len()])?;
-        Ok(Self { group, balance, options, step: 0, epoch: 0 })
+        let mut autotune = Autotune::of_user(options.autotune);
+        autotune.begin(&mut group, &KindChoices::new())?;
+        Ok(Self { group, balance, options, autotune, step: 0, epoch: 0 })
     }
 
     /// Trains against a loss of one's own from now on, and evaluates by it.
@@ -160,6 +166,7 @@ impl Trainer {
         let stepped = self.group.step(batch, &shares, state, numbers)?;
         let times: Vec<_> = stepped.ranks.iter().map(|rank| rank.compute).collect();
         self.balance.observe(batch, &shares, &times);
+        self.autotune.after_step(&mut self.group)?;
         Ok((stepped.loss, stepped.norm))
     }
 

@@ -15,6 +15,7 @@ use tracing::debug_span;
 use super::compression::{settings, update_rule};
 use super::memory::Scale;
 use super::ring::{Returned, Ring, RingTimes, SharedCompressor, Sums, Update, norm_of};
+use crate::backend::tuning::{Choice, Choices};
 use crate::backend::{Backend, BufferId, DeviceError, DeviceInfo, Limits, Span, read_now};
 use crate::comm::plan::owned_segment;
 use crate::comm::{CommError, Shared};
@@ -40,6 +41,10 @@ pub enum Command {
     Freeze(Arc<Vec<usize>>),
     /// Put a loss of one's own in the place of the model's.
     SetLoss(Arc<dyn Loss>),
+    /// Launch these variants of kernels from now on.
+    Choose(Arc<Choices>),
+    /// Measure the variants of what has been launched so far, for about so long.
+    Tune(Duration),
     /// Take the memory for training on so many steps and rows.
     Reserve { n_steps: usize, n_rows: usize },
     /// Compute and exchange a training step.
@@ -95,7 +100,7 @@ pub struct NoRoom {
 pub struct Whereabouts(Arc<AtomicUsize>);
 
 /// In the order of [`Whereabouts::set`]'s numbers.
-const DOINGS: [&str; 9] = [
+const DOINGS: [&str; 10] = [
     "idle",
     "taking its place in the ring",
     "loading parameters",
@@ -105,6 +110,7 @@ const DOINGS: [&str; 9] = [
     "updating",
     "evaluating",
     "reading back",
+    "measuring variants of kernels",
 ];
 
 impl Whereabouts {
@@ -155,6 +161,7 @@ pub enum Answer {
     Ready,
     Loaded,
     Reserved,
+    Tuned(Vec<Choice>),
     Step(StepAnswer),
     Evaluated(EvaluateAnswer),
     Params(Vec<Vec<f32>>),
@@ -184,6 +191,8 @@ pub struct StepAnswer {
     pub ring: RingTimes,
     /// Since the start.
     pub bytes_sent: u64,
+    /// Variants of what was launched could be measured.
+    pub wants_tuning: bool,
 }
 
 /// A rank's part of an evaluation, done.
@@ -476,11 +485,12 @@ impl Worker {
         let deadline = self.spec.deadline;
         self.whereabouts.set(match command {
             Command::Join(_) => "taking its place in the ring",
-            Command::Load { .. } | Command::Freeze(_) | Command::SetLoss(_) | Command::Hold(_) => "loading parameters",
+            Command::Load { .. } | Command::Freeze(_) | Command::SetLoss(_) | Command::Hold(_) | Command::Choose(_) => "loading parameters",
             Command::Reserve { .. } | Command::Step(_) => "computing gradients",
             Command::Commit => "updating",
             Command::Abort => "idle",
             Command::Evaluate(_) => "evaluating",
+            Command::Tune(_) => "measuring variants of kernels",
             Command::ReadParams | Command::ReadGates | Command::ReadStates | Command::ReadHeld => "reading back",
         });
         Ok(match command {
@@ -505,6 +515,11 @@ impl Worker {
                 self.model.set_loss(loss);
                 Some(Answer::Loaded)
             }
+            Command::Choose(choices) => {
+                self.backend.choose(&choices);
+                Some(Answer::Loaded)
+            }
+            Command::Tune(budget) => Some(Answer::Tuned(self.backend.tune(budget)?)),
             Command::Reserve { n_steps, n_rows } => {
                 self.reserve(n_steps, n_rows)?;
                 Some(Answer::Reserved)
@@ -646,7 +661,8 @@ impl Worker {
             gradients = read_buckets(self.model.table(), self.backend.as_mut(), self.model.grads(), self.spec.deadline)?;
         }
         let (generation, bytes_sent) = (self.generation, self.bytes_sent.iter().sum());
-        Ok(StepAnswer { generation, loss, non_finite, norm, state, gradients, compute, ring: times, bytes_sent })
+        let wants_tuning = self.backend.wants_tuning();
+        Ok(StepAnswer { generation, loss, non_finite, norm, state, gradients, compute, ring: times, bytes_sent, wants_tuning })
     }
 
     /// Puts what came from the ring where the update will find it.

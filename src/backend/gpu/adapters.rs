@@ -111,6 +111,18 @@ fn of(backends: wgpu::Backends) -> Vec<wgpu::Adapter> {
     adapters
 }
 
+/// The feature of cooperative matrices where the adapter has them of 16 x 16 x 16, of halves with sums in f32, for subgroups of 32; else none.
+pub(super) fn cooperative(adapter: &wgpu::Adapter) -> wgpu::Features {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    let feature = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+    let info = adapter.get_info();
+    let fits =
+        |p: &wgpu::CooperativeMatrixProperties| (p.m_size, p.n_size, p.k_size) == (16, 16, 16) && p.ab_type == F16 && p.cr_type == F32;
+    let has_shape =
+        adapter.features().contains(feature | wgpu::Features::SHADER_F16) && adapter.cooperative_matrix_properties().iter().any(fits);
+    if has_shape && (info.subgroup_min_size, info.subgroup_max_size) == (32, 32) { feature } else { wgpu::Features::empty() }
+}
+
 fn kind(device_type: wgpu::DeviceType) -> AdapterKind {
     match device_type {
         wgpu::DeviceType::DiscreteGpu => AdapterKind::Discrete,

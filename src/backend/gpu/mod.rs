@@ -11,8 +11,9 @@ mod pipelines;
 mod readback;
 mod recording;
 
+use std::cmp::Reverse;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -23,8 +24,10 @@ use self::pace::Pace;
 use self::pipelines::{Pipelines, SLOT_BYTES};
 use self::readback::{Pending, Staging};
 use self::recording::{MAX_OPERANDS, Recording, Words};
-use super::{Backend, BufferId, DeviceInfo, Limits, Readback, Span};
-use crate::kernels::{Access, AdapterClass, Dispatch, Kernel};
+use super::tuning::{Choice, Choices, Tuner, fastest};
+use super::{Backend, BufferId, DeviceError, DeviceInfo, Limits, Readback, Span, SweepPlan};
+use crate::kernels::lstm::{SweepArgs, SweepTrial, SweepWay, sweep_plan, whole_sweep_plan};
+use crate::kernels::{Access, AdapterClass, As, Dispatch, Kernel, SizeClass, Trial};
 use crate::shape::{ALIGN, round_up};
 use crate::usage::UsageError;
 
@@ -35,6 +38,66 @@ const MAX_WRITTEN_BYTES: u64 = 64 << 20;
 
 /// How long the end of a backend waits for the times of its last passes.
 const LAST_TIMES: Duration = Duration::from_secs(10);
+
+/// Operands of one measurement take at most so much; larger launches stay as they are.
+const MOST_TRIAL_BYTES: u64 = 1 << 30;
+/// Rounds of a measurement, and seconds that the launches of one sample take at least.
+const TRIAL_ROUNDS: usize = 4;
+const TRIAL_SECONDS: f64 = 2e-3;
+/// How long a measurement waits for a device.
+const TRIAL_PATIENCE: Duration = Duration::from_secs(30);
+
+/// What waits for a measurement.
+enum Wanted {
+    Kernel(Trial),
+    Sweep(SweepTrial),
+}
+
+impl Wanted {
+    /// Words of each operand.
+    fn lens(&self) -> Vec<usize> {
+        match self {
+            Self::Kernel(trial) => trial.lens.clone(),
+            Self::Sweep(trial) => trial.lens().to_vec(),
+        }
+    }
+
+    fn flop(&self) -> u64 {
+        match self {
+            Self::Kernel(trial) => trial.flop,
+            Self::Sweep(trial) => trial.flop(),
+        }
+    }
+}
+
+/// One of the ways to do it.
+#[derive(Clone, Copy)]
+enum Candidate {
+    Launch(Dispatch),
+    Sweep(SweepWay),
+}
+
+impl Candidate {
+    fn name(&self) -> String {
+        match self {
+            Self::Launch(dispatch) => name_of(dispatch),
+            Self::Sweep(way) => way.name(),
+        }
+    }
+}
+
+/// Tells the seconds that a launch of a size class takes as a variant, in the place of a measurement; for tests.
+pub type Stopwatch = Box<dyn FnMut(&SizeClass, &str) -> f64 + Send>;
+
+/// What a backend is made with.
+#[derive(Default)]
+pub struct GpuOptions {
+    /// The class that kernels choose their variants by; by default the adapter's own. Software adapters have nothing to choose among as they are.
+    pub class: Option<AdapterClass>,
+    pub stopwatch: Option<Stopwatch>,
+    /// Ask for cooperative matrices, which wgpu calls experimental, where the adapter has them.
+    pub cooperative: bool,
+}
 
 struct Memory {
     buffer: wgpu::Buffer,
@@ -55,6 +118,8 @@ pub struct GpuBackend {
     recording: Recording,
     clock: Option<Clock>,
     pace: Pace,
+    tuner: Tuner<Wanted>,
+    stopwatch: Option<Stopwatch>,
     staging: Arc<Staging>,
     last: Option<wgpu::SubmissionIndex>,
     /// Bytes written since the last submit: they lie in staging memory of wgpu's until then.
@@ -67,12 +132,29 @@ impl GpuBackend {
     /// # Errors
     /// There is no such adapter, or it gives no device.
     pub fn new(index: usize) -> Result<Self> {
+        Self::with(index, GpuOptions::default())
+    }
+
+    /// [`Self::new`] with a word on its variants.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with(index: usize, options: GpuOptions) -> Result<Self> {
         let (adapter, summary) = adapters::open(index)?;
         let timing = if Clock::is_wanted() { adapter.features() & wgpu::Features::TIMESTAMP_QUERY } else { wgpu::Features::empty() };
+        let half = adapter.features() & wgpu::Features::SHADER_F16;
+        let cooperative = if options.cooperative { adapters::cooperative(&adapter) } else { wgpu::Features::empty() };
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("carrousel"),
-            required_features: timing,
+            required_features: timing | half | cooperative,
             required_limits: adapter.limits(),
+            experimental_features: if cooperative.is_empty() {
+                wgpu::ExperimentalFeatures::disabled()
+            } else {
+                // SAFETY: only cooperative matrices are asked for, which the adapter lists, and the shader that uses them keeps within the shapes listed,
+                // within its arrays, and to uniform control flow.
+                unsafe { wgpu::ExperimentalFeatures::enabled() }
+            },
             ..Default::default()
         };
         let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
@@ -90,9 +172,10 @@ impl GpuBackend {
         let recording = Recording::new(&device);
         let clock = if timing.is_empty() { None } else { Clock::new(&device, &queue, info.spec.clone()) };
         health.check()?;
+        let own_class = if is_software { AdapterClass::Software } else { AdapterClass::Hardware };
         Ok(Self {
             info,
-            class: if is_software { AdapterClass::Software } else { AdapterClass::Hardware },
+            class: options.class.unwrap_or(own_class),
             limits: Limits { max_buffer_bytes: summary.limits.max_buffer_bytes, max_binding_bytes: summary.limits.max_binding_bytes },
             adapter: summary,
             health,
@@ -103,6 +186,8 @@ impl GpuBackend {
             recording,
             clock,
             pace: Pace::new(is_software),
+            tuner: Tuner::default(),
+            stopwatch: options.stopwatch,
             staging: Arc::default(),
             last: None,
             written_bytes: 0,
@@ -157,6 +242,126 @@ impl GpuBackend {
         }
         self.health.check()?;
         Ok(pending)
+    }
+}
+
+/// The name that a launch is chosen and recorded by.
+fn name_of(Dispatch { shader, overrides, .. }: &Dispatch) -> String {
+    // What an operand's order asks for is no choice, and stands in the size class.
+    let is_choice = |(name, _): &&(&str, f64)| !name.starts_with("TRANS_");
+    let constants = overrides.iter().filter(is_choice).map(|(name, value)| format!(" {name}={value}"));
+    std::iter::once(shader.variant()).chain(constants).collect()
+}
+
+/// Whether the device itself is in trouble, not a single command.
+fn is_of_device(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<DeviceError>().is_some_and(|error| !matches!(error, DeviceError::Refused { .. }))
+}
+
+impl GpuBackend {
+    /// How to launch a kernel: as was chosen for launches of this size, else as it says itself.
+    fn dispatch_of(&mut self, kernel: &dyn Kernel) -> Dispatch {
+        let usual = kernel.dispatch(self.class);
+        let Some(class) = kernel.size_class() else { return usual };
+        let candidates = kernel.candidates(self.class);
+        let Some(of_usual) = candidates.iter().position(|c| *c == usual).filter(|_| candidates.len() > 1) else { return usual };
+        let names = || candidates.iter().map(name_of).collect();
+        let number = self.tuner.number(class, of_usual, names, || kernel.trial().map(Wanted::Kernel));
+        candidates.get(number).copied().unwrap_or(usual)
+    }
+
+    /// What can do it, and which of them does as long as nothing was chosen.
+    fn candidates(&self, wanted: &Wanted) -> (Vec<Candidate>, usize) {
+        match wanted {
+            Wanted::Kernel(trial) => {
+                let (launches, usual) = (trial.kernel.candidates(self.class), trial.kernel.dispatch(self.class));
+                let usual = launches.iter().position(|launch| *launch == usual).unwrap_or(0);
+                (launches.into_iter().map(Candidate::Launch).collect(), usual)
+            }
+            Wanted::Sweep(trial) => {
+                let ways = trial.ways();
+                let usual = ways.iter().position(|way| *way == SweepWay::fixed(self.class)).unwrap_or(0);
+                (ways.into_iter().map(Candidate::Sweep).collect(), usual)
+            }
+        }
+    }
+
+    /// The fastest candidate of a size class and what each takes; none where time or memory are too short for a measurement.
+    fn measure(
+        &mut self,
+        class: SizeClass,
+        wanted: &Wanted,
+        (candidates, usual): (&[Candidate], usize),
+        is_over: &mut dyn FnMut() -> bool,
+    ) -> Result<Option<(usize, Vec<f64>)>> {
+        if let Some(stopwatch) = &mut self.stopwatch {
+            return fastest(candidates.len(), usual, 1, &mut |i| Ok(stopwatch(&class, &candidates[i].name())), is_over);
+        }
+        let lens = wanted.lens();
+        let bytes: u64 = lens.iter().map(|len| 4 * *len as u64).sum();
+        if is_over() || bytes > MOST_TRIAL_BYTES || lens.iter().any(|len| 4 * *len as u64 > self.limits.max_binding_bytes) {
+            return Ok(None);
+        }
+        let mut spans = Vec::with_capacity(lens.len());
+        let measured = self.alloc_trial(&lens, &mut spans).and_then(|()| self.time_all(wanted, (candidates, usual), &spans, is_over));
+        spans.iter().for_each(|span| self.free(span.buffer));
+        match measured {
+            Err(e) if matches!(e.downcast_ref(), Some(DeviceError::OutOfMemory { .. })) => Ok(None),
+            measured => measured,
+        }
+    }
+
+    fn alloc_trial(&mut self, lens: &[usize], spans: &mut Vec<Span>) -> Result<()> {
+        for &len in lens {
+            let buffer = self.alloc("a measurement", len)?;
+            spans.push(Span { buffer, offset: 0, len });
+        }
+        Ok(())
+    }
+
+    /// Launches it once, as it was kept for a measurement.
+    fn attempt(&mut self, wanted: &Wanted, candidate: Candidate, spans: &[Span]) -> Result<()> {
+        match (wanted, candidate) {
+            (Wanted::Kernel(trial), Candidate::Launch(dispatch)) => self.launch(&As { kernel: &*trial.kernel, dispatch }, spans),
+            (Wanted::Sweep(trial), Candidate::Sweep(way)) => {
+                let operands = spans.try_into().context("a sweep has seven operands")?;
+                trial.run(way, operands, &mut |kernel, operands| self.launch(kernel, operands))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn time_all(
+        &mut self,
+        wanted: &Wanted,
+        (candidates, usual): (&[Candidate], usize),
+        spans: &[Span],
+        is_over: &mut dyn FnMut() -> bool,
+    ) -> Result<Option<(usize, Vec<f64>)>> {
+        // Launches of a sample by candidate; 0: it is not built yet.
+        let mut n_launches = vec![0_usize; candidates.len()];
+        let mut time = |candidate: usize| -> Result<f64> {
+            let mut sample = |n: usize| -> Result<f64> {
+                let start = Instant::now();
+                (0..n).try_for_each(|_| self.attempt(wanted, candidates[candidate], spans))?;
+                self.wait(TRIAL_PATIENCE)?;
+                Ok(start.elapsed().as_secs_f64() / n as f64)
+            };
+            let known = n_launches[candidate];
+            if known > 0 {
+                return sample(known);
+            }
+            match sample(1) {
+                Ok(_) => {}
+                // Its shader does not fit the adapter, or the driver refuses it: the others are there.
+                Err(e) if !is_of_device(&e) => return Ok(f64::INFINITY),
+                Err(e) => return Err(e),
+            }
+            let about = sample(1)?.min(sample(4)?);
+            n_launches[candidate] = ((TRIAL_SECONDS / about.max(1e-9)) as usize).clamp(1, 1000);
+            sample(n_launches[candidate])
+        };
+        fastest(candidates.len(), usual, TRIAL_ROUNDS, &mut time, is_over)
     }
 }
 
@@ -290,7 +495,7 @@ impl Backend for GpuBackend {
             }
             words.push(place);
         }
-        let dispatch = kernel.dispatch(self.class);
+        let dispatch = self.dispatch_of(kernel);
         let params = kernel.params();
         ensure!(params.len() as u64 <= SLOT_BYTES, "{name} has {} bytes of parameters, the most is {SLOT_BYTES}", params.len());
         let pipeline = self.pipelines.find_or_make(&self.device, &self.health, &dispatch, bindings, params.len())?;
@@ -298,9 +503,66 @@ impl Backend for GpuBackend {
     }
 
     fn variant(&self, kernel: &dyn Kernel) -> String {
-        let Dispatch { shader, overrides, .. } = kernel.dispatch(self.class);
+        let usual = kernel.dispatch(self.class);
+        let candidates = kernel.candidates(self.class);
+        let names: Vec<String> = candidates.iter().map(name_of).collect();
+        let chosen = kernel.size_class().and_then(|class| self.tuner.chosen(class, &names));
+        let Dispatch { shader, overrides, .. } = chosen.map_or(usual, |number| candidates[number]);
         let constants = overrides.iter().map(|(name, value)| format!(" {name}={value}"));
         std::iter::once(shader.variant()).chain(constants).collect()
+    }
+
+    fn plan_for(&mut self, args: &SweepArgs<'_>) -> SweepPlan {
+        let ways = SweepWay::all(args);
+        let fixed = SweepWay::fixed(self.class);
+        let mut way = if ways.contains(&fixed) { fixed } else { SweepWay::Steps };
+        if ways.len() > 1
+            && self.class == AdapterClass::Hardware
+            && let Some((class, trial)) = SweepTrial::of(args)
+        {
+            let usual = ways.iter().position(|known| *known == way).unwrap_or(0);
+            let names = || ways.iter().map(|way| way.name()).collect();
+            let number = self.tuner.number(class, usual, names, || Some(Wanted::Sweep(trial)));
+            way = ways.get(number).copied().unwrap_or(way);
+        }
+        match way {
+            SweepWay::Whole { tile_rows: 2 } => whole_sweep_plan::<2>,
+            SweepWay::Whole { tile_rows: 4 } => whole_sweep_plan::<4>,
+            SweepWay::Whole { .. } => whole_sweep_plan::<8>,
+            SweepWay::Steps => sweep_plan,
+        }
+    }
+
+    fn offers(&self, kernel: &dyn Kernel) -> bool {
+        pipelines::has(self.device.features(), kernel.dispatch(self.class).shader)
+    }
+
+    fn wants_tuning(&self) -> bool {
+        self.tuner.wants()
+    }
+
+    fn tune(&mut self, budget: Duration) -> Result<Vec<Choice>> {
+        let start = Instant::now();
+        let _span = tracing::debug_span!("tune").entered();
+        let mut wanted = self.tuner.take_wanted();
+        wanted.sort_by_key(|(_, wanted)| Reverse(wanted.flop()));
+        // What is under way must not be measured along.
+        self.wait(TRIAL_PATIENCE)?;
+        let mut choices = Vec::with_capacity(wanted.len());
+        for (class, wanted) in wanted {
+            let (candidates, usual) = self.candidates(&wanted);
+            let measured = self.measure(class, &wanted, (&candidates, usual), &mut || start.elapsed() >= budget)?;
+            let (number, seconds) = measured.unwrap_or((usual, Vec::new()));
+            let Some(variant) = candidates.get(number).map(Candidate::name) else { continue };
+            self.tuner.settle(class, number, variant.clone());
+            let times = candidates.iter().map(Candidate::name).zip(seconds).collect();
+            choices.push(Choice { class: class.to_string(), variant, times });
+        }
+        Ok(choices)
+    }
+
+    fn choose(&mut self, choices: &Choices) {
+        self.tuner.choose(choices);
     }
 
     fn read(&mut self, spans: &[Span], memory: Vec<f32>) -> Result<Box<dyn Readback>> {

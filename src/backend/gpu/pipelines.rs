@@ -8,7 +8,8 @@ use anyhow::{Context, Result, bail, ensure};
 use wgpu::naga;
 
 use super::health::Health;
-use crate::kernels::{Access, Binding, Dispatch, Shader};
+use crate::kernels::{Access, Binding, Dispatch, Extension, Shader};
+use crate::usage::UsageError;
 
 /// Bytes of one launch's parameters: every adapter accepts offsets that are multiples of this.
 pub(super) const SLOT_BYTES: u64 = 512;
@@ -53,6 +54,11 @@ impl Pipelines {
             return Ok(known);
         }
         let name = dispatch.shader.name;
+        UsageError::unless(has(device.features(), dispatch.shader), || {
+            let needed =
+                if dispatch.shader.extension() == Some(Extension::Half) { "half floats (shader-f16)" } else { "cooperative matrices" };
+            format!("the adapter offers no {needed}, which shader {name} needs; `carrousel devices` tells what adapters have")
+        })?;
         let _span = tracing::debug_span!("pipeline", shader = name).entered();
         let text = dispatch.shader.text();
         check(&device.limits(), dispatch, &text, params_bytes).with_context(|| format!("shader {name}"))?;
@@ -117,6 +123,15 @@ impl Pipelines {
         });
         self.layouts.push(Layout { access: bindings.iter().map(|b| b.access).collect(), group, pipeline });
         self.layouts.len() - 1
+    }
+}
+
+/// Whether a device with these features can run a shader.
+pub(super) fn has(features: wgpu::Features, shader: &Shader) -> bool {
+    match shader.extension() {
+        None => true,
+        Some(Extension::Half) => features.contains(wgpu::Features::SHADER_F16),
+        Some(Extension::Cooperative) => features.contains(wgpu::Features::SHADER_F16 | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
     }
 }
 

@@ -45,13 +45,20 @@ mod plan;
 mod rows;
 mod state;
 pub mod sweep_cpu;
+mod whole;
 
 pub use backward::{BACKWARD_ENTRY, LstmStepBackward};
 use bytemuck::{Pod, Zeroable};
 pub use forward::{FORWARD_ENTRY, LstmStepForward};
 pub use norm::{LstmNormBackward, LstmNormForward, LstmNormInput, NORM_BACKWARD_ENTRY, NORM_FORWARD_ENTRY, NORM_INPUT_ENTRY};
-pub use plan::{Lane, LaneGradients, LanePart, LaneShape, LaneStarts, LaneTensors, LaneVectors, Launch, SweepArgs, sweep_plan};
+pub use plan::{
+    Lane, LaneGradients, LanePart, LaneShape, LaneStarts, LaneTensors, LaneVectors, Launch, SweepArgs, sweep_plan, whole_sweep_plan,
+};
 pub use state::{LstmProject, LstmStateGradient, PROJECT_ENTRY, STATE_GRADIENT_ENTRY};
+pub use whole::{
+    LstmSweepBackward, LstmSweepForward, MAX_SWEEP_HIDDEN, SWEEP_BACKWARD_ENTRY, SWEEP_FORWARD_ENTRY, SWEEP_ROWS, SweepTrial, SweepWay,
+    carries, fits, most_steps,
+};
 
 use super::weight_drop::PHILOX;
 use super::{

@@ -7,6 +7,7 @@ use bytemuck::Pod;
 
 use super::norm::NORM_FACTORS;
 use super::rows::sums_width;
+use super::whole::{LstmSweepBackward, LstmSweepForward, SweepWay, most_steps, step_by};
 use super::{
     BothLanes, Cell, LstmNormBackward, LstmNormForward, LstmNormInput, LstmProject, LstmStateGradient, LstmStepBackward, LstmStepForward,
     NONE, PEEPHOLES,
@@ -372,24 +373,128 @@ pub type Launch<'l> = &'l mut dyn FnMut(&dyn Kernel, &[Span]) -> Result<()>;
 /// # Errors
 /// The launch's, or a lane that contradicts itself.
 pub fn sweep_plan(args: &SweepArgs<'_>, launch: Launch<'_>) -> Result<()> {
+    plan_of(args, SweepWay::Steps, launch)
+}
+
+/// The plan with all steps of a sweep in one launch of workgroups of ROWS rows; those of lanes that this is not for one by one.
+///
+/// # Errors
+/// As [`sweep_plan`].
+pub fn whole_sweep_plan<const ROWS: u32>(args: &SweepArgs<'_>, launch: Launch<'_>) -> Result<()> {
+    let way = SweepWay::Whole { tile_rows: ROWS };
+    plan_of(args, if SweepWay::all(args).contains(&way) { way } else { SweepWay::Steps }, launch)
+}
+
+fn plan_of(args: &SweepArgs<'_>, way: SweepWay, launch: Launch<'_>) -> Result<()> {
     for lane in args.lanes {
         lane.check(args.gradients)?;
     }
-    let together = matches!(args.lanes, [a, b] if a.can_share_launches(b));
-    let groups = args.lanes.chunks(if together { 2 } else { 1 });
     if !args.gradients {
         for lane in args.lanes {
             input_products(args, lane, launch)?;
         }
-        return groups.into_iter().try_for_each(|group| forward_steps(args, group, launch));
+        return recurrence(args, way, launch);
     }
     // The steps of all lanes first: those of a residual one put down what the products of any of them are added to.
-    for group in groups {
-        backward_steps(args, group, launch)?;
-    }
+    recurrence(args, way, launch)?;
     for lane in args.lanes {
         input_gradients(args, lane, launch)?;
         weight_gradients(args, lane, false, launch)?;
+    }
+    Ok(())
+}
+
+/// The steps of a sweep without the products before and after them.
+///
+/// # Errors
+/// The launch's.
+pub(super) fn recurrence(args: &SweepArgs<'_>, way: SweepWay, launch: Launch<'_>) -> Result<()> {
+    let together = matches!(args.lanes, [a, b] if a.can_share_launches(b));
+    args.lanes.chunks(if together { 2 } else { 1 }).try_for_each(|group| match (way, args.gradients) {
+        (SweepWay::Steps, false) => forward_steps(args, group, launch),
+        (SweepWay::Steps, true) => backward_steps(args, group, launch),
+        (SweepWay::Whole { tile_rows }, false) => forward_whole(args, group, tile_rows, launch),
+        (SweepWay::Whole { tile_rows }, true) => backward_whole(args, group, tile_rows, launch),
+    })
+}
+
+/// Numbers of the steps that one launch takes, in the order of the sweep.
+fn launches_of(lane: &Lane, gradients: bool) -> impl Iterator<Item = Range<u32>> + use<> {
+    let (n, most) = (lane.range.end - lane.range.start, most_steps(lane.shape.hidden, gradients));
+    (0..n).step_by(most as usize).map(move |first| first..n.min(first + most))
+}
+
+/// The time of a step by its number in the order of the sweep, and whether time runs back.
+fn time_of(lane: &Lane, number: u32, gradients: bool) -> (u32, bool) {
+    let falls = lane.reverse != gradients;
+    (if falls { lane.range.end - 1 - number } else { lane.range.start + number }, falls)
+}
+
+/// All steps forward of lanes that share their launches.
+fn forward_whole(args: &SweepArgs<'_>, lanes: &[Lane], tile_rows: u32, launch: Launch<'_>) -> Result<()> {
+    let Some(lane) = lanes.first() else { return Ok(()) };
+    let (weight_hh, n_rows) = (lane.tensors.weight_hh.0, args.n_rows);
+    let row_words = lane.rows.unwrap_or(weight_hh);
+    for numbers in launches_of(lane, false) {
+        let kernels = lanes.iter().map(|lane| {
+            let (at, vectors) = (lane.places(n_rows), lane.vectors());
+            let (t, falls) = time_of(lane, numbers.start, false);
+            let (before, _) = around(lane, t);
+            LstmSweepForward {
+                n_rows,
+                hidden: lane.shape.hidden,
+                weight_hh: lane.tensors.weight_hh.1,
+                bias_ih: vectors.bias_ih,
+                bias_hh: vectors.bias_hh,
+                gates: at.gates(t),
+                gates_next: step_by(at.step(), falls),
+                h: at.h(before),
+                h_next: step_by(at.outer(1), falls),
+                c: at.c(before),
+                c_next: step_by(at.outer(1), falls),
+                t,
+                t_next: step_by(1, falls),
+                n_steps: numbers.end - numbers.start,
+                use_lengths: u32::from(lane.use_lengths),
+                tile_rows,
+            }
+        });
+        launch_lanes(launch, kernels, &[weight_hh, lane.gates, lane.h, lane.c, row_words, args.flags, lane.vectors().span])?;
+    }
+    Ok(())
+}
+
+/// All steps backward of lanes that share their launches.
+fn backward_whole(args: &SweepArgs<'_>, lanes: &[Lane], tile_rows: u32, launch: Launch<'_>) -> Result<()> {
+    let Some((lane, grads)) = lanes.first().and_then(|lane| Some((lane, lane.backward.as_ref()?))) else { return Ok(()) };
+    let (weight_hh, n_rows) = (lane.tensors.weight_hh.0, args.n_rows);
+    let row_words = lane.rows.unwrap_or(weight_hh);
+    let dh_out = grads.dh_out.map_or(lane.c, |(span, _)| span);
+    for numbers in launches_of(lane, true) {
+        let kernels = lanes.iter().filter_map(|lane| {
+            let (at, grads) = (lane.places(n_rows), lane.backward.as_ref()?);
+            let (t, falls) = time_of(lane, numbers.start, true);
+            Some(LstmSweepBackward {
+                n_rows,
+                hidden: lane.shape.hidden,
+                weight_hh: lane.tensors.weight_hh.1,
+                gates: at.gates(t),
+                gates_next: step_by(at.step(), falls),
+                dz_after: if numbers.start == 0 { NONE } else { at.gates(time_of(lane, numbers.start - 1, true).0) },
+                c_prev: at.c(around(lane, t).0),
+                c_next: step_by(at.outer(1), falls),
+                dh_out: grads.dh_out.map_or(NONE, |(_, offset)| offset + at.outer(t)),
+                dh_out_next: step_by(at.outer(1), falls),
+                carry: lane.starts.carry,
+                t,
+                t_next: step_by(1, falls),
+                n_steps: numbers.end - numbers.start,
+                use_lengths: u32::from(lane.use_lengths),
+                initial: u32::from(numbers.end == lane.range.end - lane.range.start),
+                tile_rows,
+            })
+        });
+        launch_lanes(launch, kernels, &[weight_hh, lane.gates, lane.c, dh_out, grads.carry, row_words])?;
     }
     Ok(())
 }

@@ -10,10 +10,11 @@ use crate::backend::{Backend, Span};
 use crate::infer::session::DEADLINE;
 use crate::kernels::elementwise::Scale;
 use crate::kernels::probe::{self, MultiplyAdd};
-use crate::kernels::{ALL, Access, AdapterClass, Binding, Case, Dispatch, Entry, Fill, Kernel, MAX_LOOP_TRIPS, Operand, ShapeError, Sizes};
-use crate::pool::{CpuContext, Isa};
+use crate::kernels::{ALL, Access, AdapterClass, As, Case, Dispatch, Entry, Fill, Kernel, MAX_LOOP_TRIPS, Sizes};
+use crate::pool::Isa;
 use crate::shape::{ALIGN, round_up};
 use crate::train::devices::{DeviceKind, Resolved};
+use crate::train::tuning::Autotune;
 use crate::usage::UsageError;
 
 /// About how long the launches of one sample take, seconds.
@@ -35,6 +36,8 @@ pub struct Asked {
     pub kernels: Vec<String>,
     /// Of a layer; none: the sizes that the benches have.
     pub sizes: Option<Sizes>,
+    /// What an earlier measurement found fastest is marked as chosen, not what is fixed for the size.
+    pub autotunes: bool,
 }
 
 /// What a device can do at best.
@@ -107,41 +110,15 @@ struct Timed {
     is_chosen: bool,
 }
 
-/// A kernel launched in one of its ways.
-struct Chosen<'k> {
-    kernel: &'k dyn Kernel,
-    dispatch: Dispatch,
-}
-
-impl Kernel for Chosen<'_> {
-    fn name(&self) -> &'static str {
-        self.kernel.name()
-    }
-    fn bindings(&self) -> &'static [Binding] {
-        self.kernel.bindings()
-    }
-    fn params(&self) -> &[u8] {
-        self.kernel.params()
-    }
-    fn check(&self, lens: &[usize]) -> Result<(), ShapeError> {
-        self.kernel.check(lens)
-    }
-    fn dispatch(&self, _: AdapterClass) -> Dispatch {
-        self.dispatch
-    }
-    fn run(&self, ctx: &mut CpuContext, operands: &mut [Operand<'_>]) {
-        self.kernel.run(ctx, operands);
-    }
-}
-
 /// Times every way to launch a case on this device.
 fn time_case(backend: &mut dyn Backend, case: &Case) -> Result<Vec<Timed>> {
     let info = backend.info();
     let class = if info.is_software { AdapterClass::Software } else { AdapterClass::Hardware };
     let usual = case.kernel.dispatch(class);
+    let launched = backend.variant(&*case.kernel);
     let ways = if info.is_gpu { case.kernel.candidates(class) } else { vec![usual] };
     let mut spans = Vec::with_capacity(case.operands.len());
-    let timed = fill_and_time(backend, case, (&ways, usual), &mut spans);
+    let timed = fill_and_time(backend, case, (&ways, &launched), &mut spans);
     spans.iter().for_each(|span| backend.free(span.buffer));
     timed
 }
@@ -149,7 +126,7 @@ fn time_case(backend: &mut dyn Backend, case: &Case) -> Result<Vec<Timed>> {
 fn fill_and_time(
     backend: &mut dyn Backend,
     case: &Case,
-    (ways, usual): (&[Dispatch], Dispatch),
+    (ways, launched): (&[Dispatch], &str),
     spans: &mut Vec<Span>,
 ) -> Result<Vec<Timed>> {
     // Room for all of them first: what is too large is refused before it is made up.
@@ -175,7 +152,7 @@ fn fill_and_time(
         Ok(start.elapsed().as_secs_f64() / n as f64)
     };
     let time = |&dispatch: &Dispatch| -> Result<Timed> {
-        let kernel = Chosen { kernel: &*case.kernel, dispatch };
+        let kernel = As { kernel: &*case.kernel, dispatch };
         // The first launch builds what is needed.
         sample(backend, &kernel, 1)?;
         let most = if case.is_in_place() { IN_PLACE_LAUNCHES } else { LAUNCHES };
@@ -189,7 +166,8 @@ fn fill_and_time(
                 break;
             }
         }
-        Ok(Timed { seconds, variant: backend.variant(&kernel), is_chosen: dispatch == usual })
+        let variant = backend.variant(&kernel);
+        Ok(Timed { seconds, is_chosen: variant == launched, variant })
     };
     ways.iter().map(time).collect()
 }
@@ -205,6 +183,7 @@ pub fn profile_kernels(asked: &Asked, devices: &[Resolved]) -> Result<Map<String
     let (mut ceilings, mut rows) = (Vec::new(), Vec::new());
     for device in devices {
         let mut backend = open_one(device)?;
+        Autotune::of_user(asked.autotunes).begin_on(backend.as_mut());
         let best = Ceilings::of(backend.as_mut(), device)?;
         let info = backend.info().clone();
         ceilings.push(json!({

@@ -120,6 +120,10 @@ impl LayerAlone {
         self.backend.as_ref()
     }
 
+    pub fn backend_mut(&mut self) -> &mut dyn Backend {
+        self.backend.as_mut()
+    }
+
     /// Weights and biases, without padding.
     pub fn n_parameters(&self) -> usize {
         let LayerSizes { n_inputs, hidden, .. } = self.sizes;

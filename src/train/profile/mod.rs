@@ -14,9 +14,10 @@ use serde_json::{Map, Value, json};
 use self::layer::{LayerAlone, LayerSizes};
 use super::balance::Balance;
 use super::devices::Resolved;
-use super::group::{Group, GroupSpec, StepNumbers, Wrap, open_device};
+use super::group::{Group, GroupSpec, KindChoices, StepNumbers, Wrap, open_device};
 use super::ring::RingTimes;
 use super::run::settle;
+use super::tuning::Autotune;
 use super::watched::{Notes, Watched, noted};
 use crate::backend::Backend;
 use crate::compress::{Compressor, Method};
@@ -208,6 +209,8 @@ pub struct Measured<'a> {
     pub balance: &'a str,
     pub accumulate: usize,
     pub compress: Method,
+    /// Variants of kernels are measured before the clock starts.
+    pub autotunes: bool,
     /// Steps or calls that are timed.
     pub steps: usize,
     pub lengths: Lengths,
@@ -219,7 +222,7 @@ pub struct Measured<'a> {
 /// # Errors
 /// Devices that do not exist, or more than the work can use; a model that does not fit.
 pub fn profile_step(workload: &Workload, measured: Measured<'_>) -> Result<Map<String, Value>> {
-    let Measured { mode, devices, accumulate, steps, lengths, compress, scaling, .. } = measured;
+    let Measured { mode, devices, accumulate, autotunes, steps, lengths, compress, scaling, .. } = measured;
     UsageError::unless(steps > 0, || "--steps 0 measures nothing: give a number from 1".to_owned())?;
     if mode == Mode::Train && !workload.layer_alone {
         return profile_training(workload, measured);
@@ -236,7 +239,7 @@ pub fn profile_step(workload: &Workload, measured: Measured<'_>) -> Result<Map<S
     let (devices, ..) = settle(devices, measured.balance)?;
     let device = devices.first().context("no device was found")?;
     match mode {
-        Mode::Train => profile_layer(workload, device, steps),
+        Mode::Train => profile_layer(workload, device, steps, autotunes),
         Mode::InferStep => inference::measure(workload, device, true, steps),
         Mode::InferSeq => inference::measure(workload, device, false, steps),
     }
@@ -247,6 +250,14 @@ fn open_one(device: &Resolved) -> Result<Box<dyn Backend>> {
     open_device(&device.kind)
 }
 
+/// Which variants were chosen, where any were.
+fn tell_variants(autotune: &Autotune, summary: &mut Map<String, Value>) {
+    let variants = autotune.report();
+    if variants.as_array().is_some_and(|rows| !rows.is_empty()) {
+        summary.insert("variants".into(), variants);
+    }
+}
+
 /// Of times in order.
 fn median(times: &[f64]) -> f64 {
     let n = times.len();
@@ -254,15 +265,18 @@ fn median(times: &[f64]) -> f64 {
 }
 
 /// Measures a layer alone.
-fn profile_layer(workload: &Workload, device: &Resolved, steps: usize) -> Result<Map<String, Value>> {
+fn profile_layer(workload: &Workload, device: &Resolved, steps: usize, autotunes: bool) -> Result<Map<String, Value>> {
     let config::Input::Values { n_features } = workload.model.input else {
         return Err(UsageError("a layer alone reads numbers, not tokens: choose another workload".to_owned()).into());
     };
     let sizes =
         LayerSizes { n_steps: workload.n_steps, n_rows: workload.n_rows, n_inputs: n_features, hidden: workload.model.hidden.of(0) };
+    let mut autotune = Autotune::of_user(autotunes);
     let mut layer = LayerAlone::new(sizes, open_one(device)?)?;
+    autotune.begin_on(layer.backend_mut());
     // As long as several steps of the other workloads.
     layer.step()?;
+    autotune.after_step_on(layer.backend_mut())?;
     let mut times = (0..steps).map(|_| Ok(layer.step()?.as_secs_f64())).collect::<Result<Vec<_>>>()?;
     times.sort_by(f64::total_cmp);
     let middle = median(&times);
@@ -281,9 +295,11 @@ fn profile_layer(workload: &Workload, device: &Resolved, steps: usize) -> Result
     summary.insert("devices".into(), json!([{ "device": device.spec, "name": info.name, "driver": info.driver }]));
     summary.insert("parameters".into(), json!(layer.n_parameters()));
     summary.insert("loss".into(), json!(layer.total()?));
+    tell_variants(&autotune, &mut summary);
     drop(layer);
     let notes = Notes::shared();
     let mut layer = LayerAlone::new(sizes, Watched::timing(open_one(device)?, &notes))?;
+    autotune.begin_on(layer.backend_mut());
     layer.step()?;
     noted(&notes).kernels.clear();
     layer.step()?;
@@ -295,7 +311,7 @@ fn profile_layer(workload: &Workload, device: &Resolved, steps: usize) -> Result
 /// Measures `steps` training steps. With [`Lengths::Uniform`] an epoch of unequal sequences, in batches of like length, is trained on between them:
 /// at least [`POOL`] batches, of which `tokens_per_second` counts the valid tokens, beside `dense_tokens_per_second` and their `ratio`.
 fn profile_training(workload: &Workload, measured: Measured<'_>) -> Result<Map<String, Value>> {
-    let Measured { devices, balance, accumulate, compress, steps, lengths, scaling, .. } = measured;
+    let Measured { devices, balance, accumulate, compress, autotunes, steps, lengths, scaling, .. } = measured;
     let (devices, mut balance, _) = settle(devices, balance)?;
     let n_workers = devices.len();
     let n_rows = if scaling == Scaling::Weak { workload.n_rows * n_workers } else { workload.n_rows };
@@ -310,6 +326,8 @@ fn profile_training(workload: &Workload, measured: Measured<'_>) -> Result<Map<S
     let params = initial(&workload.model, group.table(), Init::Uniform(0.1), None, 1);
     let zeros: Vec<Vec<f32>> = params.iter().map(|p| vec![0.0; p.len()]).collect();
     group.load(params, vec![zeros; workload.optimizer.states().len()])?;
+    let mut autotune = Autotune::of_user(autotunes);
+    autotune.begin(&mut group, &KindChoices::new())?;
     let batch = Arc::new(workload.batch(1));
     let model = &workload.model;
     let mut carried = workload.carries.then(|| Carried::new(model, batch.n_rows));
@@ -327,6 +345,9 @@ fn profile_training(workload: &Workload, measured: Measured<'_>) -> Result<Map<S
         let start = Instant::now();
         let stepped = group.step(&batch, &shares, carried.as_mut(), numbers)?;
         let time = start.elapsed();
+        if step < WARM_UP {
+            autotune.after_step(&mut group)?;
+        }
         let busy: Vec<Duration> = stepped.ranks.iter().map(|r| r.compute).collect();
         balance.observe(&batch, &shares, &busy);
         let most: u64 = stepped.ranks.iter().map(|r| r.bytes_sent).max().unwrap_or(0);
@@ -346,6 +367,8 @@ fn profile_training(workload: &Workload, measured: Measured<'_>) -> Result<Map<S
                 let time = epoch.step(workload, &mut group, &balance, idx)?;
                 if step >= WARM_UP {
                     epoch.seconds += time.as_secs_f64();
+                } else {
+                    autotune.after_step(&mut group)?;
                 }
             }
         }
@@ -385,8 +408,13 @@ fn profile_training(workload: &Workload, measured: Measured<'_>) -> Result<Map<S
         summary.insert("ratio".into(), json!(valid / dense));
         summary.insert("padding".into(), json!(1.0 - epoch.n_tokens as f64 / epoch.n_places as f64));
     }
+    tell_variants(&autotune, &mut summary);
+    let chosen = group.choices().clone();
     drop(group);
-    summary.insert("kernels".into(), tracing::debug_span!("time kernels").in_scope(|| kernels(workload, &devices, accumulate, compress))?);
+    summary.insert(
+        "kernels".into(),
+        tracing::debug_span!("time kernels").in_scope(|| kernels(workload, &devices, accumulate, compress, &chosen))?,
+    );
     Ok(summary)
 }
 
@@ -469,13 +497,14 @@ fn time_of(backend: &mut dyn Backend, launch: &mut dyn FnMut(&mut dyn Backend) -
 
 /// By kernel: launches and milliseconds a step on rank 0, from steps in which the device is waited for after every launch (so that their sum is above
 /// the step's time, and short kernels carry the cost of the wait).
-fn kernels(workload: &Workload, devices: &[Resolved], accumulate: usize, compress: Method) -> Result<Value> {
+fn kernels(workload: &Workload, devices: &[Resolved], accumulate: usize, compress: Method, chosen: &KindChoices) -> Result<Value> {
     const STEPS: u32 = 2;
     let notes = Notes::shared();
     let of_rank_0 = Arc::clone(&notes);
     let wrap: Wrap = Arc::new(move |rank, inner| if rank == 0 { Watched::timing(inner, &of_rank_0) } else { inner });
     let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate, compress };
     let mut group = Group::start(spec, devices, Some(&wrap))?;
+    group.choose(chosen)?;
     let params = initial(&workload.model, group.table(), Init::Uniform(0.1), None, 1);
     let zeros: Vec<Vec<f32>> = params.iter().map(|p| vec![0.0; p.len()]).collect();
     group.load(params, vec![zeros; workload.optimizer.states().len()])?;
