@@ -570,6 +570,7 @@ pub const PROFILED: &[&str] = &[
     "balance",
     "accumulate",
     "compress",
+    "shard_optimizer",
     "seed",
 ];
 /// Of these the ones that say something about training alone.
@@ -589,6 +590,7 @@ pub const TRAINED: &[&str] = &[
     "balance",
     "accumulate",
     "compress",
+    "shard_optimizer",
 ];
 /// Flags of `profile step` that are no keys.
 const OF_PROFILE: &[&str] = &["workload", "steps", "mode", "lengths", "trace", "json", "quiet", "verbose", "help"];

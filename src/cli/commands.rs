@@ -441,7 +441,9 @@ pub fn profile_step(args: &ProfileStepArgs, bus: &mut Bus) -> anyhow::Result<Don
             UsageError("--seq-len means nothing for --mode infer-step, whose calls are one time step; leave it out".to_owned()).into()
         );
     }
-    let free = |key: &&str| ["devices", "balance", "accumulate", "compress", "seed"].contains(key) || infers && *key == "batch_size";
+    let free = |key: &&str| {
+        ["devices", "balance", "accumulate", "compress", "shard_optimizer", "seed"].contains(key) || infers && *key == "batch_size"
+    };
     if let (Some(workload), Some(key)) = (&args.workload, layers.given().find(|key| !free(key))) {
         let problem = format!("{} cannot be used with --workload {workload}, whose model is fixed; give one of them", layers.name(key));
         return Err(UsageError(problem).into());
@@ -452,9 +454,10 @@ pub fn profile_step(args: &ProfileStepArgs, bus: &mut Bus) -> anyhow::Result<Don
     if infers {
         workload.n_rows = if layers.is_given("batch_size") { config.batch_size } else { 1 };
     }
-    let RunConfig { devices, balance, accumulate, compress, .. } = &config;
-    let (accumulate, compress, scaling) = (*accumulate, *compress, args.scaling);
-    let measured = Measured { mode: args.mode, devices, balance, accumulate, compress, steps, lengths: args.lengths, scaling };
+    let RunConfig { devices, balance, accumulate, compress, shard_optimizer, .. } = &config;
+    let (accumulate, compress, shard_optimizer) = (*accumulate, *compress, *shard_optimizer);
+    let (lengths, scaling) = (args.lengths, args.scaling);
+    let measured = Measured { mode: args.mode, devices, balance, accumulate, compress, shard_optimizer, steps, lengths, scaling };
     let summary = traced(args.trace.as_deref(), bus, |_| profile::profile_step(&workload, measured))?;
     Ok(Done::new(summary.clone(), vec![report::scores("profile step", &summary)]))
 }
