@@ -40,7 +40,13 @@ impl Training {
     /// With links that a tap makes slow.
     fn linked(workload: &Workload, devices: &str, tap: Option<Tap>) -> Self {
         let (devices, balance, _) = settle(devices, "equal").expect("devices that exist");
-        let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1, compress: Method::None };
+        let spec = GroupSpec {
+            model: workload.model.clone(),
+            optimizer: workload.optimizer,
+            accumulate: 1,
+            compress: Method::None,
+            shard_optimizer: false,
+        };
         let safety = Safety { tap, ..Safety::default() };
         let mut group = Group::start_safe(spec, &devices, safety, None).expect("workers that start");
         let model = &workload.model;

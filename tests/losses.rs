@@ -274,7 +274,13 @@ fn ask<T>(
 }
 
 fn started(workload: &Workload, world: usize, safety: Safety, wrap: Option<&Wrap>) -> Group {
-    let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1, compress: Method::None };
+    let spec = GroupSpec {
+        model: workload.model.clone(),
+        optimizer: workload.optimizer,
+        accumulate: 1,
+        compress: Method::None,
+        shard_optimizer: false,
+    };
     let mut group = Group::start_safe(spec, &devices(world), safety, wrap).unwrap();
     let params = initial(&workload.model, group.table(), Init::Uniform(0.5), None, 3);
     let zeros: Tensors = params.iter().map(|values| vec![0.0; values.len()]).collect();

@@ -152,6 +152,7 @@ fn inference_is_measured_by_the_time_step_beside_what_reading_the_weights_takes(
         accumulate: 1,
         compress: Method::None,
         autotunes: true,
+        shard_optimizer: false,
         steps: 3,
         lengths: Lengths::Full,
         scaling: Scaling::Strong,
@@ -187,6 +188,7 @@ fn in_weak_scaling_each_worker_has_the_whole_batch_and_the_ring_says_what_could_
             accumulate: 1,
             compress: Method::None,
             autotunes: false,
+            shard_optimizer: false,
             steps: 5,
             lengths: Lengths::Full,
             scaling,
@@ -250,7 +252,13 @@ fn trace_of(devices: &str) -> BTreeMap<String, Vec<Span>> {
     trace.watch(|| {
         let workload = Workload { model: characters(16), n_steps: 4, n_rows: 6, ..Workload::named("B").expect("characters") };
         let (resolved, balance, _) = settle(devices, "equal").expect("devices that exist");
-        let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1, compress: Method::None };
+        let spec = GroupSpec {
+            model: workload.model.clone(),
+            optimizer: workload.optimizer,
+            accumulate: 1,
+            compress: Method::None,
+            shard_optimizer: false,
+        };
         let mut group = Group::start(spec, &resolved, None).expect("workers");
         let params = initial(&workload.model, group.table(), Init::Uniform(0.1), None, 1);
         let zeros: Vec<Vec<f32>> = params.iter().map(|p| vec![0.0; p.len()]).collect();

@@ -86,6 +86,7 @@ pub fn config(task: Task, data: &[&Path]) -> RunConfig {
         memory_limit: Vec::new(),
         accumulate: 1,
         compress: Default::default(),
+        shard_optimizer: false,
         select: Select::Last,
         eval_every: 0,
         log_every: 1,

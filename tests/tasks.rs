@@ -39,7 +39,7 @@ impl Learner {
             clip_value: 0.0,
         };
         let devices = [Resolved { spec: "cpu:1".into(), kind: DeviceKind::Cpu { threads: 1 } }];
-        let spec = GroupSpec { model: model.clone(), optimizer, accumulate: 1, compress: Method::None };
+        let spec = GroupSpec { model: model.clone(), optimizer, accumulate: 1, compress: Method::None, shard_optimizer: false };
         let mut group = Group::start(spec, &devices, None).expect("a worker starts");
         let table = model.table();
         let zeros: Vec<Vec<f32>> = table.tensors().iter().map(|t| vec![0.0; t.layout.torch_len()]).collect();

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use carrousel::backend::around::Around;
-use carrousel::backend::{Backend, DeviceInfo, Span};
+use carrousel::backend::{Backend, DeviceInfo, Limits, Span};
 use carrousel::compress::Method;
 use carrousel::kernels::Kernel;
 use carrousel::model::init::{Init, initial};
@@ -21,6 +21,8 @@ use carrousel::store::run_folder::{RunFolder, Which};
 use carrousel::train::devices;
 use carrousel::train::group::{Group, GroupSpec, StepNumbers, Wrap};
 use carrousel::train::profile::Workload;
+use carrousel::train::ring::Update;
+use carrousel::train::worker::{WorkerSpec, weigh};
 use carrousel::train::{RunOptions, run};
 
 use crate::adapters;
@@ -202,12 +204,62 @@ fn owners_update_to_the_same_bits_as_everyone() {
 }
 
 #[test]
+fn a_sharded_optimizer_gives_the_bits_of_a_whole_one_also_when_a_resumed_run_changes_over() {
+    let dir = tempfile::tempdir().unwrap();
+    for (rule, momentum) in [(Rule::Adam, 0.0), (Rule::Sgd, 0.9), (Rule::Rmsprop, 0.5)] {
+        let mut config = small(dir.path());
+        (config.devices, config.optimizer.rule, config.optimizer.momentum) = ("cpu:1*3".into(), rule, momentum);
+        let name = |what: &str| dir.path().join(format!("{rule:?}-{what}"));
+        train(&config, &name("whole"), false).outcome.unwrap();
+        config.shard_optimizer = true;
+        train(&config, &name("sharded"), false).outcome.unwrap();
+        assert_eq!(bits(&name("sharded")), bits(&name("whole")), "{rule:?}");
+        for begins_sharded in [true, false] {
+            let out = name(&format!("sharded-{begins_sharded}-first"));
+            config.shard_optimizer = begins_sharded;
+            train_with(&config, options(&out, None), Some(5)).outcome.unwrap();
+            config.shard_optimizer = !begins_sharded;
+            train(&config, &out, true).outcome.unwrap();
+            assert_eq!(bits(&out), bits(&name("whole")), "{rule:?}, sharded first: {begins_sharded}");
+        }
+    }
+}
+
+#[test]
+fn a_rank_of_a_sharded_optimizer_takes_memory_for_its_part_alone() {
+    let workload = Workload::named("B").unwrap();
+    let spec = WorkerSpec {
+        model: workload.model.clone(),
+        optimizer: workload.optimizer,
+        accumulate: 1,
+        compress: Method::None,
+        deadline: Duration::from_secs(1),
+    };
+    let limits = Limits { max_buffer_bytes: u64::MAX, max_binding_bytes: u64::MAX };
+    let weighed = |world: usize, update| weigh(&spec, [0, world], update, 10, 1, limits).unwrap() as f64;
+    let n_bytes = 4.0 * workload.model.table().len() as f64;
+    for world in [4, 8] {
+        let saved = weighed(world, Update::Everywhere) - weighed(world, Update::ByOwner);
+        // Adam's two states; of the own part these, what a step makes of them, and of the parameters.
+        let expected = n_bytes * (2.0 - 5.0 / world as f64);
+        // Segments are whole blocks, the first rank's the larger.
+        assert!((saved - expected).abs() < 0.05 * n_bytes, "world {world}: {saved} bytes saved, {expected} expected");
+    }
+}
+
+#[test]
 fn the_gates_read_after_an_evaluation_give_its_outputs() {
     let mut workload = Workload::named("A").unwrap();
     (workload.n_steps, workload.n_rows, workload.model.hidden) = (4, 5, 20.into());
     let devices = devices::parse("cpu:1").unwrap();
     let (devices, _) = devices::resolve(&devices, || Ok(Vec::new()), 1).unwrap();
-    let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate: 1, compress: Method::None };
+    let spec = GroupSpec {
+        model: workload.model.clone(),
+        optimizer: workload.optimizer,
+        accumulate: 1,
+        compress: Method::None,
+        shard_optimizer: false,
+    };
     let mut group = Group::start(spec, &devices, None).unwrap();
     let params = initial(&workload.model, group.table(), Init::Uniform(0.5), None, 3);
     let zeros: Vec<Vec<f32>> = params.iter().map(|values| vec![0.0; values.len()]).collect();

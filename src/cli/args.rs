@@ -574,6 +574,7 @@ pub const PROFILED: &[&str] = &[
     "no_autotune",
     "accumulate",
     "compress",
+    "shard_optimizer",
     "seed",
 ];
 /// Of these the ones that say something about training alone.
@@ -594,6 +595,7 @@ pub const TRAINED: &[&str] = &[
     "no_autotune",
     "accumulate",
     "compress",
+    "shard_optimizer",
 ];
 /// Flags of `profile step` that are no keys.
 const OF_PROFILE: &[&str] = &["workload", "steps", "mode", "lengths", "trace", "json", "quiet", "verbose", "help"];

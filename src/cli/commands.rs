@@ -442,7 +442,8 @@ pub fn profile_step(args: &ProfileStepArgs, bus: &mut Bus) -> anyhow::Result<Don
         );
     }
     let free = |key: &&str| {
-        ["devices", "balance", "no_autotune", "accumulate", "compress", "seed"].contains(key) || infers && *key == "batch_size"
+        let of_workers = ["devices", "balance", "no_autotune", "accumulate", "compress", "shard_optimizer", "seed"];
+        of_workers.contains(key) || infers && *key == "batch_size"
     };
     if let (Some(workload), Some(key)) = (&args.workload, layers.given().find(|key| !free(key))) {
         let problem = format!("{} cannot be used with --workload {workload}, whose model is fixed; give one of them", layers.name(key));
@@ -454,10 +455,11 @@ pub fn profile_step(args: &ProfileStepArgs, bus: &mut Bus) -> anyhow::Result<Don
     if infers {
         workload.n_rows = if layers.is_given("batch_size") { config.batch_size } else { 1 };
     }
-    let RunConfig { devices, balance, accumulate, compress, .. } = &config;
-    let (accumulate, compress, autotunes) = (*accumulate, *compress, !config.no_autotune);
-    let (lengths, scaling) = (args.lengths, args.scaling);
-    let measured = Measured { mode: args.mode, devices, balance, accumulate, compress, autotunes, steps, lengths, scaling };
+    let RunConfig { devices, balance, accumulate, compress, shard_optimizer, .. } = &config;
+    let (accumulate, compress, shard_optimizer) = (*accumulate, *compress, *shard_optimizer);
+    let (autotunes, lengths, scaling) = (!config.no_autotune, args.lengths, args.scaling);
+    let mode = args.mode;
+    let measured = Measured { mode, devices, balance, accumulate, compress, shard_optimizer, autotunes, steps, lengths, scaling };
     let summary = traced(args.trace.as_deref(), bus, |_| profile::profile_step(&workload, measured))?;
     Ok(Done::new(summary.clone(), vec![report::scores("profile step", &summary)]))
 }

@@ -471,6 +471,7 @@ fn fill(typed: &Typed) -> RunConfig {
         no_autotune: typed.no_autotune.unwrap_or(false),
         accumulate: size(typed.accumulate, 1),
         compress: typed.compress.unwrap_or_default(),
+        shard_optimizer: typed.shard_optimizer.unwrap_or(false),
         select: typed.select.unwrap_or(defaults.select),
         eval_every: typed.eval_every.unwrap_or(0),
         log_every: typed.log_every.unwrap_or(defaults.log_every),
@@ -755,6 +756,13 @@ fn check_run(judge: &Judge, config: &RunConfig) -> Result<(), UsageError> {
     }
     if config.rejoin && n_workers == Some(1) {
         return judge.refuse("rejoin", "means nothing with one worker, whose loss ends the run; name more with --devices, or leave it out");
+    }
+    if config.shard_optimizer && n_workers == Some(1) {
+        return judge.refuse("shard_optimizer", "means nothing with one worker; name more with --devices, or leave it out");
+    }
+    if config.shard_optimizer && config.optimizer.states().is_empty() {
+        let rule = "means nothing for an optimizer that keeps no state, as sgd without --momentum; leave it out";
+        return judge.refuse("shard_optimizer", rule);
     }
     judge.positive("deadline", config.deadline)?;
     let limits = &config.memory_limit;

@@ -353,6 +353,10 @@ pub struct Typed {
     #[arg(long, value_name = "METHOD", help_heading = DEVICES)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compress: Option<Method>,
+    /// Let each device keep its part of the optimizer's state only, and update its part of the parameters; the bits stay
+    #[arg(long, help_heading = DEVICES, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shard_optimizer: Option<bool>,
     /// Steps between comparisons of the replicas, 0 for none
     #[arg(long, value_name = "STEPS", help_heading = DEVICES, value_parser = whole())]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1253,17 +1253,28 @@ fn front(buffer: BufferId, len: usize) -> Span {
 /// # Errors
 /// The backend's; values that are not of the table's shapes.
 pub fn write_buckets(table: &ParamTable, backend: &mut dyn Backend, buckets: &[BufferId], values: &[Vec<f32>]) -> Result<()> {
+    for (words, &buffer) in packed(table, values)?.iter().zip(buckets) {
+        backend.write(front(buffer, words.len()), words)?;
+    }
+    Ok(())
+}
+
+/// Tensors in PyTorch's order as the words of all buckets.
+///
+/// # Errors
+/// Too few tensors, or one of another length.
+pub fn packed(table: &ParamTable, values: &[Vec<f32>]) -> Result<Vec<Vec<f32>>> {
     ensure!(values.len() == table.tensors().len(), "{} tensors for a table of {}", values.len(), table.tensors().len());
-    for (bucket, &buffer) in table.buckets().iter().zip(buckets) {
+    let of_bucket = |bucket: &Bucket| {
         let mut words = vec![0.0; bucket.range.len()];
         for idx in bucket.tensors.clone() {
             let tensor = &table.tensors()[idx];
             ensure!(values[idx].len() == tensor.layout.torch_len(), "{} values for {} {:?}", values[idx].len(), tensor.name, tensor.shape);
             tensor.pack(&values[idx], &mut words[tensor.in_bucket()]);
         }
-        backend.write(front(buffer, words.len()), &words)?;
-    }
-    Ok(())
+        Ok(words)
+    };
+    table.buckets().iter().map(of_bucket).collect()
 }
 
 /// Reads buckets back as tensors in PyTorch's order.

@@ -74,7 +74,7 @@ fn deadline_seconds() -> u64 {
     DEADLINE_SECONDS
 }
 
-/// Everything a run depends on. Only devices, balance, on_device_loss, rejoin, memory_limit, no_autotune, deadline, epochs, max_steps, log_every, eval_every,
+/// Everything a run depends on. Only devices, balance, on_device_loss, rejoin, shard_optimizer, memory_limit, no_autotune, deadline, epochs, max_steps, log_every, eval_every,
 /// checkpoint_every and tensorboard may differ on resume.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -180,6 +180,9 @@ pub struct RunConfig {
     /// How gradients are made smaller on their way between devices.
     #[serde(default)]
     pub compress: Method,
+    /// Each device keeps its part of the optimizer's state only.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shard_optimizer: bool,
     pub select: Select,
     /// Steps between evaluations; 0: once an epoch.
     pub eval_every: u64,

@@ -46,7 +46,8 @@ pub fn dry_run(config: &RunConfig, out: Option<&Path>, bus: &mut Bus) -> Result<
     let (devices, mut balance, reasons) = settle(&config.devices, &config.balance)?;
     reasons.iter().for_each(|reason| bus.log(Level::Info, reason));
     let (accumulate, compress) = (config.accumulate, config.compress);
-    let spec = GroupSpec { model: model.clone(), optimizer: config.optimizer, accumulate, compress };
+    let spec =
+        GroupSpec { model: model.clone(), optimizer: config.optimizer, accumulate, compress, shard_optimizer: config.shard_optimizer };
     let (n_steps, n_rows) = batches.largest()?;
     let (memory_limits, bounds) = memory::bounds(&spec, &devices, &config.memory_limit, [n_steps, n_rows], &mut balance)?;
     bounds.iter().for_each(|bound| bus.log(Level::Info, bound));

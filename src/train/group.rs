@@ -44,6 +44,15 @@ pub struct GroupSpec {
     pub accumulate: usize,
     /// How gradients are made smaller on their way to other ranks.
     pub compress: Method,
+    /// Owners update also where devices are alike, and each rank keeps its part of the optimizer's state only.
+    pub shard_optimizer: bool,
+}
+
+impl GroupSpec {
+    /// Who updates what, on devices that are alike or not.
+    pub fn update(&self, alike: bool) -> Update {
+        if alike && !self.shard_optimizer { Update::Everywhere } else { Update::ByOwner }
+    }
 }
 
 /// Replaces a device's backend, for tests of what happens when one goes wrong. Devices are numbered as in the list that the run began with.
@@ -255,7 +264,7 @@ impl Group {
         let (commands, inbox) = bounded::<Command>(4);
         let (outbox, answers) = bounded::<Result<Answer>>(4);
         let (kind, wrap, limit) = (device.kind, self.wrap.clone(), self.safety.memory_limits.get(seat).copied().flatten());
-        let GroupSpec { model, optimizer, accumulate, compress } = self.spec.clone();
+        let GroupSpec { model, optimizer, accumulate, compress, .. } = self.spec.clone();
         let whereabouts = Whereabouts::default();
         let of_worker = whereabouts.clone();
         let body = move || {
@@ -310,7 +319,7 @@ impl Group {
     fn join_all(&mut self, params: Option<&Arc<Tensors>>, states: Option<&Arc<Vec<Tensors>>>) -> Result<Vec<Option<anyhow::Error>>> {
         let world = self.members.len();
         let alike = self.members.windows(2).all(|w| w[0].info.kind == w[1].info.kind);
-        self.update = if alike { Update::Everywhere } else { Update::ByOwner };
+        self.update = self.spec.update(alike);
         let (update, deadline, generation) = (self.update, self.safety.deadline, self.membership.generation());
         let options = comm::Options { deadline, generation, tap: self.safety.tap.clone(), ..comm::Options::default() };
         let mut failures = Vec::with_capacity(world);

@@ -161,8 +161,8 @@ pub fn bounds(
     })?;
     // Before devices are opened it is not known whether they are of one kind; if not, owners of segments need somewhat more.
     let alike = devices.windows(2).all(|w| w[0].spec == w[1].spec);
-    let update = if alike { Update::Everywhere } else { Update::ByOwner };
-    let GroupSpec { model, optimizer, accumulate, compress } = spec.clone();
+    let update = spec.update(alike);
+    let GroupSpec { model, optimizer, accumulate, compress, .. } = spec.clone();
     let spec = WorkerSpec { model, optimizer, accumulate, compress, deadline: Duration::ZERO };
     let of_device = Limits { max_buffer_bytes: u64::MAX, max_binding_bytes: u64::MAX };
     let mut told = Vec::new();

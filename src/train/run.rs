@@ -223,7 +223,8 @@ pub fn run_tuned(
     let (devices, mut balance, reasons) = settle(&config.devices, &config.balance)?;
     reasons.iter().for_each(|reason| bus.log(Level::Info, reason));
     let (accumulate, compress) = (config.accumulate, config.compress);
-    let group_spec = GroupSpec { model: model.clone(), optimizer: config.optimizer, accumulate, compress };
+    let group_spec =
+        GroupSpec { model: model.clone(), optimizer: config.optimizer, accumulate, compress, shard_optimizer: config.shard_optimizer };
     told_of_compression(&config, &model.table(), devices.len(), bus)?;
     let (n_steps, n_rows) = batches.largest()?;
     let (memory_limits, bounds) = memory::bounds(&group_spec, &devices, &config.memory_limit, [n_steps, n_rows], &mut balance)?;
@@ -239,7 +240,8 @@ pub fn run_tuned(
     }
     let kinds: Vec<String> = group.devices().map(|(_, info)| info.kind.clone()).collect();
     if group.update() == Update::ByOwner {
-        bus.log(Level::Detail, "devices differ in kind: the owner of each segment updates it");
+        let why = if config.shard_optimizer { "--shard-optimizer" } else { "devices differ in kind" };
+        bus.log(Level::Detail, &format!("{why}: the owner of each segment updates it"));
     }
     bus.log(Level::Info, &format!("{} parameters on {}", format::count(group.table().n_parameters() as u64), describe(&group)));
 
@@ -429,6 +431,7 @@ fn continued(asked: RunConfig, recorded: RunConfig) -> Result<RunConfig> {
     (kept.epochs, kept.max_steps) = (asked.epochs, asked.max_steps);
     (kept.log_every, kept.eval_every, kept.checkpoint_every) = (asked.log_every, asked.eval_every, asked.checkpoint_every);
     (kept.on_device_loss, kept.rejoin, kept.deadline) = (asked.on_device_loss, asked.rejoin, asked.deadline);
+    kept.shard_optimizer = asked.shard_optimizer;
     (kept.tensorboard, kept.memory_limit) = (asked.tensorboard, asked.memory_limit.clone());
     kept.no_autotune = asked.no_autotune;
     let (typed, recorded) = (serde_json::to_value(&asked)?, serde_json::to_value(&kept)?);

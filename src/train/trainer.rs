@@ -35,6 +35,8 @@ pub struct TrainerOptions {
     pub accumulate: usize,
     /// How gradients are made smaller on their way between devices.
     pub compress: Method,
+    /// Each device keeps its part of the optimizer's state only.
+    pub shard_optimizer: bool,
     pub init: Init,
     /// Of the weights and of what is dropped.
     pub seed: u64,
@@ -46,7 +48,7 @@ impl Default for TrainerOptions {
     fn default() -> Self {
         let (devices, balance) = ("cpu".to_string(), String::new());
         let (optimizer, compress) = (OptimizerConfig::default(), Method::None);
-        Self { devices, balance, optimizer, accumulate: 1, compress, init: Init::Torch, seed: 1, autotune: true }
+        Self { devices, balance, optimizer, accumulate: 1, compress, shard_optimizer: false, init: Init::Torch, seed: 1, autotune: true }
     }
 }
 
@@ -83,8 +85,9 @@ impl Trainer {
         model.check()?;
         let (devices, balance, _) = settle(&options.devices, &options.balance)?;
         let accumulate = options.accumulate.max(1);
-        let (optimizer, compress) = (options.optimizer, options.compress);
-        let mut group = Group::start(GroupSpec { model: model.clone(), optimizer, accumulate, compress }, &devices, None)?;
+        let (optimizer, compress, shard_optimizer) = (options.optimizer, options.compress, options.shard_optimizer);
+        let spec = GroupSpec { model: model.clone(), optimizer, accumulate, compress, shard_optimizer };
+        let mut group = Group::start(spec, &devices, None)?;
         let params = initial(model, group.table(), options.init, None, options.seed);
         let zeros: Tensors = params.iter().map(|values| vec![0.0; values.len()]).collect();
         group.load(params, vec![zeros; options.optimizer.states().len()])?;

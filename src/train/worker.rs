@@ -25,7 +25,7 @@ use crate::infer::session::{pass_forward, share_of};
 use crate::kernels::reduce::{BlockSquares, RowSquares};
 use crate::model::config::ModelConfig;
 use crate::model::state::Carried;
-use crate::model::{EmbeddingRows, Loss, MAX_PARTS, Model, Pass, read_buckets, unpacked, write_buckets};
+use crate::model::{EmbeddingRows, Loss, MAX_PARTS, Model, Pass, packed, read_buckets, unpacked, write_buckets};
 use crate::optim::OptimizerConfig;
 use crate::rng::StepKey;
 use crate::shape::{ALIGN, BLOCK, GATES, round_up, split_even};
@@ -224,11 +224,23 @@ enum Pending {
     NewParams { copies: Vec<Arc<Vec<f32>>> },
 }
 
-/// Second buffers of one bucket's own segment, where owners update.
+/// One bucket's own segment, where owners update: its optimizer state lies here only, and where copies are kept at the next rank.
 struct Segment {
     range: Range<usize>,
+    /// New parameters.
     param: BufferId,
+    /// By state: since the last commit, and what a step makes of it.
     states: Vec<BufferId>,
+    new_states: Vec<BufferId>,
+    /// What the rank before has, by state; empty where no copies are kept.
+    before: Range<usize>,
+    copies: Vec<BufferId>,
+}
+
+impl Segment {
+    fn buffers(self) -> impl Iterator<Item = BufferId> {
+        [self.param].into_iter().chain(self.states).chain(self.new_states).chain(self.copies)
+    }
 }
 
 struct Worker {
@@ -244,7 +256,7 @@ struct Worker {
     ring: Option<Ring>,
     /// None in a world of one, and where gradients go whole.
     compressor: Option<SharedCompressor>,
-    /// By state, by bucket.
+    /// By state, by bucket; empty where owners update.
     states: Vec<Vec<BufferId>>,
     /// By bucket; only where owners update.
     segments: Vec<Segment>,
@@ -339,11 +351,6 @@ impl Worker {
         let model = Model::new(spec.model.clone(), backend_ref)?;
         let buckets = model.table().buckets().to_vec();
         let names = spec.optimizer.states();
-        let mut states = Vec::with_capacity(names.len());
-        for name in names {
-            let of_bucket = |b: &crate::params::Bucket| backend_ref.alloc(&format!("optimizer {name}"), b.range.len());
-            states.push(buckets.iter().map(of_bucket).collect::<Result<Vec<_>>>()?);
-        }
         let longest = buckets.iter().map(|b| b.range.len()).max().unwrap_or(ALIGN);
         // A rule without momentum still has its binding; a state that is never touched needs no memory of its own.
         let spare = backend_ref.alloc("no state", if names.len() < 2 { longest } else { ALIGN })?;
@@ -358,7 +365,7 @@ impl Worker {
             keeps_copies: false,
             ring: None,
             compressor: None,
-            states,
+            states: Vec::new(),
             segments: Vec::new(),
             squares: None,
             spare,
@@ -399,23 +406,16 @@ impl Worker {
 
     fn join(&mut self, seat: Seat) -> Result<()> {
         self.leave();
-        let backend = self.backend.as_mut();
-        for segment in self.segments.drain(..) {
-            segment.states.into_iter().chain([segment.param]).for_each(|buffer| backend.free(buffer));
-        }
         let Seat { rank, world, generation, update, keeps_copies, ring, params, states } = seat;
+        // Where somebody has left, all are told the whole state; a place that is the same keeps what it has.
+        let is_same = (self.rank, self.world, self.update, self.keeps_copies) == (rank, world, update, keeps_copies);
         (self.rank, self.world, self.generation, self.ring) = (rank, world, generation, ring);
         (self.update, self.keeps_copies) = (update, keeps_copies);
-        let buckets = self.model.table().buckets();
-        if world > 1 && update == Update::ByOwner {
-            for bucket in buckets {
-                let range = owned_segment(world, rank, bucket.range.len());
-                let len = range.len().max(ALIGN);
-                let param = backend.alloc("new parameters", len)?;
-                let states = self.states.iter().map(|_| backend.alloc("new optimizer state", len)).collect::<Result<_>>()?;
-                self.segments.push(Segment { range, param, states });
-            }
+        if !is_same || self.states.is_empty() && self.segments.is_empty() {
+            self.make_room_for_states()?;
         }
+        let backend = self.backend.as_mut();
+        let buckets = self.model.table().buckets();
         if let Some(squares) = self.squares.take_if(|_| world > 1) {
             backend.free(squares);
         }
@@ -450,9 +450,80 @@ impl Worker {
         update_rule(method, &self.spec.optimizer)
     }
 
+    /// Memory for the optimizer's state, zeros: all of it, or where owners update that of the own segments, and copies of those of the rank before. State that
+    /// stays whole is kept.
+    fn make_room_for_states(&mut self) -> Result<()> {
+        let backend = self.backend.as_mut();
+        self.segments.drain(..).flat_map(Segment::buffers).for_each(|buffer| backend.free(buffer));
+        let names = self.spec.optimizer.states();
+        let buckets = self.model.table().buckets();
+        let Self { rank, world, keeps_copies, .. } = *self;
+        if world > 1 && self.update == Update::ByOwner {
+            self.states.drain(..).flatten().for_each(|buffer| backend.free(buffer));
+            let before = (rank + world - 1) % world;
+            for bucket in buckets {
+                let len = bucket.range.len();
+                let (range, before) = (owned_segment(world, rank, len), owned_segment(world, before, len));
+                let mut of_states = |label: &str, range: &Range<usize>, wanted: bool| {
+                    let names = names.iter().filter(|_| wanted);
+                    names.map(|name| backend.alloc(&format!("{label} {name}"), range.len().max(ALIGN))).collect::<Result<Vec<_>>>()
+                };
+                let states = of_states("optimizer", &range, true)?;
+                let new_states = of_states("new optimizer", &range, true)?;
+                let copies = of_states("copied optimizer", &before, keeps_copies)?;
+                let param = backend.alloc("new parameters", range.len().max(ALIGN))?;
+                self.segments.push(Segment { range, param, states, new_states, before, copies });
+            }
+        } else if self.states.is_empty() {
+            for name in names {
+                let of_bucket = |b: &crate::params::Bucket| backend.alloc(&format!("optimizer {name}"), b.range.len());
+                self.states.push(buckets.iter().map(of_bucket).collect::<Result<Vec<_>>>()?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Where state lies: the words of the address space of each bucket, with their buffers by state.
+    fn places(segment: &Segment) -> impl Iterator<Item = (&Range<usize>, &Vec<BufferId>)> {
+        [(&segment.range, &segment.states), (&segment.before, &segment.copies)].into_iter().filter(|(range, _)| !range.is_empty())
+    }
+
     fn write_states(&mut self, states: &[Vec<Vec<f32>>]) -> Result<()> {
-        let given = self.states.iter().zip(states);
-        given.into_iter().try_for_each(|(buckets, values)| write_buckets(self.model.table(), self.backend.as_mut(), buckets, values))
+        let (table, backend) = (self.model.table(), self.backend.as_mut());
+        for (buckets, values) in self.states.iter().zip(states) {
+            write_buckets(table, backend, buckets, values)?;
+        }
+        for (state, values) in states.iter().enumerate().filter(|_| !self.segments.is_empty()) {
+            for (segment, words) in self.segments.iter().zip(packed(table, values)?) {
+                for (range, buffers) in Self::places(segment) {
+                    if let Some(&buffer) = buffers.get(state) {
+                        backend.write(Span { buffer, offset: 0, len: range.len() }, &words[range.clone()])?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// By state, by tensor; where owners update zeros but for the own segments, and for copies.
+    fn read_states(&mut self) -> Result<Vec<Vec<Vec<f32>>>> {
+        let (table, backend, deadline) = (self.model.table(), self.backend.as_mut(), self.spec.deadline);
+        if self.segments.is_empty() {
+            return self.states.iter().map(|buckets| read_buckets(table, &mut *backend, buckets, deadline)).collect();
+        }
+        let mut states = Vec::new();
+        for state in 0..self.spec.optimizer.states().len() {
+            let mut buckets: Vec<Vec<f32>> = table.buckets().iter().map(|bucket| vec![0.0; bucket.range.len()]).collect();
+            for (segment, words) in self.segments.iter().zip(&mut buckets) {
+                for (range, buffers) in Self::places(segment) {
+                    if let Some(&buffer) = buffers.get(state) {
+                        words[range.clone()].copy_from_slice(&read_now(backend, Span { buffer, offset: 0, len: range.len() }, deadline)?);
+                    }
+                }
+            }
+            states.push(unpacked(table, &buckets));
+        }
+        Ok(states)
     }
 
     fn reserve(&mut self, n_steps: usize, n_rows: usize) -> Result<()> {
@@ -539,11 +610,7 @@ impl Worker {
                 Some([n_steps, n_rows]) => self.model.read_gates(self.backend.as_mut(), n_steps, n_rows, deadline)?,
                 None => Gates::new(),
             })),
-            Command::ReadStates => {
-                let (table, backend) = (self.model.table(), self.backend.as_mut());
-                let states = self.states.iter().map(|buckets| read_buckets(table, &mut *backend, buckets, deadline));
-                Some(Answer::States(states.collect::<Result<_>>()?))
-            }
+            Command::ReadStates => Some(Answer::States(self.read_states()?)),
             Command::ReadHeld => Some(Answer::Held(self.compressor.as_ref().map_or_else(Vec::new, |c| c.lock().held()))),
             Command::Hold(pieces) => {
                 if let Some(compressor) = &self.compressor {
@@ -696,7 +763,8 @@ impl Worker {
             let (bucket, segment) = (returned.bucket, &self.segments[returned.bucket]);
             let len = segment.range.len();
             let new = Span { buffer: segment.param, offset: 0, len };
-            let seconds: Vec<Span> = segment.states.iter().map(|&buffer| Span { buffer, offset: 0, len }).collect();
+            let front = |&buffer: &BufferId| Span { buffer, offset: 0, len };
+            let seconds: Vec<Span> = segment.new_states.iter().map(front).collect();
             if len > 0 {
                 let of = |buffer: BufferId| Span { buffer, offset: segment.range.start, len };
                 let (param, grad) = (of(self.model.params()[bucket]), of(self.model.grads()[bucket]));
@@ -707,8 +775,8 @@ impl Worker {
                     kept[bucket][segment.range.clone()].copy_from_slice(&words);
                 }
                 backend.copy(param, new)?;
-                for (state, &second) in self.states.iter().zip(&seconds) {
-                    backend.copy(of(state[bucket]), second)?;
+                for (state, &second) in segment.states.iter().zip(&seconds) {
+                    backend.copy(front(state), second)?;
                 }
                 let states = with_spare(&seconds, Span { buffer: self.spare, offset: 0, len });
                 for range in live(&self.frozen[bucket], segment.range.clone()) {
@@ -763,18 +831,12 @@ impl Worker {
                 }
             }
             Pending::NewParams { copies } => {
-                let before = (self.rank + self.world - 1) % self.world;
-                for (bucket, segment) in self.segments.iter().enumerate() {
-                    let len = segment.range.len();
+                for (bucket, segment) in self.segments.iter_mut().enumerate() {
                     self.model.swap_bucket(bucket);
-                    for (state, &second) in self.states.iter().zip(&segment.states).filter(|_| len > 0) {
-                        let to = Span { buffer: state[bucket], offset: segment.range.start, len };
-                        backend.copy(Span { buffer: second, offset: 0, len }, to)?;
-                    }
-                    // The copy lies where that rank has the original.
-                    let theirs = owned_segment(self.world, before, self.model.table().buckets()[bucket].range.len());
-                    for (state, words) in self.states.iter().zip(copies[bucket].chunks_exact(theirs.len().max(1))) {
-                        backend.write(Span { buffer: state[bucket], offset: theirs.start, len: theirs.len() }, words)?;
+                    std::mem::swap(&mut segment.states, &mut segment.new_states);
+                    let len = segment.before.len();
+                    for (&buffer, words) in segment.copies.iter().zip(copies[bucket].chunks_exact(len.max(1))) {
+                        backend.write(Span { buffer, offset: 0, len }, words)?;
                     }
                 }
             }

@@ -211,6 +211,7 @@ pub struct Measured<'a> {
     pub compress: Method,
     /// Variants of kernels are measured before the clock starts.
     pub autotunes: bool,
+    pub shard_optimizer: bool,
     /// Steps or calls that are timed.
     pub steps: usize,
     pub lengths: Lengths,
@@ -230,6 +231,7 @@ pub fn profile_step(workload: &Workload, measured: Measured<'_>) -> Result<Map<S
     let what = if mode == Mode::Train { "a layer alone" } else { "--mode infer-step or infer-seq" };
     UsageError::unless(lengths == Lengths::Full, || format!("--lengths uniform is for training a model, not for {what}: leave it out"))?;
     UsageError::unless(scaling == Scaling::Strong, || format!("--scaling weak is for training a model, not for {what}: leave it out"))?;
+    UsageError::unless(!measured.shard_optimizer, || format!("--shard-optimizer is for training a model, not for {what}: leave it out"))?;
     UsageError::unless(compress == Method::None, || format!("--compress is for training a model, not for {what}: leave it out"))?;
     UsageError::unless(accumulate == 1, || format!("--accumulate is for training a model, not for {what}: leave it out"))?;
     let n_workers = super::devices::parse(devices)?.n_workers();
@@ -311,12 +313,12 @@ fn profile_layer(workload: &Workload, device: &Resolved, steps: usize, autotunes
 /// Measures `steps` training steps. With [`Lengths::Uniform`] an epoch of unequal sequences, in batches of like length, is trained on between them:
 /// at least [`POOL`] batches, of which `tokens_per_second` counts the valid tokens, beside `dense_tokens_per_second` and their `ratio`.
 fn profile_training(workload: &Workload, measured: Measured<'_>) -> Result<Map<String, Value>> {
-    let Measured { devices, balance, accumulate, compress, autotunes, steps, lengths, scaling, .. } = measured;
+    let Measured { devices, balance, accumulate, compress, shard_optimizer, autotunes, steps, lengths, scaling, .. } = measured;
     let (devices, mut balance, _) = settle(devices, balance)?;
     let n_workers = devices.len();
     let n_rows = if scaling == Scaling::Weak { workload.n_rows * n_workers } else { workload.n_rows };
     let workload = &Workload { n_rows, ..workload.clone() };
-    let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate, compress };
+    let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate, compress, shard_optimizer };
     UsageError::unless(compress == Method::None || Compressor::n_tensors(compress, &workload.model.table()) > 0, || {
         format!("--compress {compress} makes no tensor of this model smaller: leave it out, or lower its rank")
     })?;
@@ -411,10 +413,8 @@ fn profile_training(workload: &Workload, measured: Measured<'_>) -> Result<Map<S
     tell_variants(&autotune, &mut summary);
     let chosen = group.choices().clone();
     drop(group);
-    summary.insert(
-        "kernels".into(),
-        tracing::debug_span!("time kernels").in_scope(|| kernels(workload, &devices, accumulate, compress, &chosen))?,
-    );
+    let kernels = tracing::debug_span!("time kernels").in_scope(|| kernels(workload, &devices, measured, &chosen))?;
+    summary.insert("kernels".into(), kernels);
     Ok(summary)
 }
 
@@ -497,12 +497,13 @@ fn time_of(backend: &mut dyn Backend, launch: &mut dyn FnMut(&mut dyn Backend) -
 
 /// By kernel: launches and milliseconds a step on rank 0, from steps in which the device is waited for after every launch (so that their sum is above
 /// the step's time, and short kernels carry the cost of the wait).
-fn kernels(workload: &Workload, devices: &[Resolved], accumulate: usize, compress: Method, chosen: &KindChoices) -> Result<Value> {
+fn kernels(workload: &Workload, devices: &[Resolved], measured: Measured<'_>, chosen: &KindChoices) -> Result<Value> {
+    let Measured { accumulate, compress, shard_optimizer, .. } = measured;
     const STEPS: u32 = 2;
     let notes = Notes::shared();
     let of_rank_0 = Arc::clone(&notes);
     let wrap: Wrap = Arc::new(move |rank, inner| if rank == 0 { Watched::timing(inner, &of_rank_0) } else { inner });
-    let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate, compress };
+    let spec = GroupSpec { model: workload.model.clone(), optimizer: workload.optimizer, accumulate, compress, shard_optimizer };
     let mut group = Group::start(spec, devices, Some(&wrap))?;
     group.choose(chosen)?;
     let params = initial(&workload.model, group.table(), Init::Uniform(0.1), None, 1);
