@@ -47,7 +47,9 @@ fn half_and_bf16_are_the_nearest_numbers_of_their_kind() {
         let (bias, scale) = ((1 << (exponent_bits - 1)) - 1, f64::from(1 << fraction_bits));
         if exponent == 0 { fraction / scale * 2f64.powi(1 - bias) } else { (1.0 + fraction / scale) * 2f64.powi(exponent - bias) }
     };
-    let kinds: [(fn(f32) -> u16, fn(u16) -> f32, u32, u32); 2] = [(to_half, from_half, 5, 10), (to_bf16, from_bf16, 8, 7)];
+    // There, back, and bits of exponent and of fraction.
+    type Kind16 = (fn(f32) -> u16, fn(u16) -> f32, u32, u32);
+    let kinds: [Kind16; 2] = [(to_half, from_half, 5, 10), (to_bf16, from_bf16, 8, 7)];
     for (to, from, exponent_bits, fraction_bits) in kinds {
         let infinite = ((1 << exponent_bits) - 1) << fraction_bits;
         let codes: Vec<(f64, u16)> = (0..infinite).map(|code| (by_definition(code, exponent_bits, fraction_bits), code)).collect();
@@ -365,7 +367,7 @@ fn topk_sends_the_largest_of_each_rank_and_forgets_their_momentum() {
                     for i in 0..own[t].len() {
                         u[i] = momentum * u[i] + own[t][i];
                         let g = if nesterov { own[t][i] + momentum * u[i] } else { u[i] };
-                        v[i] = g + v[i];
+                        v[i] += g;
                     }
                     let is_whole = tensor.shape.len() == 1 || own[t].len() < 1024;
                     let n = if is_whole { own[t].len() } else { (ratio * own[t].len() as f64).ceil() as usize };
@@ -402,7 +404,8 @@ fn powersgd_is_a_step_of_power_iteration_on_the_sum_begun_where_the_last_one_end
     let table = table();
     let (rank, world, n_steps) = (2, 3, 4);
     // The factors that it begins with are its own affair.
-    let begun = summed(plain(Method::Powersgd { rank }), world, 1..=0, |_, _| (), |_| true).held;
+    let no_step = std::ops::RangeInclusive::new(1, 0);
+    let begun = summed(plain(Method::Powersgd { rank }), world, no_step, |_, _| (), |_| true).held;
     let summed = summed(plain(Method::Powersgd { rank }), world, 1..=n_steps, |_, _| (), |_| true);
     for (t, tensor) in table.tensors().iter().enumerate().filter(|(_, tensor)| tensor.shape.len() == 2) {
         let (rows, cols) = (tensor.shape[0], tensor.shape[1]);
@@ -426,9 +429,8 @@ fn powersgd_is_a_step_of_power_iteration_on_the_sum_begun_where_the_last_one_end
             for i in 0..rank {
                 for k in 0..i {
                     let along: f64 = (0..rows).map(|r| columns[i][r] * columns[k][r]).sum();
-                    for r in 0..rows {
-                        columns[i][r] -= along * columns[k][r];
-                    }
+                    let other = columns[k].clone();
+                    columns[i].iter_mut().zip(&other).for_each(|(value, other)| *value -= along * other);
                 }
                 let norm = columns[i].iter().map(|v| v * v).sum::<f64>().sqrt();
                 columns[i].iter_mut().for_each(|v| *v /= norm);
