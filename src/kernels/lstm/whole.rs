@@ -309,7 +309,7 @@ impl SweepWay {
         }
     }
 
-    /// The way where nothing was measured: step by step, as software adapters run fastest, and as is known of hardware.
+    /// The way where nothing was measured: step by step, whose launches every adapter has been seen to run.
     pub fn fixed(_: AdapterClass) -> Self {
         Self::Steps
     }
