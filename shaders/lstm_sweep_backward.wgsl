@@ -2,7 +2,7 @@
 // other, at a barrier a step. dz lies in workgroup memory, the gradients of the state in registers; weights are read anew each step.
 //
 // An invocation computes one row x 4 units. The order of operations is that of lstm_step_backward. Loop trips, with the one that ends each loop, as
-// drivers count them: (steps + 1) x (H + H / 8 + 2) + 6.
+// they are written: (steps + 1) x (H + H / 8 + 2) + 6; drivers count somewhat more.
 
 struct Params {
     @align(16) n_rows: u32, // B
