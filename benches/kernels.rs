@@ -34,6 +34,9 @@ pub fn bench(criterion: &mut Criterion) {
             group.throughput(throughput(case));
             for (device, backend) in devices.iter().zip(&mut backends) {
                 let backend = &mut **backend;
+                if !backend.offers(&*case.kernel) {
+                    continue;
+                }
                 let mut operands: Option<Vec<Guarded>> = None;
                 group.bench_function(BenchmarkId::new(label, device), |bencher| {
                     let operands = operands.get_or_insert_with(|| judge.verified(backend, *device));
